@@ -1,0 +1,1 @@
+"""Shapes of models: closed forms, families as tables, Hugging Face configs."""

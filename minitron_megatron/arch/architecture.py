@@ -1,0 +1,128 @@
+"""The shape of a model, and what follows from it in closed form.
+
+Legend: L layers, D hidden, H query heads, G key/value groups, K head channels, F ffn, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from minitron_megatron.arch.families import Family, family
+from minitron_megatron.errors import ArchitectureError
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3 rotary scaling; megatron-core fixes the other three constants at 1, 4 and 8192."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Everything that fixes the shapes and the arithmetic of one decoder-only transformer."""
+
+    family_name: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_groups: int
+    head_channels: int
+    ffn: int
+    vocab: int
+    tied_embeddings: bool
+    max_positions: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None = None
+    attention_window: int | None = None
+    """Sliding window of attention; up to this length attention is plain causal, beyond it sequences are refused."""
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "hidden", "heads", "kv_groups", "head_channels", "ffn", "vocab"):
+            if getattr(self, name) < 1:
+                raise ArchitectureError(f"architecture: {name}={getattr(self, name)} must be at least 1")
+        if self.heads % self.kv_groups:
+            raise ArchitectureError(
+                f"architecture: heads={self.heads} is not divisible by kv_groups={self.kv_groups}; "
+                f"nearest: {nearest_multiples(self.heads, self.kv_groups)}"
+            )
+
+    @property
+    def family(self) -> Family:
+        return family(self.family_name)
+
+    @property
+    def heads_per_group(self) -> int:
+        return self.heads // self.kv_groups
+
+    @property
+    def qkv_rows(self) -> int:
+        """Rows of the fused QKV weight: every group's queries, then its key, then its value."""
+        return (self.heads + 2 * self.kv_groups) * self.head_channels
+
+    def resized(self, **sizes: int) -> Architecture:
+        """The same family with other sizes, for example resized(ffn=1024, layers=26)."""
+        return replace(self, **sizes)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(fields: dict[str, Any]) -> Architecture:
+        scaling = fields.get("rope_scaling")
+        return Architecture(**{**fields, "rope_scaling": RopeScaling(**scaling) if scaling else None})
+
+
+def nearest_multiples(value: int, divisor: int) -> str:
+    """The multiples of divisor on both sides of value, as text for an error message."""
+    below = value - value % divisor
+    return f"{below}, {below + divisor}" if below else f"{divisor}"
+
+
+def parameters_by_part(arch: Architecture) -> dict[str, int]:
+    """Parameter counts of each part; a tied output weight counts once, under embedding."""
+    kind = arch.family
+    projection = arch.heads * arch.head_channels * arch.hidden
+    attention = arch.qkv_rows * arch.hidden + projection
+    attention += arch.qkv_rows if kind.qkv_bias else 0
+    attention += 2 * arch.head_channels if kind.qk_norm else 0
+    embedding = arch.vocab * arch.hidden
+    return {
+        "embedding": embedding,
+        "attention": arch.layers * attention,
+        "ffn": arch.layers * 3 * arch.hidden * arch.ffn,
+        "norms": (2 * arch.layers + 1) * arch.hidden,
+        "output": 0 if arch.tied_embeddings else embedding,
+    }
+
+
+def parameter_count(arch: Architecture) -> int:
+    """All parameters, tied weights once."""
+    return sum(parameters_by_part(arch).values())
+
+
+def forward_flops_per_token(arch: Architecture, sequence_length: int) -> int:
+    """Multiply-adds counted as two: every matrix once, plus causal attention at this sequence length."""
+    parts = parameters_by_part(arch)
+    matrices = parts["attention"] + parts["ffn"] + arch.vocab * arch.hidden
+    # a token attends to half the sequence on average; scores and weighted values are one product each
+    attention = 2 * arch.layers * arch.heads * arch.head_channels * sequence_length // 2
+    return 2 * (matrices + attention)
+
+
+def kv_cache_bytes_per_token(arch: Architecture, bytes_per_value: int = 2) -> int:
+    """Keys and values of one token over all layers; bf16 by default."""
+    return 2 * arch.layers * arch.kv_groups * arch.head_channels * bytes_per_value
+
+
+def layer_cost(arch: Architecture) -> int:
+    """Matrix parameters of one layer: the unit in which pipeline stages are balanced."""
+    parts = parameters_by_part(arch)
+    return (parts["attention"] + parts["ffn"]) // arch.layers
+
+
+def output_cost(arch: Architecture) -> int:
+    """Matrix parameters of the output layer, in the unit of layer_cost."""
+    return arch.vocab * arch.hidden

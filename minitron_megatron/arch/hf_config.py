@@ -1,0 +1,103 @@
+"""Hugging Face config.json ↔ Architecture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from minitron_megatron.arch.architecture import Architecture, RopeScaling
+from minitron_megatron.arch.families import Family, family
+from minitron_megatron.errors import ArchitectureError
+
+# Architecture field → config.json field, for the sizes that pruning changes
+SIZES = {
+    "layers": "num_hidden_layers",
+    "hidden": "hidden_size",
+    "heads": "num_attention_heads",
+    "kv_groups": "num_key_value_heads",
+    "head_channels": "head_dim",
+    "ffn": "intermediate_size",
+}
+LLAMA3_CONSTANTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def architecture_from_hf(config: dict[str, Any]) -> Architecture:
+    """Reads config.json of a known family; raises ArchitectureError naming the field that does not fit."""
+    kind = family(str(config.get("model_type")))
+    _refuse_other_arithmetic(config, kind)
+    heads = _required(config, "num_attention_heads")
+    hidden = _required(config, "hidden_size")
+    return Architecture(
+        family_name=kind.name,
+        layers=_required(config, "num_hidden_layers"),
+        hidden=hidden,
+        heads=heads,
+        kv_groups=config.get("num_key_value_heads") or heads,
+        head_channels=config.get("head_dim") or hidden // heads,
+        ffn=_required(config, "intermediate_size"),
+        vocab=_required(config, "vocab_size"),
+        tied_embeddings=bool(config.get("tie_word_embeddings", kind.default_tied)),
+        max_positions=int(config.get("max_position_embeddings", 2048)),
+        norm_eps=float(config.get("rms_norm_eps", kind.default_norm_eps)),
+        rope_theta=_rope_theta(config, kind),
+        rope_scaling=_rope_scaling(config),
+        attention_window=_attention_window(config, kind),
+    )
+
+
+def hf_config_for(source_config: dict[str, Any], kept_layers: list[int], arch: Architecture) -> dict[str, Any]:
+    """config.json of a pruned model: the source's own, with the sizes of arch and the kept layers' entries.
+
+    head_dim is always written: after width pruning it is no longer hidden / heads.
+    """
+    config = dict(source_config)
+    config.update({theirs: getattr(arch, ours) for ours, theirs in SIZES.items()})
+    for field in arch.family.per_layer:
+        if isinstance(config.get(field), list):
+            config[field] = [config[field][layer] for layer in kept_layers]
+    if "max_window_layers" in config:
+        config["max_window_layers"] = arch.layers
+    return config
+
+
+def _required(config: dict[str, Any], field: str) -> int:
+    value = config.get(field)
+    if not isinstance(value, int):
+        raise ArchitectureError(f"config.json: {field} is missing or no whole number (found {value!r})")
+    return value
+
+
+def _refuse_other_arithmetic(config: dict[str, Any], kind: Family) -> None:
+    for field, expected in kind.must_be:
+        if config.get(field, expected) not in (expected, None):
+            raise ArchitectureError(
+                f"config.json: {field}={config[field]!r} of family '{kind.name}' is not supported; expected {expected!r}"
+            )
+
+
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    """Both spellings: `rope_parameters` (transformers 5) and `rope_scaling` + `rope_theta` (before)."""
+    return {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+
+
+def _rope_theta(config: dict[str, Any], kind: Family) -> float:
+    return float(_rope(config).get("rope_theta") or config.get("rope_theta") or kind.default_rope_theta)
+
+
+def _attention_window(config: dict[str, Any], kind: Family) -> int | None:
+    """Only families that slide by default do so here; the others' use of it is refused by their row."""
+    return config.get("sliding_window", kind.default_window) if kind.default_window else None
+
+
+def _rope_scaling(config: dict[str, Any]) -> RopeScaling | None:
+    rope = _rope(config)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise ArchitectureError(f"config.json: rotary scaling '{kind}' is not supported; known: default, llama3")
+    for field, expected in LLAMA3_CONSTANTS.items():
+        if float(rope.get(field, expected)) != expected:
+            raise ArchitectureError(
+                f"config.json: rotary scaling {field}={rope[field]} is not supported; megatron-core fixes it at {expected}"
+            )
+    return RopeScaling(factor=float(rope["factor"]))

@@ -1,0 +1,109 @@
+"""The chain of stages: what each one reads, what shapes its result, and how one is run and published."""
+
+from __future__ import annotations
+
+import importlib
+import platform as machine
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from minitron_megatron import __version__
+from minitron_megatron.artifact import Artifact, artifact_id, draft, find_artifact, open_artifact, partial_folder, publish
+from minitron_megatron.config.schema import Recipe
+from minitron_megatron.parallel.world import World
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One verb: a job that reads artifacts and publishes one."""
+
+    name: str
+    module: str
+    inputs: tuple[str, ...]
+    sections: tuple[str, ...]
+    """Parts of the recipe that shape the result; layouts do not, so a finished stage serves every layout."""
+    distributed: bool
+    summary: str
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("import", "convert.import_stage", (), ("model",), False, "read the source model into a torch_dist checkpoint"),
+        Stage("data", "data.stage", ("import",), ("data",), False, "tokenize the corpora and split off the held-out documents"),
+        Stage("importance", "importance.stage", ("import", "data"), ("importance",), True, "score layers, neurons, heads and channels in one forward pass"),
+        Stage("prune", "prune.stage", ("import", "importance"), ("prune",), False, "cut the source down to the target architecture"),
+        Stage("distill", "distill.stage", ("import", "data", "prune"), ("distill",), True, "train the pruned student to follow the frozen teacher"),
+        Stage("evaluate", "evaluate.stage", ("import", "data", "prune", "distill"), ("evaluate",), True, "compare teacher, pruned and distilled model"),
+        Stage("export", "convert.export_stage", ("import", "prune", "distill"), (), False, "write the student as a Hugging Face model"),
+        Stage("report", "report.stage", ("import", "data", "importance", "prune", "distill", "evaluate", "export"), (), False, "one HTML page of the whole run"),
+    )
+}
+
+
+def run_folder(recipe: Recipe) -> Path:
+    return Path(recipe.runs) / recipe.name
+
+
+def stage_id(stage: Stage, recipe: Recipe, inputs: dict[str, Artifact]) -> str:
+    """What the stage's artifact would be called now: equal to the published one's id when nothing changed."""
+    settings = {section: getattr(recipe, section).model_dump(mode="json") for section in stage.sections}
+    if stage.distributed:
+        settings["precision"] = recipe.precision
+    module = _module(stage)
+    outside = module.outside_files(recipe) if hasattr(module, "outside_files") else []
+    return artifact_id(stage.name, settings, {name: artifact.id for name, artifact in inputs.items()}, outside)
+
+
+def finished(stage: Stage, recipe: Recipe) -> Artifact | None:
+    """The stage's artifact where it is published and its inputs and settings are unchanged."""
+    inputs = {name: find_artifact(run_folder(recipe), name) for name in stage.inputs}
+    artifact = find_artifact(run_folder(recipe), stage.name)
+    known = {name: found for name, found in inputs.items() if found is not None}
+    if artifact is None or len(known) < len(inputs) or artifact.id != stage_id(stage, recipe, known):
+        return None
+    return artifact
+
+
+def run_stage(stage: Stage, recipe: Recipe, recipe_path: str, world: World) -> Artifact | None:
+    """Runs a stage in this process (one of world.size) and publishes its artifact; returned on the main process."""
+    folder, started = run_folder(recipe), time.monotonic()
+    inputs = {name: open_artifact(folder, name, recipe_path) for name in stage.inputs}
+    identity = stage_id(stage, recipe, inputs)
+    with draft(folder, stage.name, identity) if world.is_main else nullcontext(partial_folder(folder, stage.name)) as partial:
+        world.barrier()
+        arguments = (recipe, inputs, partial, *((world,) if stage.distributed else ()))
+        result = _module(stage).run(*arguments)
+        world.barrier()
+        if not world.is_main:
+            return None
+        seconds = round(time.monotonic() - started, 1)
+        manifest = _manifest(stage, recipe, inputs, identity, world, seconds)
+        return publish(folder, stage.name, manifest, result)
+
+
+def _module(stage: Stage) -> Any:
+    return importlib.import_module(f"minitron_megatron.{stage.module}")
+
+
+def _manifest(stage: Stage, recipe: Recipe, inputs: dict[str, Artifact], identity: str, world: World, seconds: float) -> dict[str, Any]:
+    return {
+        "stage": stage.name,
+        "id": identity,
+        "recipe": recipe.model_dump(mode="json"),
+        "inputs": {name: artifact.id for name, artifact in inputs.items()},
+        "layout": {**recipe.parallel.model_dump(), "processes": world.size} if stage.distributed else {"processes": 1},
+        "platform": world.platform.kind,
+        "versions": {
+            "minitron_megatron": __version__,
+            "python": machine.python_version(),
+            **{name: version(name) for name in ("torch", "megatron-core", "transformers")},
+        },
+        "seconds": seconds,
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }

@@ -1,0 +1,1 @@
+"""Checkpoints: one table of tensors, streaming readers and writers of safetensors and torch_dist."""

@@ -1,0 +1,41 @@
+"""Whole models ↔ torch_dist checkpoints under any layout, through megatron's dist_checkpointing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from torch import nn
+
+from minitron_megatron.errors import CheckpointError
+
+# one key per layer, not stacked [L, …] keys: pruning layers or neurons of one changes no other tensor
+METADATA = {"non_homogeneous_layers": True}
+
+
+def model_state(model: nn.Module) -> dict[str, Any]:
+    """A model's sharded state without the empty `_extra_state` entries, which our streams do not write."""
+    metadata = {**METADATA, "dp_cp_group": model.pg_collection.dp_cp}
+    state = model.sharded_state_dict(metadata=metadata)
+    return {key: entry for key, entry in state.items() if not (isinstance(entry, ShardedObject) and _is_empty(entry))}
+
+
+def load_model(model: nn.Module, folder: Path) -> None:
+    """Fills a model's weights from a checkpoint of any layout; rows beyond the vocabulary stay zero."""
+    if not (folder / "metadata.json").is_file():
+        raise CheckpointError(f"{folder}: no torch_dist checkpoint (its metadata.json is missing); make it anew")
+    state = dist_checkpointing.load({"model": model_state(model)}, str(folder))
+    # _extra_state of modules without any is filled by hooks: strict finds every other name that is missing
+    model.load_state_dict(state["model"], strict=True)
+
+
+def save_state(state: dict[str, Any], folder: Path) -> None:
+    """Writes a sharded state; every process of the model takes part."""
+    dist_checkpointing.save(state, str(folder))
+
+
+def _is_empty(entry: ShardedObject) -> bool:
+    data = entry.data
+    return data is None or (hasattr(data, "getbuffer") and data.getbuffer().nbytes == 0)

@@ -1,0 +1,107 @@
+"""The table of tensors: Hugging Face name, Megatron name and the axis of each dimension, for import, export and pruning.
+
+Axes: V vocabulary, D hidden, F ffn, 2F gate rows then up rows, HK query heads × channels, K head channels,
+QKV fused rows: for each key/value group its queries, its key, its value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minitron_megatron.arch.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """One Megatron tensor and the Hugging Face tensors it is packed from."""
+
+    name: str
+    hf_names: tuple[str, ...]
+    axes: tuple[str, ...]
+    layer: int | None = None
+    """Global layer number, 0-based."""
+    plain_name: str | None = None
+    """Where a checkpoint may name it by its own norm module instead of Transformer Engine's fused norm + linear, whose name is `name`."""
+
+    def shape(self, arch: Architecture) -> tuple[int, ...]:
+        """Global shape, the vocabulary not padded."""
+        return tuple(axis_size(axis, arch) for axis in self.axes)
+
+
+def axis_size(axis: str, arch: Architecture) -> int:
+    return {
+        "V": arch.vocab,
+        "D": arch.hidden,
+        "F": arch.ffn,
+        "2F": 2 * arch.ffn,
+        "HK": arch.heads * arch.head_channels,
+        "K": arch.head_channels,
+        "QKV": arch.qkv_rows,
+    }[axis]
+
+
+def tensor_table(arch: Architecture) -> list[TensorRow]:
+    """Every tensor of a model, in the order of its forward pass."""
+    rows = [TensorRow("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), ("V", "D"))]
+    for layer in range(arch.layers):
+        rows += _layer_rows(arch, layer)
+    rows.append(TensorRow("decoder.final_layernorm.weight", ("model.norm.weight",), ("D",)))
+    if not arch.tied_embeddings:
+        rows.append(TensorRow("output_layer.weight", ("lm_head.weight",), ("V", "D")))
+    return rows
+
+
+def _layer_rows(arch: Architecture, layer: int) -> list[TensorRow]:
+    ours, theirs = f"decoder.layers.{layer}", f"model.layers.{layer}"
+
+    def row(name: str, hf_names: tuple[str, ...], *axes: str, plain: str | None = None) -> TensorRow:
+        hf = tuple(f"{theirs}.{part}" for part in hf_names)
+        return TensorRow(f"{ours}.{name}", hf, axes, layer, f"{ours}.{plain}" if plain else None)
+
+    attention, qkv = "self_attention.linear_qkv", tuple(f"self_attn.{x}_proj" for x in "qkv")
+    rows = [
+        row(f"{attention}.layer_norm_weight", ("input_layernorm.weight",), "D", plain="input_layernorm.weight"),
+        row(f"{attention}.weight", tuple(f"{name}.weight" for name in qkv), "QKV", "D"),
+    ]
+    if arch.family.qkv_bias:
+        rows.append(row(f"{attention}.bias", tuple(f"{name}.bias" for name in qkv), "QKV"))
+    if arch.family.qk_norm:
+        rows.append(row("self_attention.q_layernorm.weight", ("self_attn.q_norm.weight",), "K"))
+        rows.append(row("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight",), "K"))
+    return rows + [
+        row("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), "D", "HK"),
+        row("mlp.linear_fc1.layer_norm_weight", ("post_attention_layernorm.weight",), "D", plain="pre_mlp_layernorm.weight"),
+        row("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), "2F", "D"),
+        row("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), "D", "F"),
+    ]
+
+
+def hf_shapes(row: TensorRow, arch: Architecture) -> list[tuple[int, ...]]:
+    """Shapes of the Hugging Face tensors that a row is packed from."""
+    rest = row.shape(arch)[1:]
+    return [(rows, *rest) for rows in _part_rows(row, arch)]
+
+
+def pack(row: TensorRow, parts: list[Tensor], arch: Architecture) -> Tensor:
+    """Hugging Face tensors → the Megatron tensor; values are moved, never changed."""
+    if row.axes[0] == "QKV":
+        grouped = [part.view(arch.kv_groups, -1, *part.shape[1:]) for part in parts]
+        return torch.cat(grouped, dim=1).flatten(0, 1)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def unpack(row: TensorRow, tensor: Tensor, arch: Architecture) -> list[Tensor]:
+    """The inverse of pack."""
+    if row.axes[0] == "QKV":
+        per_group = [rows // arch.kv_groups for rows in _part_rows(row, arch)]
+        grouped = tensor.view(arch.kv_groups, -1, *tensor.shape[1:]).split(per_group, dim=1)
+        return [part.flatten(0, 1) for part in grouped]
+    return list(tensor.split(_part_rows(row, arch))) if len(row.hf_names) > 1 else [tensor]
+
+
+def _part_rows(row: TensorRow, arch: Architecture) -> list[int]:
+    queries, keys = arch.heads * arch.head_channels, arch.kv_groups * arch.head_channels
+    return {"QKV": [queries, keys, keys], "2F": [arch.ffn, arch.ffn]}.get(row.axes[0], [axis_size(row.axes[0], arch)])

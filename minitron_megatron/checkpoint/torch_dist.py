@@ -1,0 +1,178 @@
+"""Megatron's torch_dist checkpoints as streams: one tensor at a time in, one tensor at a time out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from minitron_megatron.arch.architecture import Architecture
+from minitron_megatron.checkpoint.tensors import TensorRow, axis_size, tensor_table
+from minitron_megatron.errors import CheckpointError
+
+BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
+
+
+class TorchDistReader:
+    """Regions of a checkpoint's global tensors, whatever layout wrote them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not (folder / ".metadata").is_file():
+            raise CheckpointError(f"{folder}: no torch_dist checkpoint (its .metadata is missing); was the job that wrote it stopped?")
+        self._files = FileSystemReader(folder)
+        self._metadata = self._files.read_metadata()
+        self._files.set_up_storage_reader(self._metadata, is_coordinator=True)
+        self.tensors: dict[str, TensorStorageMetadata] = {
+            key: entry for key, entry in self._metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)
+        }
+
+    def read(self, key: str, offsets: tuple[int, ...] | None = None, sizes: tuple[int, ...] | None = None) -> Tensor:
+        """The whole tensor of a key, or the region that starts at offsets and has these sizes."""
+        entry = self.tensors[key]
+        offsets = offsets or (0,) * len(entry.size)
+        target = torch.empty(sizes or tuple(entry.size), dtype=entry.properties.dtype)
+        chunk = ChunkStorageMetadata(torch.Size(offsets), target.size())
+        items = create_read_items_for_chunk_list(key, entry, [chunk])
+        try:
+            self._files.read_data(LoadPlan(items), _IntoTarget(target)).wait()
+        except (OSError, RuntimeError, EOFError) as error:
+            raise CheckpointError(f"{self.folder}: tensor {key} cannot be read ({str(error).splitlines()[0]}); make the checkpoint anew") from None
+        return target
+
+
+class _IntoTarget(DefaultLoadPlanner):
+    """Puts every piece that is read into one target tensor."""
+
+    def __init__(self, target: Tensor) -> None:
+        super().__init__()
+        self._target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        region = self._target
+        for dim, (offset, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            region = region.narrow(dim, offset, length)
+        return region
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        pass
+
+
+class MegatronSource:
+    """Tensors of the table out of a torch_dist checkpoint: ours, Megatron-LM's or Megatron-Bridge's.
+
+    Found by name under one key per layer or stacked [L, …] keys, plain or Transformer Engine's fused names; a padded vocabulary is cut.
+    """
+
+    def __init__(self, folder: Path, arch: Architecture) -> None:
+        self.arch = arch
+        self._reader = TorchDistReader(checkpoint_folder(folder))
+        self._check()
+
+    def dtype(self, row: TensorRow) -> torch.dtype:
+        key, _ = self._find(row)
+        return self._reader.tensors[key].properties.dtype
+
+    def read(self, row: TensorRow) -> Tensor:
+        """The Megatron tensor of a row, vocabulary not padded, on the CPU, in the checkpoint's own type."""
+        key, layer = self._find(row)
+        shape = row.shape(self.arch)
+        if layer is None:
+            return self._reader.read(key, (0,) * len(shape), shape)
+        return self._reader.read(key, (layer, *(0 for _ in shape)), (1, *shape))[0]
+
+    def _find(self, row: TensorRow) -> tuple[str, int | None]:
+        """The checkpoint's key, and the layer's place in it where the key is stacked."""
+        for name in filter(None, (row.name, row.plain_name)):
+            if name in self._reader.tensors:
+                return name, None
+            stacked = name.replace(f".layers.{row.layer}.", ".layers.")
+            if row.layer is not None and stacked in self._reader.tensors:
+                return stacked, row.layer
+        raise CheckpointError(f"{self._reader.folder}: tensor {row.name} is missing; is the checkpoint of another model?")
+
+    def _check(self) -> None:
+        for row in tensor_table(self.arch):
+            key, layer = self._find(row)
+            expected, found = row.shape(self.arch), tuple(self._reader.tensors[key].size)
+            found = found if layer is None else found[1:]
+            padded = row.axes[0] == "V" and found[0] >= expected[0] and found[1:] == expected[1:]
+            if found != expected and not padded:
+                raise CheckpointError(f"{self._reader.folder}: tensor {key} has shape {list(found)}, expected {list(expected)}; is it of another model?")
+
+
+def checkpoint_folder(folder: Path) -> Path:
+    """Megatron-LM and Megatron-Bridge keep checkpoints in iter_0000100 folders and name the latest in a text file."""
+    latest = folder / "latest_checkpointed_iteration.txt"
+    if not latest.is_file():
+        return folder
+    iteration = latest.read_text().strip()
+    return folder / (iteration if iteration == "release" else f"iter_{int(iteration):07d}")
+
+
+class _LazyPlanner(DefaultSavePlanner):
+    """Asks for each tensor when its turn to be written comes, so that one is in memory at a time."""
+
+    def __init__(self, tensor_of: Callable[[str], Tensor]) -> None:
+        super().__init__()
+        self._tensor_of = tensor_of
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self._tensor_of(index.fqn)
+
+
+def write_torch_dist(
+    folder: Path, rows: list[TensorRow], arch: Architecture, *, dtype: Callable[[TensorRow], torch.dtype], read: Callable[[TensorRow], Tensor]
+) -> str:
+    """Streams tensors into a torch_dist checkpoint that megatron loads under any layout; returns the sha256 of all weights.
+
+    read is called once for each row, in the rows' order. The digest covers names, types, shapes and bytes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    by_name, digest = {row.name: row for row in rows}, hashlib.sha256()
+
+    def tensor_of(name: str) -> Tensor:
+        tensor = read(by_name[name]).contiguous()
+        _add_to_digest(digest, name, tensor)
+        return tensor
+
+    shapes = {row.name: torch.empty(row.shape(arch), dtype=dtype(row), device="meta") for row in rows}
+    dcp.save(shapes, storage_writer=FileSystemWriter(folder), planner=_LazyPlanner(tensor_of), no_dist=True)
+    (folder / "metadata.json").write_text(json.dumps(BACKEND))
+    torch.save({}, folder / "common.pt")
+    return digest.hexdigest()
+
+
+def weights_digest(source: MegatronSource) -> str:
+    """The same digest, of a checkpoint on disk."""
+    digest = hashlib.sha256()
+    for row in tensor_table(source.arch):
+        _add_to_digest(digest, row.name, source.read(row))
+    return digest.hexdigest()
+
+
+def _add_to_digest(digest: Any, name: str, tensor: Tensor) -> None:
+    digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+    digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def checkpoint_bytes(rows: list[TensorRow], arch: Architecture, dtype: Callable[[TensorRow], torch.dtype]) -> int:
+    """Bytes of the tensors, for the check of disk space before a stream starts."""
+    return sum(_elements(row, arch) * dtype(row).itemsize for row in rows)
+
+
+def _elements(row: TensorRow, arch: Architecture) -> int:
+    count = 1
+    for axis in row.axes:
+        count *= axis_size(axis, arch)
+    return count

@@ -1,0 +1,131 @@
+"""`minitron`: one verb per stage, and one for the whole chain."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from minitron_megatron import __version__
+from minitron_megatron.errors import MinitronError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Make a smaller language model out of a large one: measure what matters, cut the rest, distil the original into what is left.\n\n"
+    "Every stage reads artifacts below `runs/NAME/` and publishes one; `minitron run` does them all and skips those that are up to date.",
+    epilog="A first run: `minitron show configs/smollm2_135m_to_97m.yaml`, then `minitron run configs/smollm2_135m_to_97m.yaml`.",
+)
+
+RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file of one compression, for example configs/smollm2_135m_to_97m.yaml")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[key=value]…", help="values that replace the recipe's, for example distill.steps=300 parallel.data=2")
+]
+STAGE_HELP = {
+    "import": "Read the source model (Hugging Face or Megatron) into a torch_dist checkpoint, tensor by tensor.",
+    "data": "Tokenize the corpora into indexed datasets and split off the held-out documents.",
+    "importance": "Score layers, FFN neurons, attention heads and embedding channels in one forward pass.",
+    "prune": "Cut the source down to the target architecture, tensor by tensor.",
+    "distill": "Train the pruned student to follow the frozen teacher; continues where it was interrupted.",
+    "evaluate": "Compare teacher, pruned and distilled model: perplexity, KL, agreement, tasks, speed, a continuation.",
+    "export": "Write the student as a Hugging Face model that plain transformers loads.",
+    "report": "Gather the whole run in one self-contained HTML page.",
+}
+
+
+def _stage_command(name: str) -> None:
+    @app.command(name, help=STAGE_HELP[name], rich_help_panel="Stages, in order")
+    def command(recipe: RecipePath, overrides: Overrides = None) -> None:
+        raise typer.Exit(_run_stages([name], recipe, overrides or []))
+
+
+@app.command("run", help="Run the whole chain; finished stages whose inputs are unchanged are skipped.", rich_help_panel="The whole chain")
+def run(recipe: RecipePath, overrides: Overrides = None) -> None:
+    code = _run_stages(list(STAGE_HELP), recipe, overrides or [])
+    if code == 0:
+        _show_results(recipe, overrides or [])
+    raise typer.Exit(code)
+
+
+@app.command("show", help="Print the resolved recipe, both architectures, their parameters, FLOPs and KV-cache size.", rich_help_panel="Look first")
+def show(recipe: RecipePath, overrides: Overrides = None) -> None:
+    from minitron_megatron.arch.source import source_architecture
+    from minitron_megatron.config.checks import check_recipe
+    from minitron_megatron.config.load import load_recipe
+    from minitron_megatron.show import show_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    source = source_architecture(loaded.model.path, loaded.model.hf_config)
+    show_recipe(loaded, source, check_recipe(loaded, source), Console())
+
+
+@app.command("doctor", help="Print what this machine has (GPU, NCCL, Transformer Engine, apex, FP8, SLURM) and what follows.", rich_help_panel="Look first")
+def doctor() -> None:
+    from minitron_megatron.platform.doctor import doctor_table, inspect_machine
+
+    Console().print(doctor_table(inspect_machine()))
+
+
+for _name in STAGE_HELP:
+    _stage_command(_name)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def _run_stages(names: list[str], recipe_path: str, overrides: list[str]) -> int:
+    """Starts each stage that is not up to date in its own processes; stops at the first that fails."""
+    from minitron_megatron.chain import STAGES, finished
+    from minitron_megatron.launcher import launch
+    from minitron_megatron.worker import prepare
+
+    recipe, _ = prepare(recipe_path, overrides)
+    for name in names:
+        stage = STAGES[name]
+        artifact = finished(stage, recipe)
+        if artifact:
+            print(f"{name}: up to date ({artifact.path})", flush=True)
+            continue
+        code = launch(name, recipe_path, overrides, recipe.parallel.processes if stage.distributed else 1)
+        if code:
+            return code
+    return 0
+
+
+def _show_results(recipe_path: str, overrides: list[str]) -> None:
+    from minitron_megatron.artifact import open_artifact
+    from minitron_megatron.chain import run_folder
+    from minitron_megatron.config.load import load_recipe
+    from minitron_megatron.evaluate.table import console_table, continuations
+
+    folder, console = run_folder(load_recipe(recipe_path, overrides)), Console()
+    result = open_artifact(folder, "evaluate", recipe_path).result
+    console.print(console_table(result))
+    console.print(continuations(result))
+    console.print(f"Report: {folder / 'report' / 'report.html'}")
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line on stderr and exit code 2."""
+    started = time.monotonic()
+    try:
+        app()
+    except MinitronError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if "run" in sys.argv[1:2] and time.monotonic() - started > 60:
+            print(f"total: {(time.monotonic() - started) / 60:.1f} minutes", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Cross-checks of a recipe against the architecture: every problem at once, each with its mend."""
+
+from __future__ import annotations
+
+from minitron_megatron.arch.architecture import Architecture, nearest_multiples
+from minitron_megatron.config.schema import Parallel, Recipe
+from minitron_megatron.errors import RecipeError
+
+
+def target_architecture(recipe: Recipe, source: Architecture) -> Architecture:
+    """The architecture after pruning; raises RecipeError with every size that does not fit the source."""
+    problems = [
+        f"prune.target.{name}={size} is larger than the source's {getattr(source, name)}"
+        for name, size in recipe.prune.target.sizes().items()
+        if size > getattr(source, name)
+    ]
+    heads = recipe.prune.target.heads or source.heads
+    if heads % source.kv_groups:
+        problems.append(
+            f"prune.target.heads={heads} is not divisible by the model's {source.kv_groups} key/value groups; "
+            f"nearest: {nearest_multiples(heads, source.kv_groups)}"
+        )
+    if problems:
+        raise RecipeError(problems)
+    return source.resized(**recipe.prune.target.sizes())
+
+
+def check_recipe(recipe: Recipe, source: Architecture) -> Architecture:
+    """Raises RecipeError with everything in the recipe that this source cannot do; returns the target architecture."""
+    problems: list[str] = []
+    target = source
+    try:
+        target = target_architecture(recipe, source)
+    except RecipeError as error:
+        problems += error.problems
+    problems += _layout_problems(recipe.parallel, source, "the source model")
+    if target != source:
+        problems += _layout_problems(recipe.parallel, target, "the pruned model")
+    problems += _length_problems(recipe, source)
+    problems += _batch_problems(recipe)
+    if problems:
+        raise RecipeError(list(dict.fromkeys(problems)))
+    return target
+
+
+def _layout_problems(parallel: Parallel, arch: Architecture, whose: str) -> list[str]:
+    problems = []
+    for field, size in (("heads", arch.heads), ("key/value groups", arch.kv_groups), ("ffn", arch.ffn)):
+        if size % parallel.tensor:
+            problems.append(
+                f"parallel.tensor={parallel.tensor} does not divide {whose}'s {size} {field}; "
+                f"tensor sizes that do: {_common_divisors(arch)}"
+            )
+    if parallel.pipeline > arch.layers:
+        problems.append(f"parallel.pipeline={parallel.pipeline} is more than {whose}'s {arch.layers} layers; at most {arch.layers}")
+    if parallel.sequence and parallel.tensor == 1:
+        problems.append("parallel.sequence=true needs parallel.tensor of 2 or more; set parallel.sequence=false")
+    return problems
+
+
+def _common_divisors(arch: Architecture) -> str:
+    return ", ".join(
+        str(size) for size in range(1, arch.kv_groups + 1) if not (arch.heads % size or arch.kv_groups % size or arch.ffn % size)
+    )
+
+
+def _length_problems(recipe: Recipe, arch: Architecture) -> list[str]:
+    problems = []
+    limit = min(arch.max_positions, arch.attention_window or arch.max_positions)
+    for section in ("importance", "distill", "evaluate"):
+        length = getattr(recipe, section).sequence_length
+        if length > limit:
+            problems.append(f"{section}.sequence_length={length} is beyond the model's {limit} positions; at most {limit}")
+        if recipe.parallel.sequence and length % recipe.parallel.tensor:
+            problems.append(
+                f"{section}.sequence_length={length} is not divisible by parallel.tensor={recipe.parallel.tensor} (sequence parallel); "
+                f"nearest: {nearest_multiples(length, recipe.parallel.tensor)}"
+            )
+    return problems
+
+
+def _batch_problems(recipe: Recipe) -> list[str]:
+    distill = recipe.distill
+    problems = []
+    together = distill.micro_batch * recipe.parallel.data
+    if distill.global_batch % together:
+        problems.append(
+            f"distill.global_batch={distill.global_batch} is not divisible by micro_batch × parallel.data = {together}; "
+            f"nearest: {nearest_multiples(distill.global_batch, together)}"
+        )
+    if distill.learning_rate.warmup_steps >= distill.steps:
+        problems.append(
+            f"distill.learning_rate.warmup_steps={distill.learning_rate.warmup_steps} must be less than distill.steps={distill.steps}"
+        )
+    if distill.learning_rate.minimum > distill.learning_rate.peak:
+        problems.append("distill.learning_rate.minimum is above its peak")
+    if not any(distill.loss.values()) or any(weight < 0 for weight in distill.loss.values()):
+        problems.append(f"distill.loss={dict(distill.loss)} needs weights ≥ 0 and one above 0")
+    return problems

@@ -1,0 +1,162 @@
+"""The recipe: one frozen, typed section per stage; units are in the names, defaults follow the papers.
+
+Sources: P1 = arXiv 2407.14679, P2 = arXiv 2408.11796.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+LOSSES = ("forward_kl", "cross_entropy")
+Aggregation = Literal["mean", "l2", "variance"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Model(Section):
+    """The model to compress."""
+
+    path: str = Field(description="folder with config.json, safetensors and tokenizer, or a Megatron torch_dist checkpoint")
+    hf_config: str | None = Field(None, description="config.json that goes with a Megatron checkpoint")
+
+
+class Data(Section):
+    """Text for training, calibration and evaluation: globs of .txt, .jsonl(.gz, .zst) or .parquet."""
+
+    train: list[str] = Field(min_length=1, description="globs; one .txt file, one .jsonl line or one .parquet row is a document")
+    text_field: str = Field("text", description="field or column that holds the text in .jsonl and .parquet")
+    heldout_documents: int = Field(12, ge=1, description="the last documents of `train`, kept for evaluation; training never sees them")
+    out_of_domain: list[str] = Field([], description="globs of another corpus, evaluated only")
+    tokenizer: str | None = Field(None, description="folder of a Hugging Face tokenizer or a SentencePiece .model; default: the model's own")
+    workers: int = Field(2, ge=1, description="processes that tokenize")
+
+
+class Parallel(Section):
+    """Sizes of the process groups; their product is the number of processes."""
+
+    tensor: int = Field(1, ge=1)
+    pipeline: int = Field(1, ge=1)
+    data: int = Field(1, ge=1)
+    sequence: bool = Field(False, description="sequence parallel: activations between tensor-parallel regions are sharded along the sequence")
+    layers_per_stage: Literal["cost", "even"] = Field(
+        "cost", description="cost: stages of equal work, the output layer counted; even: equal numbers of layers"
+    )
+
+    @property
+    def processes(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+
+class ImportanceAggregation(Section):
+    """First over the tokens of a sample, then over samples; default: P1 Table 11."""
+
+    batch: Aggregation = "l2"
+    sequence: Aggregation = "mean"
+
+
+class Importance(Section):
+    """One forward pass over calibration samples (P1 section 2.2)."""
+
+    samples: int = Field(1024, ge=1, description="packed calibration samples")
+    sequence_length: int = Field(4096, ge=2, description="tokens of each sample")
+    micro_batch: int = Field(1, ge=1, description="samples in one forward pass")
+    seed: int = Field(1234, ge=0, description="order in which documents are packed into samples")
+
+
+class Target(Section):
+    """Sizes of the pruned model; a size that is not named stays as it is."""
+
+    layers: int | None = Field(None, ge=1)
+    hidden: int | None = Field(None, ge=1, description="embedding channels")
+    ffn: int | None = Field(None, ge=1, description="FFN neurons of every layer")
+    heads: int | None = Field(None, ge=1, description="query heads, the same number in each key/value group")
+
+    def sizes(self) -> dict[str, int]:
+        return {name: size for name, size in self.model_dump().items() if size is not None}
+
+
+class Prune(Section):
+    """What is kept: the units with the highest scores (P1 section 2.3)."""
+
+    target: Target
+    scores: Literal["activation", "magnitude", "random"] = Field("activation", description="magnitude and random are baselines")
+    aggregation: ImportanceAggregation = ImportanceAggregation()
+    seed: int = Field(0, ge=0, description="of the random baseline")
+
+
+class LearningRate(Section):
+    """Linear warm-up, then cosine from peak to minimum (P2 Table 4)."""
+
+    peak: float = Field(1e-4, gt=0)
+    minimum: float = Field(1e-5, ge=0)
+    warmup_steps: int = Field(40, ge=0)
+
+
+class Adam(Section):
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+
+
+class Wandb(Section):
+    project: str
+    mode: Literal["online", "offline"] = "online"
+
+
+class Distill(Section):
+    """The original teaches what is left (P1 section 3): forward KL on the logits alone, temperature 1, by default."""
+
+    loss: dict[Literal["forward_kl", "cross_entropy"], float] = Field({"forward_kl": 1.0}, description="weight of each loss; a name alone weighs 1")
+    temperature: float = Field(1.0, gt=0)
+    steps: int = Field(ge=1)
+    sequence_length: int = Field(8192, ge=2)
+    global_batch: int = Field(1152, ge=1, description="samples a step, over all processes")
+    micro_batch: int = Field(1, ge=1, description="samples in one forward and backward pass of one process")
+    learning_rate: LearningRate = LearningRate()
+    adam: Adam = Adam()
+    clip_gradient_norm: float = Field(1.0, gt=0)
+    save_every_steps: int = Field(100, ge=1)
+    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept while training")
+    validate_every_steps: int = Field(100, ge=1)
+    validation_samples: int = Field(32, ge=1)
+    loss_chunk_tokens: int = Field(256, ge=1, description="tokens whose logits exist at one time")
+    seed: int = Field(1234, ge=0, description="order of the training samples")
+    wandb: Wandb | None = None
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {value: 1.0} if isinstance(value, str) else value
+
+
+class Evaluate(Section):
+    """Held-out perplexity, agreement with the teacher, tasks, a continuation."""
+
+    tokens: int | Literal["all"] = Field("all", description="tokens of each domain, in whole windows")
+    sequence_length: int = Field(4096, ge=2)
+    micro_batch: int = Field(1, ge=1)
+    tasks: list[str] = Field([], description="lm-eval task files (.yaml) with local data")
+    task_items: int | Literal["all"] = "all"
+    prompt: str = "The"
+    generate_tokens: int = Field(32, ge=0)
+
+
+class Recipe(Section):
+    """One compression from a source model to an exported student."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder below `runs`")
+    runs: str = "runs"
+    platform: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the machine multiplies in it, else fp32")
+    model: Model
+    data: Data
+    parallel: Parallel = Parallel()
+    importance: Importance = Importance()
+    prune: Prune
+    distill: Distill
+    evaluate: Evaluate = Evaluate()

@@ -1,0 +1,1 @@
+"""Stages `import` and `export`: Hugging Face ↔ torch_dist, streamed, bit-identical both ways."""

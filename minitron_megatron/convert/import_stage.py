@@ -1,0 +1,55 @@
+"""Stage `import`: a Hugging Face folder or a Megatron checkpoint → our torch_dist checkpoint, streamed tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from minitron_megatron.arch.architecture import Architecture, parameter_count
+from minitron_megatron.arch.hf_config import architecture_from_hf
+from minitron_megatron.arch.source import source_config
+from minitron_megatron.artifact import Artifact, require_disk_space, write_json
+from minitron_megatron.checkpoint.huggingface import HuggingFaceSource
+from minitron_megatron.checkpoint.tensors import tensor_table
+from minitron_megatron.checkpoint.torch_dist import MegatronSource, checkpoint_bytes, checkpoint_folder, write_torch_dist
+from minitron_megatron.config.schema import Model, Recipe
+from minitron_megatron.convert.tokenizer_files import copy_tokenizer
+
+
+def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path) -> dict[str, Any]:
+    """Writes checkpoint/, hf_config.json and tokenizer/ into the folder."""
+    config = source_config(recipe.model.path, recipe.model.hf_config)
+    arch = architecture_from_hf(config)
+    source = open_source(recipe.model, arch)
+    rows = tensor_table(arch)
+    size = checkpoint_bytes(rows, arch, source.dtype)
+    require_disk_space(folder, size, "the imported checkpoint")
+    digest = write_torch_dist(folder / "checkpoint", rows, arch, dtype=source.dtype, read=source.read)
+    write_json(folder / "hf_config.json", config)
+    copy_tokenizer(_tokenizer_folder(recipe.model), folder / "tokenizer")
+    return {
+        "summary": f"{arch.family_name}, {parameter_count(arch):,} parameters, {size / 1e9:.2f} GB",
+        "architecture": arch.to_dict(),
+        "parameters": parameter_count(arch),
+        "bytes": size,
+        "weights_sha256": digest,
+    }
+
+
+def open_source(model: Model, arch: Architecture) -> HuggingFaceSource | MegatronSource:
+    """The reader for what model.path names; its names and shapes are checked against the architecture."""
+    folder = Path(model.path)
+    if (checkpoint_folder(folder) / ".metadata").is_file():
+        return MegatronSource(folder, arch)
+    return HuggingFaceSource(folder, arch)
+
+
+def outside_files(recipe: Recipe) -> list[Path]:
+    """Every file of the source model, for the artifact's id."""
+    folders = [Path(recipe.model.path)] + ([Path(recipe.model.hf_config).parent] if recipe.model.hf_config else [])
+    return [path for folder in folders if folder.is_dir() for path in folder.rglob("*") if path.is_file()]
+
+
+def _tokenizer_folder(model: Model) -> Path:
+    return Path(model.hf_config).parent if model.hf_config else Path(model.path)

@@ -1,0 +1,1 @@
+"""Text in, batches out: tokenizers, indexed datasets, packed samples, evaluation windows."""

@@ -1,0 +1,68 @@
+"""Samples → batches, and which samples a data-parallel rank takes at a step.
+
+Legend: S sequence, B batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from minitron_megatron.errors import DataError
+
+
+class TokenDataset(Protocol):
+    """Samples of S + 1 tokens each, int64."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, sample_id: int) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch; sample_ids are global, so that teacher and student can meet whatever their layouts."""
+
+    tokens_BS: Tensor
+    labels_BS: Tensor
+    loss_mask_BS: Tensor
+    """fp32, 1 where the label counts."""
+    position_ids_BS: Tensor
+    sample_ids_B: Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(**{item.name: getattr(self, item.name).to(device, non_blocking=True) for item in fields(self)})
+
+
+def collate(dataset: TokenDataset, sample_ids: Sequence[int]) -> Batch:
+    """Stacks samples [S + 1] into a batch: labels are the tokens shifted by one, every label counts."""
+    samples_Bs = torch.stack([dataset[sample_id] for sample_id in sample_ids])
+    tokens_BS, labels_BS = samples_Bs[:, :-1].contiguous(), samples_Bs[:, 1:].contiguous()
+    return Batch(
+        tokens_BS=tokens_BS,
+        labels_BS=labels_BS,
+        loss_mask_BS=torch.ones(tokens_BS.shape, dtype=torch.float32),
+        position_ids_BS=torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS).contiguous(),
+        sample_ids_B=torch.tensor(sample_ids, dtype=torch.int64),
+    )
+
+
+def step_sample_ids(
+    step: int, *, global_batch: int, micro_batch: int, data_rank: int, data_size: int
+) -> list[list[int]]:
+    """Sample ids of each micro-batch of one data-parallel rank at a step.
+
+    Step s covers ids s·global_batch … (s+1)·global_batch − 1 for every data_size; a micro-batch takes the next
+    micro_batch × data_size of them, rank after rank. Raises DataError where these do not divide the global batch.
+    """
+    together = micro_batch * data_size
+    if global_batch % together:
+        raise DataError(
+            f"distill.global_batch={global_batch} is not divisible by micro_batch × parallel.data = {together}"
+        )
+    first = step * global_batch + data_rank * micro_batch
+    return [list(range(begin, begin + micro_batch)) for begin in range(first, first + global_batch, together)]

@@ -1,0 +1,108 @@
+"""The `data` stage: text files → train, heldout and out_of_domain indexed datasets in the model's vocabulary."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minitron_megatron.artifact import Artifact, require_disk_space
+from minitron_megatron.config.schema import Recipe
+from minitron_megatron.data.corpus import expand
+from minitron_megatron.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
+from minitron_megatron.errors import DataError
+
+if TYPE_CHECKING:
+    from minitron_megatron.data.index import IndexSummary
+
+
+def outside_files(recipe: Recipe) -> list[Path]:
+    """Every file that this stage reads outside its input artifacts.
+
+    Raises DataError for a glob or a tokenizer that is not there.
+    """
+    own_tokenizer = tokenizer_files(recipe.data.tokenizer) if recipe.data.tokenizer else []
+    return expand(recipe.data.train) + expand(recipe.data.out_of_domain) + own_tokenizer
+
+
+def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path) -> dict[str, Any]:
+    """Writes {train,heldout,out_of_domain}.{bin,idx} into `folder`; found blocks of an interrupted start are kept.
+
+    Returns documents, tokens and sha256 of each part, and eod, vocab_size and digest of the tokenizer.
+    Raises DataError for a tokenizer of another model, and for text that is too short for what later stages ask of it.
+    """
+    source = inputs["import"]
+    tokenizer = load_tokenizer(recipe.data.tokenizer or source.path / "tokenizer")
+    model_vocab = int(source.result["architecture"]["vocab"])
+    check_vocabulary(tokenizer, model_vocab, foreign=recipe.data.tokenizer is not None)
+    _require_space(recipe, tokenizer, folder)
+    parts = _write_parts(recipe, tokenizer, folder)
+    _check_lengths(recipe, {name: part.tokens for name, part in parts.items()})
+    shutil.rmtree(folder / "blocks")
+    tokens = ", ".join(f"{name} {part.tokens / 1e6:.2f}M" for name, part in parts.items())
+    return {
+        "summary": f"tokens: {tokens}",
+        "parts": {name: asdict(part) for name, part in parts.items()},
+        "eod": tokenizer.eod,
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer_sha256": tokenizer.digest,
+    }
+
+
+def check_vocabulary(tokenizer: Tokenizer, model_vocab: int, *, foreign: bool) -> None:
+    """Raises DataError where the tokenizer can give ids without an embedding, or is plainly another model's.
+
+    foreign: named by the recipe. Its own SentencePiece may be smaller than the padded embeddings, another may not.
+    """
+    size = tokenizer.vocab_size
+    differs = foreign and tokenizer.exact_vocabulary and size != model_vocab
+    if size > model_vocab or tokenizer.eod >= model_vocab or differs:
+        raise DataError(
+            f"{tokenizer.path}: the tokenizer's vocabulary of {size} is not the model's of {model_vocab}; "
+            "set data.tokenizer to the one the model was trained with, or leave it out to use the model's own"
+        )
+
+
+def _write_parts(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> dict[str, IndexSummary]:
+    # megatron's import takes seconds that outside_files can do without
+    from minitron_megatron.data.index import merge, split_and_merge, tokenize
+
+    data = recipe.data
+    train_files, other_files = expand(data.train), expand(data.out_of_domain)
+    encode = partial(tokenize, tokenizer=tokenizer, text_field=data.text_field, workers=data.workers)
+    blocks = encode(train_files, folder=folder / "blocks" / "train")
+    parts = split_and_merge(blocks, folder, heldout_documents=data.heldout_documents)
+    if other_files:
+        blocks = encode(other_files, folder=folder / "blocks" / "out_of_domain")
+        parts["out_of_domain"] = merge(blocks, folder / "out_of_domain")
+    return parts
+
+
+def _check_lengths(recipe: Recipe, tokens: Mapping[str, int]) -> None:
+    """What importance, distillation and evaluation would refuse later, refused before any of them has run for hours."""
+    importance = recipe.importance
+    needed = importance.samples * importance.sequence_length + 1
+    if tokens["train"] < needed:
+        raise DataError(
+            f"data.train: importance.samples={importance.samples} of {importance.sequence_length} tokens need {needed} "
+            f"tokens, there are {tokens['train']}; at most importance.samples="
+            f"{(tokens['train'] - 1) // importance.sequence_length}, or add text"
+        )
+    window = max(recipe.evaluate.sequence_length, recipe.distill.sequence_length) + 1
+    for name, mend in (("heldout", "raise data.heldout_documents"), ("out_of_domain", "add text")):
+        if tokens.get(name, window) < window:
+            raise DataError(
+                f"{name} text: {tokens[name]} tokens do not fill one evaluation window of {window}; "
+                f"{mend}, or shorten evaluate.sequence_length and distill.sequence_length"
+            )
+
+
+def _require_space(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> None:
+    """Blocks and merged files: 2 copies of an id for each 4 bytes of text, less what an interrupted start wrote."""
+    id_bytes = 2 if tokenizer.vocab_size < 65500 else 4
+    text_bytes = sum(path.stat().st_size for path in expand(recipe.data.train) + expand(recipe.data.out_of_domain))
+    written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    require_disk_space(folder, text_bytes * 2 * id_bytes // 4 - written, "tokenized text")

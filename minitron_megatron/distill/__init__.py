@@ -1,0 +1,1 @@
+"""Stage `distill`: the frozen teacher and the pruned student in one job."""

@@ -1,0 +1,139 @@
+"""The training loop: teacher's schedule, student's schedule, optimizer; no barrier between them."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from minitron_megatron.config.schema import Distill, Recipe
+from minitron_megatron.data.batches import Batch, TokenDataset, collate, step_sample_ids
+from minitron_megatron.distill.metrics import MetricsLog, console_line, validation_line
+from minitron_megatron.distill.student import Student, learning_rate_schedule
+from minitron_megatron.distill.teacher import TeacherStates
+from minitron_megatron.distill.training_checkpoint import load_training, save_training
+from minitron_megatron.errors import TrainingError
+from minitron_megatron.model.gpt import HiddenStateGPT
+from minitron_megatron.model.run import forward_backward, forward_only
+from minitron_megatron.parallel.layout import Layout
+from minitron_megatron.parallel.world import World
+
+
+@dataclass
+class Distillation:
+    """Everything one process holds during the run."""
+
+    settings: Distill
+    layout: Layout
+    world: World
+    teacher: HiddenStateGPT
+    student: Student
+    training: TokenDataset
+    heldout: TokenDataset
+
+    def run(self, folder: Path, recipe: Recipe) -> dict[str, float]:
+        """Trains to the last step from the newest checkpoint in the folder; returns the last validation."""
+        finished = load_training(folder / "training", self.student)
+        log = self._open_log(folder, finished, recipe)
+        schedule = learning_rate_schedule(self.student.optimizer, self.settings, finished)
+        if finished == 0:
+            self._log_validation(log, {"step": 0, "steps": self.settings.steps}, self.validate())
+        started = time.monotonic()
+        for step in range(finished, self.settings.steps):
+            record = self._step(step)
+            schedule.step(increment=1)
+            seconds_a_step = (time.monotonic() - started) / (step + 1 - finished)
+            self._after_step(record, folder, log, seconds_a_step)
+        last = self.validate()
+        if log:
+            log.close()
+        return last
+
+    def validate(self) -> dict[str, float]:
+        """KL to the teacher and perplexity on held-out windows, equal on every process."""
+        ids = range(self.layout.data_rank, len(self.heldout), self.layout.data)
+        batches = [collate(self.heldout, [window]).to(self.world.platform.device) for window in ids]
+        teacher = TeacherStates(self.teacher, batches)
+        self.student.model.eval()
+        losses = forward_only(self.student.model, batches, consume=lambda hidden, batch: self.student.loss(teacher, hidden, batch)[2])
+        self.student.model.train()
+        kl, cross_entropy = self._token_means(losses)
+        return {"forward_kl": kl, "cross_entropy": cross_entropy, "perplexity": math.exp(min(cross_entropy, 700))}
+
+    def _step(self, step: int) -> dict[str, Any]:
+        """One optimizer step over the global batch; the record of it."""
+        began, student = time.monotonic(), self.student
+        batches = self._batches(step)
+        student.wrapped.zero_grad_buffer()
+        student.optimizer.zero_grad()
+        teacher = TeacherStates(self.teacher, batches)
+        losses = forward_backward(student.model, student.wrapped, batches, partial(student.loss, teacher))
+        rate = student.optimizer.param_groups[0]["lr"]
+        _, gradient_norm, _ = student.optimizer.step()
+        kl, cross_entropy = self._token_means(losses)
+        loss = student.loss_settings.forward_kl * kl + student.loss_settings.cross_entropy * cross_entropy
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"distill: the loss of step {step + 1} is {loss}; lower distill.learning_rate.peak, or look at the pruned model's perplexity first"
+            )
+        seconds = time.monotonic() - began
+        return {
+            "step": step + 1,
+            "steps": self.settings.steps,
+            "loss": loss,
+            "forward_kl": kl,
+            "cross_entropy": cross_entropy,
+            "gradient_norm": float(gradient_norm),
+            "learning_rate": rate,
+            "tokens_per_second": self.settings.global_batch * self.settings.sequence_length / seconds,
+            "memory_gib": self.world.platform.peak_memory_bytes() / 2**30,
+            "seconds": seconds,
+        }
+
+    def _batches(self, step: int) -> list[Batch]:
+        groups = step_sample_ids(
+            step,
+            global_batch=self.settings.global_batch,
+            micro_batch=self.settings.micro_batch,
+            data_rank=self.layout.data_rank,
+            data_size=self.layout.data,
+        )
+        return [collate(self.training, ids).to(self.world.platform.device) for ids in groups]
+
+    def _token_means(self, losses: list[dict[str, Tensor]]) -> tuple[float, float]:
+        """KL and cross-entropy per token over all processes; the last stage's tensor ranks hold equal sums, one speaks."""
+        sums = torch.zeros(3, dtype=torch.float64, device=self.world.platform.device)
+        if self.layout.is_last_stage and self.layout.tensor_rank == 0:
+            for item in losses:
+                sums += torch.stack([item["forward_kl"].double(), item["cross_entropy"].double(), item["tokens"].double()])
+        dist.all_reduce(sums)
+        kl, cross_entropy, tokens = sums.tolist()
+        return kl / tokens, cross_entropy / tokens
+
+    def _after_step(self, record: dict[str, Any], folder: Path, log: MetricsLog | None, seconds_a_step: float) -> None:
+        step, steps = record["step"], self.settings.steps
+        if log and (step % max(1, steps // 20) == 0 or step == 1):
+            print(console_line(record, seconds_a_step * (steps - step)), flush=True)
+        if step % self.settings.validate_every_steps == 0 and step < steps:
+            self._log_validation(log, record, self.validate())
+        elif log:
+            log.write(record)
+        if step % self.settings.save_every_steps == 0 or step == steps:
+            save_training(folder / "training", step, self.student, self.world, keep=self.settings.keep_checkpoints)
+
+    def _log_validation(self, log: MetricsLog | None, record: dict[str, Any], values: dict[str, float]) -> None:
+        if log:
+            print(validation_line(record["step"], values), flush=True)
+            log.write({**record, "validation": values})
+
+    def _open_log(self, folder: Path, finished: int, recipe: Recipe) -> MetricsLog | None:
+        if not self.world.is_main:
+            return None
+        return MetricsLog(folder, finished_steps=finished, wandb=self.settings.wandb, run_name=recipe.name)

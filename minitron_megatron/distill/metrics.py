@@ -1,0 +1,81 @@
+"""What a training step tells: one console line, the same fields in metrics.jsonl, TensorBoard and, when asked for, W&B."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from minitron_megatron.config.schema import Wandb
+
+NOT_PLOTTED = ("step", "steps", "validation", "seconds")
+
+
+class MetricsLog:
+    """Writes below a folder; on the main process only."""
+
+    def __init__(self, folder: Path, *, finished_steps: int, wandb: Wandb | None, run_name: str) -> None:
+        self._path = folder / "metrics.jsonl"
+        keep_until(self._path, finished_steps)
+        self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=finished_steps + 1)
+        self._wandb = _start_wandb(wandb, run_name, folder) if wandb else None
+
+    def write(self, record: dict[str, Any]) -> None:
+        with self._path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        values = {f"train/{name}": value for name, value in record.items() if name not in NOT_PLOTTED}
+        values |= {f"validation/{name}": value for name, value in record.get("validation", {}).items()}
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, record["step"])
+        if self._wandb:
+            self._wandb.log(values, step=record["step"])
+
+    def close(self) -> None:
+        self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drops what an interrupted run logged after its last checkpoint: those steps come again."""
+    if path.is_file():
+        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        path.write_text("".join(f"{line}\n" for line in kept))
+
+
+def console_line(record: dict[str, Any], remaining_seconds: float) -> str:
+    """`distill 120/2000 6% | kl 0.412 | lm 2.31 | |g| 0.84 | lr 9.8e-5 | 41.2k tok/s | 62.1 GiB | eta 3h12m`"""
+    step, steps = record["step"], record["steps"]
+    fields = [
+        f"distill {step}/{steps} {100 * step // steps}%",
+        f"kl {record['forward_kl']:.3f}",
+        f"lm {record['cross_entropy']:.2f}",
+        f"|g| {record['gradient_norm']:.2f}",
+        f"lr {record['learning_rate']:.1e}",
+        f"{_short(record['tokens_per_second'])} tok/s",
+        f"{record['memory_gib']:.1f} GiB",
+        f"eta {_duration(remaining_seconds)}",
+    ]
+    return " | ".join(fields)
+
+
+def validation_line(step: int, values: dict[str, float]) -> str:
+    return f"validation at step {step} | kl {values['forward_kl']:.3f} | perplexity {values['perplexity']:.2f}"
+
+
+def _short(value: float) -> str:
+    return f"{value / 1000:.1f}k" if value >= 1000 else f"{value:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
+
+
+def _start_wandb(settings: Wandb, run_name: str, folder: Path) -> Any:
+    import wandb
+
+    return wandb.init(project=settings.project, mode=settings.mode, name=run_name, dir=str(folder))

@@ -1,0 +1,96 @@
+"""The student in training: model, data-parallel wrapper, optimizer, and its loss against the teacher's states."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
+
+from minitron_megatron.config.schema import Distill
+from minitron_megatron.data.batches import Batch
+from minitron_megatron.distill.kd_loss import LossSettings
+from minitron_megatron.distill.teacher import TeacherStates
+from minitron_megatron.model.gpt import HiddenStateGPT
+
+
+@dataclass
+class Student:
+    """What one process trains."""
+
+    model: HiddenStateGPT
+    wrapped: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    loss_settings: LossSettings
+
+    def loss(self, teacher: TeacherStates, hidden_SBD: Tensor, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """(sum of weighted token losses, token count, sums for the log), on the last stage.
+
+        The sum and the count stay apart: a mean per micro-batch would depend on micro-batch size and data parallelism.
+        """
+        tied = self.model.output_weight() if self.model.output_layer.weight is None else None
+        total, kl, cross_entropy = self.model.output_layer(
+            hidden_SBD, tied, target=teacher.target(batch), settings=self.loss_settings, rows=self.model.valid_rows()
+        )
+        tokens = batch.loss_mask_BS.sum().int()
+        return total, tokens, {"forward_kl": kl, "cross_entropy": cross_entropy, "tokens": tokens.clone()}
+
+
+def make_student(model: HiddenStateGPT, settings: Distill) -> Student:
+    """Wraps a loaded model for training; parameters of bf16 models have an fp32 main copy, gradients are fp32."""
+    groups, bf16 = model.layout.groups, model.config.params_dtype == torch.bfloat16
+    wrapped = DistributedDataParallel(
+        model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model, pg_collection=groups
+    )
+    optimizer = get_megatron_optimizer(_optimizer_config(settings, bf16), [wrapped])
+    model.config.grad_scale_func = optimizer.scale_loss
+    model.config.finalize_model_grads_func = partial(finalize_model_grads)
+    loss = LossSettings(
+        forward_kl=settings.loss.get("forward_kl", 0.0),
+        cross_entropy=settings.loss.get("cross_entropy", 0.0),
+        temperature=settings.temperature,
+        chunk_tokens=settings.loss_chunk_tokens,
+    )
+    return Student(model.train(), wrapped, optimizer, loss)
+
+
+def learning_rate_schedule(optimizer: Any, settings: Distill, finished_steps: int) -> OptimizerParamScheduler:
+    """Linear warm-up, then cosine; set for the step after finished_steps, so that the first step has a rate above 0."""
+    rate, decay = settings.learning_rate, settings.adam.weight_decay
+    schedule = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=rate.peak,
+        min_lr=rate.minimum,
+        lr_warmup_steps=rate.warmup_steps,
+        lr_decay_steps=settings.steps,
+        lr_decay_style="cosine",
+        start_wd=decay,
+        end_wd=decay,
+        wd_incr_steps=settings.steps,
+        wd_incr_style="constant",
+    )
+    schedule.step(increment=finished_steps + 1)
+    return schedule
+
+
+def _optimizer_config(settings: Distill, bf16: bool) -> OptimizerConfig:
+    adam = settings.adam
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=settings.learning_rate.peak,
+        min_lr=settings.learning_rate.minimum,
+        weight_decay=adam.weight_decay,
+        adam_beta1=adam.beta1,
+        adam_beta2=adam.beta2,
+        adam_eps=adam.eps,
+        clip_grad=settings.clip_gradient_norm,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+    )

@@ -1,0 +1,1 @@
+"""Stage `evaluate`: teacher, pruned and distilled model side by side."""

@@ -1,0 +1,131 @@
+"""Stage `evaluate`: three models in memory, the same windows, tasks and prompt for each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from minitron_megatron.arch.architecture import Architecture, parameter_count
+from minitron_megatron.artifact import Artifact
+from minitron_megatron.checkpoint.sharded import load_model
+from minitron_megatron.config.schema import Evaluate, Recipe
+from minitron_megatron.data.batches import TokenDataset, collate
+from minitron_megatron.data.samples import evaluation_windows
+from minitron_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from minitron_megatron.evaluate.compare import compare, domain_figures, real_logits
+from minitron_megatron.evaluate.scoring import Request, greedy_continuation, loglikelihoods
+from minitron_megatron.evaluate.table import markdown_table
+from minitron_megatron.evaluate.tasks import task_accuracies, task_files_outside
+from minitron_megatron.model.gpt import HiddenStateGPT, build_model
+from minitron_megatron.model.precision import torch_dtype
+from minitron_megatron.model.run import forward_only
+from minitron_megatron.parallel.layout import global_layout
+from minitron_megatron.parallel.world import World
+
+STAGE_OF_MODEL = {"teacher": "import", "pruned": "prune", "distilled": "distill"}
+DOMAINS = {"in_domain": "heldout", "out_of_domain": "out_of_domain"}
+THROUGHPUT_WINDOWS = 4
+
+
+def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: World) -> dict[str, Any]:
+    """Writes table.md; the result holds every figure with its standard error."""
+    settings = recipe.evaluate
+    tokenizer = load_tokenizer(recipe.data.tokenizer or inputs["import"].path / "tokenizer")
+    models = _load_models(recipe, inputs, world)
+    windows = _windows(settings, inputs["data"])
+    figures: dict[str, dict[str, Any]] = {
+        name: {"parameters": parameter_count(model.architecture), "domains": {}, "tasks": {}} for name, model in models.items()
+    }
+    for domain, dataset in windows.items():
+        found = domain_figures(compare(models, dataset, world, what=domain), settings.sequence_length)
+        for name, values in found.items():
+            figures[name]["domains"][domain] = values
+    for name, model in models.items():
+        figures[name]["tokens_per_second"] = tokens_per_second(model, windows["in_domain"], world)
+        figures[name]["tasks"] = _tasks(model, settings, tokenizer, world)
+        figures[name]["continuation"] = _continuation(model, settings, tokenizer)
+    result = {
+        "summary": f"held-out perplexity {_perplexities(figures, 'in_domain')} (teacher / pruned / distilled)",
+        "models": figures,
+        "prompt": settings.prompt,
+        "tokens": {domain: len(dataset) * settings.sequence_length for domain, dataset in windows.items()},
+        "task_items": settings.task_items,
+        "sequence_length": settings.sequence_length,
+        "precision": recipe.precision,
+    }
+    if world.is_main:
+        (folder / "table.md").write_text(markdown_table(result) + "\n")
+    return result
+
+
+def outside_files(recipe: Recipe) -> list[Path]:
+    return task_files_outside(recipe.evaluate.tasks)
+
+
+def tokens_per_second(model: HiddenStateGPT, windows: TokenDataset, world: World) -> float:
+    """Forward pass with logits over a few windows, after one that warms up; all data-parallel ranks do the same work."""
+    device = world.platform.device
+    batches = [collate(windows, [window % len(windows)]).to(device) for window in range(THROUGHPUT_WINDOWS)]
+
+    def logits(hidden: Any, batch: Any) -> None:
+        real_logits(model, hidden.flatten(0, 1))
+
+    forward_only(model, batches[:1], consume=logits)
+    world.barrier()
+    began = time.monotonic()
+    forward_only(model, batches, consume=logits)
+    world.platform.synchronize()
+    world.barrier()
+    tokens = sum(batch.tokens_BS.numel() for batch in batches) * model.layout.data
+    return tokens / (time.monotonic() - began)
+
+
+def _load_models(recipe: Recipe, inputs: Mapping[str, Artifact], world: World) -> dict[str, HiddenStateGPT]:
+    layout, models = global_layout(recipe.parallel, world), {}
+    for name, stage in STAGE_OF_MODEL.items():
+        arch = Architecture.from_dict(inputs[stage].result["architecture"])
+        models[name] = build_model(arch, layout, world.platform, torch_dtype(recipe.precision), variable_lengths=True)
+        load_model(models[name], inputs[stage].path / "checkpoint")
+    return models
+
+
+def _windows(settings: Evaluate, data: Artifact) -> dict[str, TokenDataset]:
+    return {
+        domain: evaluation_windows(data.path / part, sequence_length=settings.sequence_length, tokens=settings.tokens)
+        for domain, part in DOMAINS.items()
+        if part in data.result["parts"]
+    }
+
+
+def _tasks(model: HiddenStateGPT, settings: Evaluate, tokenizer: Tokenizer, world: World) -> dict[str, Any]:
+    """The main process runs lm-eval and asks; the others answer with it until it is done."""
+    if not settings.tasks:
+        return {}
+    if not world.is_main:
+        while (requests := world.from_main(None)) is not None:
+            loglikelihoods(model, requests)
+        return {}
+
+    def ask(requests: list[Request]) -> list[tuple[float, bool]]:
+        return loglikelihoods(model, world.from_main(requests))
+
+    found = task_accuracies(
+        settings.tasks,
+        items=None if settings.task_items == "all" else settings.task_items,
+        tokenize=tokenizer.encode,
+        eod=tokenizer.eod,
+        loglikelihoods=ask,
+    )
+    world.from_main(None)
+    return found
+
+
+def _continuation(model: HiddenStateGPT, settings: Evaluate, tokenizer: Tokenizer) -> str:
+    prompt = tokenizer.encode(settings.prompt) or [tokenizer.eod]
+    return tokenizer.decode(greedy_continuation(model, prompt, tokens=settings.generate_tokens, eod=tokenizer.eod))
+
+
+def _perplexities(figures: dict[str, Any], domain: str) -> str:
+    return " / ".join(f"{figure['domains'][domain]['perplexity']['value']:.2f}" for figure in figures.values())

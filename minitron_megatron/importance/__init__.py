@@ -1,0 +1,1 @@
+"""Stage `importance`: one forward pass over calibration samples scores every axis."""

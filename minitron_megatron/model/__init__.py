@@ -1,0 +1,1 @@
+"""GPT models out of Architecture × Layout × Platform, and what runs them."""

@@ -1,0 +1,63 @@
+"""Modules of the layer spec that needs neither Transformer Engine nor apex.
+
+Legend: S sequence, B batch, D hidden, h this rank's query heads, g this rank's key/value groups, K head channels.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm with sequence parallelism; megatron-core's own fallback refuses it without Transformer Engine."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        # its gradient is a sum over a sequence shard, which finalize_model_grads completes over the tensor ranks
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x and result: [..., hidden_size]."""
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class CausalAttention(nn.Module):
+    """Core attention through torch's scaled_dot_product_attention: no [S, S] scores in memory."""
+
+    def __init__(self, config: TransformerConfig, *_: Any, softmax_scale: float | None = None, **__: Any) -> None:
+        super().__init__()
+        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(self, query_SBhK: Tensor, key_SBgK: Tensor, value_SBgK: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Tensor:
+        """Returns [S, B, h·K]. The mask is always causal; what attention_mask says is not read."""
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBhK, key_SBgK, value_SBgK))
+        grouped = query.shape[1] != key.shape[1]
+        context_BhSK = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped)
+        return context_BhSK.permute(2, 0, 1, 3).flatten(2)
+
+
+def local_layer_spec(config: TransformerConfig) -> ModuleSpec:
+    """megatron-core's local layer with our norm and core attention in it."""
+    spec = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)
+    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    attention.core_attention = CausalAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return spec
+
+
+def block_spec(config: TransformerConfig, layers: int) -> TransformerBlockSubmodules:
+    """The spec of one pipeline stage with this many layers."""
+    return TransformerBlockSubmodules(layer_specs=[local_layer_spec(config)] * layers, layer_norm=RMSNorm)

@@ -1,0 +1,1 @@
+"""Process groups of a model, and collectives that take their group as an argument."""

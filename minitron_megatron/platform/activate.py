@@ -1,0 +1,163 @@
+"""Choose CPU over gloo or CUDA over NCCL for this process, once, before megatron.core is imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import resource
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from minitron_megatron.errors import PlatformError
+from minitron_megatron.platform import quiet, retarget, versions
+
+Kind = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Platform:
+    """Where this process computes and how it talks to the others."""
+
+    kind: Kind
+    backend: Literal["gloo", "nccl"]
+    device: torch.device
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what was asked of it, so that a clock may be read."""
+        if self.kind == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def peak_memory_bytes(self) -> int:
+        """Highest memory use so far: of the allocator on CUDA, resident memory of the process on CPU."""
+        if self.kind == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux reports KiB
+
+    def supports_bf16_matmul(self) -> bool:
+        """Whether bf16 is faster than fp32 here; without the instructions a CPU emulates it, many times slower."""
+        if self.kind == "cuda":
+            return torch.cuda.get_device_capability(self.device) >= (8, 0)
+        return bool(cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})  # the last one: ARM
+
+
+def activate(kind: Literal["auto", "cpu", "cuda"] = "auto") -> Platform:
+    """Set this process up for `kind` and return its Platform; `auto` is CUDA where torch sees a GPU, else CPU.
+
+    To be called before the first import of megatron.core. A second call for the same kind returns the same Platform.
+    On CUDA nothing of megatron is rebound. Raises PlatformError: unsupported megatron-core, megatron.core imported too
+    early (CPU), no GPU for this process (CUDA), or another kind than at the first call.
+    """
+    wanted = _resolve(kind)
+    active = _active()
+    if "platform" not in active:
+        versions.require_supported()
+        active["platform"] = _activate_cpu() if wanted == "cpu" else _activate_cuda()
+        quiet.silence_known_noise()
+    platform = active["platform"]
+    if platform.kind != wanted:
+        raise PlatformError(
+            f"platform.activate('{kind}'): this process already runs on {platform.kind}; "
+            f"start a new process for {wanted}"
+        )
+    return platform
+
+
+def megatron_flags(platform: Platform) -> dict[str, Any]:
+    """TransformerConfig arguments that depend on the machine and on what is installed.
+
+    `bias_activation_fusion` holds for SwiGLU and GELU; a model with another activation (squared ReLU) has to
+    overwrite it with False.
+    """
+    return _cpu_flags() if platform.kind == "cpu" else _cuda_flags()
+
+
+def cpu_flags() -> frozenset[str]:
+    """Instruction sets of the CPU as Linux names them; empty where /proc/cpuinfo is absent."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    named = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    return frozenset(named.partition(":")[2].split())
+
+
+@cache
+def _active() -> dict[str, Platform]:
+    """The Platform of this process once it is set: the import hook belongs to the process, so its record does too."""
+    return {}
+
+
+def _resolve(kind: str) -> Kind:
+    match kind:
+        case "auto":
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        case "cpu" | "cuda":
+            return kind
+    raise PlatformError(f"platform: {kind!r} is none of auto, cpu, cuda")
+
+
+def _activate_cpu() -> Platform:
+    retarget.install()
+    # megatron marks functions for torch.compile; on CPU that calls a C++ compiler for minutes to gain nothing
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    _request_one_hardware_queue()
+    return Platform("cpu", "gloo", torch.device("cpu"))
+
+
+def _activate_cuda() -> Platform:
+    _request_one_hardware_queue()  # before the first CUDA call: the driver reads it once
+    local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise PlatformError(
+            f"platform.activate('cuda'): LOCAL_RANK={local_rank} but torch {torch.__version__} sees {gpus} GPUs; "
+            f"start at most {gpus} processes per node, or use platform=cpu"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return Platform("cuda", "nccl", device)
+
+
+def _request_one_hardware_queue() -> None:
+    # tensor parallelism overlaps its all-reduce with the weight gradient only if kernels start in the order of their
+    # launch; megatron warns where this is not set, on CPU too
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+def _cpu_flags() -> dict[str, Any]:
+    return {
+        "use_cpu_initialization": True,
+        "masked_softmax_fusion": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "apply_rope_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "persist_layer_norm": False,
+        # over gloo, batched sends and receives make the gradients of PP=2 with VPP=2 silently wrong
+        "batch_p2p_comm": False,
+    }
+
+
+def _cuda_flags() -> dict[str, Any]:
+    installed = {name for name in _KERNEL_MODULES if importlib.util.find_spec(name) is not None}
+    return {
+        "use_cpu_initialization": False,
+        "masked_softmax_fusion": "scaled_upper_triang_masked_softmax_cuda" in installed,
+        "bias_activation_fusion": True,
+        "bias_dropout_fusion": True,
+        "apply_rope_fusion": "transformer_engine" in installed,
+        # megatron raises when the output layer is built, even with Transformer Engine, if the kernel is absent
+        "gradient_accumulation_fusion": "fused_weight_gradient_mlp_cuda" in installed,
+        "persist_layer_norm": "fast_layer_norm" in installed,
+        "batch_p2p_comm": True,
+    }
+
+
+# top-level extension modules: three built with NVIDIA's apex, and Transformer Engine
+_KERNEL_MODULES = (
+    "scaled_upper_triang_masked_softmax_cuda",
+    "fused_weight_gradient_mlp_cuda",
+    "fast_layer_norm",
+    "transformer_engine",
+)

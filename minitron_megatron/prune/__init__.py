@@ -1,0 +1,1 @@
+"""Stage `prune`: scores + target architecture → plan → pruned checkpoint, streamed."""

@@ -1,0 +1,90 @@
+"""The plan: which units of the source are kept, by global layer number and source index.
+
+Legend: D hidden, F ffn, H query heads, G key/value groups.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minitron_megatron.arch.architecture import Architecture
+from minitron_megatron.errors import PlanError
+from minitron_megatron.scores.units import UnitScores
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """Kept units in ascending order of their source index; ffn and heads by source layer, for kept layers only."""
+
+    source: Architecture
+    target: Architecture
+    kept_layers: list[int]
+    ffn: dict[int, list[int]]
+    heads: dict[int, list[int]]
+    channels: list[int]
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(self.to_dict()) + "\n")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "source": self.source.to_dict(),
+            "target": self.target.to_dict(),
+            "kept_layers": self.kept_layers,
+            "ffn": self.ffn,
+            "heads": self.heads,
+            "channels": self.channels,
+        }
+
+    @property
+    def dropped_layers(self) -> list[int]:
+        return sorted(set(range(self.source.layers)) - set(self.kept_layers))
+
+
+def make_plan(scores: UnitScores, source: Architecture, target: Architecture) -> PrunePlan:
+    """Keeps the units with the highest scores of each axis (P1 section 2.3); where two are equal, the lower index wins.
+
+    Heads are ranked within each key/value group and the same number is kept in each, so that grouped-query attention stays what it is.
+    Raises PlanError for scores that are not finite or of other sizes than the source.
+    """
+    _check(scores, source)
+    layers = top(scores.layers, target.layers)
+    return PrunePlan(
+        source=source,
+        target=target,
+        kept_layers=layers,
+        ffn={layer: top(scores.ffn[layer], target.ffn) for layer in layers},
+        heads={layer: top_heads(scores.heads[layer], source.kv_groups, target.heads_per_group) for layer in layers},
+        channels=top(scores.channels, target.hidden),
+    )
+
+
+def top(scores: Tensor, count: int) -> list[int]:
+    """Indices of the highest scores, ascending; a stable sort makes the lower index win a tie."""
+    order = torch.argsort(scores, descending=True, stable=True)
+    return sorted(order[:count].tolist())
+
+
+def top_heads(scores_H: Tensor, groups: int, kept_per_group: int) -> list[int]:
+    """Indices of the highest-scored heads of every group, ascending."""
+    per_group = scores_H.view(groups, -1)
+    size = per_group.shape[1]
+    return [group * size + head for group in range(groups) for head in top(per_group[group], kept_per_group)]
+
+
+def _check(scores: UnitScores, source: Architecture) -> None:
+    expected = {"ffn": (scores.ffn, source.ffn), "heads": (scores.heads, source.heads)}
+    for name, (rows, units) in expected.items():
+        if len(rows) != source.layers or any(len(row) != units for row in rows):
+            raise PlanError(f"scores: {name} are of another model than the source ({source.layers} layers of {units}); measure them anew")
+    if len(scores.channels) != source.hidden or len(scores.layers) != source.layers:
+        raise PlanError(f"scores: channels or layers are of another model than the source ({source.hidden} channels); measure them anew")
+    for name, values in (("ffn", torch.cat(scores.ffn)), ("heads", torch.cat(scores.heads)), ("channels", scores.channels), ("layers", scores.layers)):
+        if not torch.isfinite(values).all():
+            raise PlanError(f"scores: {name} are not all finite; the model or the calibration data is broken, measure them anew")

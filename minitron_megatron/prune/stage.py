@@ -1,0 +1,62 @@
+"""Stage `prune`: width and depth together, from scores and a target architecture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from minitron_megatron.arch.architecture import Architecture, parameter_count
+from minitron_megatron.arch.hf_config import hf_config_for
+from minitron_megatron.artifact import Artifact, require_disk_space, write_json
+from minitron_megatron.checkpoint.tensors import tensor_table
+from minitron_megatron.checkpoint.torch_dist import MegatronSource
+from minitron_megatron.config.checks import target_architecture
+from minitron_megatron.config.schema import Prune, Recipe
+from minitron_megatron.errors import ArtifactError
+from minitron_megatron.prune.plan import make_plan
+from minitron_megatron.prune.stream import apply_plan, pruned_bytes
+from minitron_megatron.scores.statistics import Statistics
+from minitron_megatron.scores.units import UnitScores, activation_scores, magnitude_scores, random_scores
+
+
+def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path) -> dict[str, Any]:
+    """Writes checkpoint/, plan.json and hf_config.json."""
+    original = inputs["import"]
+    arch = Architecture.from_dict(original.result["architecture"])
+    target = target_architecture(recipe, arch)
+    source = MegatronSource(original.path / "checkpoint", arch)
+    plan = make_plan(_scores(recipe.prune, inputs, source), arch, target)
+    require_disk_space(folder, pruned_bytes(source, plan), "the pruned checkpoint")
+    digest = apply_plan(source, plan, folder / "checkpoint")
+    plan.save(folder / "plan.json")
+    config = json.loads((original.path / "hf_config.json").read_text())
+    write_json(folder / "hf_config.json", hf_config_for(config, plan.kept_layers, target))
+    before, after = parameter_count(arch), parameter_count(target)
+    return {
+        "summary": f"{before:,} → {after:,} parameters ({after / before:.1%}), {recipe.prune.scores} scores; {_what_is_cut(arch, target)}",
+        "architecture": target.to_dict(),
+        "parameters": after,
+        "parameters_before": before,
+        "kept_layers": plan.kept_layers,
+        "dropped_layers": plan.dropped_layers,
+        "weights_sha256": digest,
+    }
+
+
+def _scores(settings: Prune, inputs: Mapping[str, Artifact], source: MegatronSource) -> UnitScores:
+    if settings.scores == "random":
+        return random_scores(source.arch, settings.seed)
+    if settings.scores == "magnitude":
+        return magnitude_scores(((row, source.read(row)) for row in tensor_table(source.arch)), source.arch)
+    path = inputs["importance"].path / "scores.safetensors"
+    statistics = Statistics.load(path)
+    if statistics.origin.get("model") != inputs["import"].result["weights_sha256"]:
+        raise ArtifactError(f"{path} was measured on another model than {inputs['import'].path}; make it anew with: minitron importance RECIPE")
+    return activation_scores(statistics, batch=settings.aggregation.batch, sequence=settings.aggregation.sequence)
+
+
+def _what_is_cut(source: Architecture, target: Architecture) -> str:
+    sizes = [(name, getattr(source, name), getattr(target, name)) for name in ("layers", "hidden", "heads", "ffn")]
+    return ", ".join(f"{name} {before} → {after}" for name, before, after in sizes if before != after) or "nothing is cut"

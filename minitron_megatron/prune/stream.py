@@ -1,0 +1,40 @@
+"""A plan applied to a checkpoint as a stream: one tensor in memory at a time, no model is built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from minitron_megatron.checkpoint.tensors import TensorRow, tensor_table
+from minitron_megatron.checkpoint.torch_dist import MegatronSource, checkpoint_bytes, write_torch_dist
+from minitron_megatron.prune.plan import PrunePlan
+from minitron_megatron.prune.slice import slice_tensor
+
+
+def apply_plan(source: MegatronSource, plan: PrunePlan, folder: Path) -> str:
+    """Writes the pruned checkpoint; returns the sha256 of its weights."""
+    origin = source_rows(plan)
+    return write_torch_dist(
+        folder,
+        tensor_table(plan.target),
+        plan.target,
+        dtype=lambda row: source.dtype(origin[row.name]),
+        read=lambda row: slice_tensor(origin[row.name], source.read(origin[row.name]), plan),
+    )
+
+
+def pruned_bytes(source: MegatronSource, plan: PrunePlan) -> int:
+    origin = source_rows(plan)
+    return checkpoint_bytes(tensor_table(plan.target), plan.target, lambda row: source.dtype(origin[row.name]))
+
+
+def source_rows(plan: PrunePlan) -> dict[str, TensorRow]:
+    """Name of a target tensor → the source's row it is cut from."""
+    by_place = {(row.layer, _without_layer(row)): row for row in tensor_table(plan.source)}
+    return {
+        row.name: by_place[None if row.layer is None else plan.kept_layers[row.layer], _without_layer(row)]
+        for row in tensor_table(plan.target)
+    }
+
+
+def _without_layer(row: TensorRow) -> str:
+    return row.name.replace(f".layers.{row.layer}.", ".layers.")

@@ -1,0 +1,71 @@
+"""Sufficient statistics of the importance pass: merging, resuming and every aggregation need no new pass.
+
+For each axis and layer, over samples: Σ a and Σ a² of each sequence aggregate a (mean |x|, L2, variance), fp64.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minitron_megatron.arch.architecture import Architecture
+from minitron_megatron.errors import ArtifactError
+
+AGGREGATES = ("mean", "l2", "variance")
+"""Order of a statistic's first dimension: what is made of a sample's tokens."""
+AXES = ("ffn", "heads", "attention_norm", "mlp_norm")
+"""Input of the second FFN matrix · head outputs before the projection · outputs of the two norms of a layer."""
+INFLUENCE = "influence"
+"""Mean over a sample's tokens of cos(layer input, layer output); one unit."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Key (global layer, axis) → [3 aggregates, 2 (Σ a, Σ a²), units] fp64; influence: [2] (Σ, Σ² over samples)."""
+
+    arch: Architecture
+    samples: int
+    sums: dict[tuple[int, str], Tensor]
+    origin: dict[str, Any] = field(default_factory=dict)
+    """What was measured on what: model and data ids, sequence length, precision."""
+
+    def save(self, path: Path) -> None:
+        tensors = {f"layers.{layer}.{axis}": value.contiguous() for (layer, axis), value in self.sums.items()}
+        header = {"architecture": self.arch.to_dict(), "samples": self.samples, "origin": self.origin}
+        save_file(tensors, path, metadata={"statistics": json.dumps(header)})
+
+    @staticmethod
+    def load(path: Path) -> Statistics:
+        """Raises ArtifactError for a file that is missing, truncated or of another kind."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads(file.metadata()["statistics"])
+                sums = {_key(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        except (SafetensorError, OSError, KeyError, TypeError) as error:
+            raise ArtifactError(f"{path}: no whole scores file ({error}); make it anew with: minitron importance RECIPE") from None
+        return Statistics(Architecture.from_dict(header["architecture"]), header["samples"], sums, header["origin"])
+
+
+def _key(name: str) -> tuple[int, str]:
+    _, layer, axis = name.split(".")
+    return int(layer), axis
+
+
+def over_samples(sums: Tensor, samples: int, *, sequence: str, batch: str) -> Tensor:
+    """[units] fp64 score: first over tokens (already in the sums), then over samples; roots come last (P1 section 2.2).
+
+    batch: "mean" Σa/N, "l2" sqrt(Σa²), "variance" Σa²/N − (Σa/N)².
+    """
+    total, squares = sums[AGGREGATES.index(sequence)]
+    if batch == "mean":
+        return total / samples
+    if batch == "l2":
+        return squares.sqrt()
+    return (squares / samples - (total / samples).square()).clamp_min(0)
+

@@ -1,0 +1,67 @@
+"""`minitron show`: the resolved recipe, the architectures before and after, and what they cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+from rich.syntax import Syntax
+from rich.table import Table
+
+from minitron_megatron.arch.architecture import (
+    Architecture,
+    forward_flops_per_token,
+    kv_cache_bytes_per_token,
+    parameter_count,
+    parameters_by_part,
+)
+from minitron_megatron.config.schema import Recipe
+from minitron_megatron.parallel.split import split_layers
+
+SIZES = (
+    ("layers", "layers"),
+    ("hidden (embedding channels)", "hidden"),
+    ("query heads", "heads"),
+    ("key/value groups", "kv_groups"),
+    ("head channels", "head_channels"),
+    ("ffn", "ffn"),
+    ("vocabulary", "vocab"),
+)
+
+
+def show_recipe(recipe: Recipe, source: Architecture, target: Architecture, console: Console) -> None:
+    """Prints the recipe as YAML and the table of both architectures."""
+    resolved = yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False, width=120)
+    console.print(Syntax(resolved, "yaml", background_color="default"))
+    console.print(architecture_table(source, target, recipe.distill.sequence_length))
+    stages = recipe.parallel.pipeline
+    if stages > 1:
+        rule = recipe.parallel.layers_per_stage
+        splits = " → ".join(" + ".join(map(str, split_layers(arch, stages, rule))) for arch in (source, target))
+        console.print(f"Layers per pipeline stage ({rule}): {splits}")
+    console.print(f"Artifacts: {Path(recipe.runs) / recipe.name}")
+
+
+def architecture_table(source: Architecture, target: Architecture, sequence_length: int) -> Table:
+    """Before and after, with parameters by part, FLOPs and KV-cache bytes per token."""
+    table = Table(title=f"{source.family_name}: before and after", title_justify="left")
+    for header, justify in (("", "left"), ("before", "right"), ("after", "right"), ("ratio", "right")):
+        table.add_column(header, justify=justify)
+    for label, field in SIZES:
+        _row(table, label, getattr(source, field), getattr(target, field))
+    table.add_section()
+    after = parameters_by_part(target)
+    for part, before in parameters_by_part(source).items():
+        label = f"{part} (tied)" if part == "output" and source.tied_embeddings else part
+        _row(table, f"parameters: {label}", before, after[part])
+    _row(table, "parameters: all", parameter_count(source), parameter_count(target), style="bold")
+    table.add_section()
+    _row(table, f"forward FLOPs per token (sequence {sequence_length})", *(forward_flops_per_token(a, sequence_length) for a in (source, target)))
+    _row(table, "KV-cache bytes per token (bf16)", kv_cache_bytes_per_token(source), kv_cache_bytes_per_token(target))
+    return table
+
+
+def _row(table: Table, label: str, before: int, after: int, style: str = "") -> None:
+    ratio = f"{after / before:.3f}" if before else "–"
+    table.add_row(label, f"{before:,}", f"{after:,}", ratio if before != after else "=", style=style)

@@ -1,0 +1,77 @@
+"""One process of one stage: `python -m minitron_megatron.worker STAGE RECIPE [key=value…]`, under torchrun or alone."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from contextlib import nullcontext
+
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from minitron_megatron.arch.source import source_architecture
+from minitron_megatron.artifact import Artifact
+from minitron_megatron.chain import STAGES, Stage, finished, run_stage
+from minitron_megatron.config.checks import check_recipe
+from minitron_megatron.config.load import load_recipe
+from minitron_megatron.config.schema import Recipe
+from minitron_megatron.errors import LayoutError, MinitronError
+from minitron_megatron.parallel.world import World, distributed_world, rank_and_size
+from minitron_megatron.platform import Platform, activate
+
+LAUNCHED = "MINITRON_LAUNCHED"
+"""Set by our launcher, which shows errors itself."""
+
+
+def prepare(recipe_path: str, overrides: list[str]) -> tuple[Recipe, Platform]:
+    """The recipe, checked against its model, with `auto` settled for this machine; nothing is written."""
+    recipe = load_recipe(recipe_path, overrides)
+    check_recipe(recipe, source_architecture(recipe.model.path, recipe.model.hf_config))
+    platform = activate(recipe.platform)
+    precision = recipe.precision if recipe.precision != "auto" else ("bf16" if platform.supports_bf16_matmul() else "fp32")
+    return recipe.model_copy(update={"precision": precision, "platform": platform.kind}), platform
+
+
+def run_here(stage: Stage, recipe: Recipe, recipe_path: str, platform: Platform) -> Artifact | None:
+    """Runs a stage in this process, with the others that the launcher started where the stage is distributed."""
+    _, size = rank_and_size()
+    if not stage.distributed and size > 1:
+        raise LayoutError(f"stage {stage.name} is one process, but {size} were started; start it with NPROC=1")
+    with distributed_world(platform) if stage.distributed else nullcontext(World(platform)) as world:
+        return run_stage(stage, recipe, recipe_path, world)
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code 0; 2 for a user's mistake, told in one line; 1 for anything else, with its traceback."""
+    try:
+        _run(*arguments)
+        return 0
+    except Exception as error:
+        _report(error)
+        return 2 if isinstance(error, MinitronError) else 1
+
+
+def _run(stage_name: str, recipe_path: str, *overrides: str) -> None:
+    if stage_name not in STAGES:
+        raise MinitronError(f"unknown stage '{stage_name}'; stages: {', '.join(STAGES)}")
+    stage, is_main = STAGES[stage_name], rank_and_size()[0] == 0
+    recipe, platform = prepare(recipe_path, list(overrides))
+    if finished(stage, recipe):
+        print(f"{stage.name}: up to date", flush=True) if is_main else None
+        return
+    artifact = run_here(stage, recipe, recipe_path, platform)
+    if artifact:
+        print(f"{stage.name}: {artifact.result['summary']}  ({artifact.manifest['seconds']} s)", flush=True)
+
+
+def _report(error: Exception) -> None:
+    """Our launcher shows the first failing process's error, once; without it each process tells its own."""
+    handler = get_error_handler()
+    handler.initialize()
+    handler.record_exception(error)
+    if os.environ.get(LAUNCHED) is None:
+        print(error if isinstance(error, MinitronError) else traceback.format_exc(), file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

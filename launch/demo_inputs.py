@@ -186,9 +186,7 @@ def save_tokenizer(tokenizer: Any, target: Path) -> None:
     """Save with the pre-tokenizer of the original: the GGUF loader drops the splitting of numbers into single digits."""
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
-    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
-        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
-    )
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)])
     tokenizer.model_max_length = MODEL_CONTEXT_TOKENS
     tokenizer.save_pretrained(target)
 

@@ -79,7 +79,7 @@ def draft(folder: Path, stage: str, identity: str) -> Iterator[Path]:
     resumed = stamp.is_file() and stamp.read_text() == identity
     if not resumed:
         shutil.rmtree(partial, ignore_errors=True)
-        new_parents = [parent for parent in (folder, folder.parent) if not parent.exists()]
+        new_parents = [parent for parent in (folder, *folder.parents) if not parent.exists()]
         partial.mkdir(parents=True)
         stamp.write_text(identity)
     try:

@@ -36,12 +36,28 @@ STAGES = {
     for stage in (
         Stage("import", "convert.import_stage", (), ("model",), False, "read the source model into a torch_dist checkpoint"),
         Stage("data", "data.stage", ("import",), ("data",), False, "tokenize the corpora and split off the held-out documents"),
-        Stage("importance", "importance.stage", ("import", "data"), ("importance",), True, "score layers, neurons, heads and channels in one forward pass"),
+        Stage(
+            "importance",
+            "importance.stage",
+            ("import", "data"),
+            ("importance",),
+            True,
+            "score layers, neurons, heads and channels in one forward pass",
+        ),
         Stage("prune", "prune.stage", ("import", "importance"), ("prune",), False, "cut the source down to the target architecture"),
         Stage("distill", "distill.stage", ("import", "data", "prune"), ("distill",), True, "train the pruned student to follow the frozen teacher"),
-        Stage("evaluate", "evaluate.stage", ("import", "data", "prune", "distill"), ("evaluate",), True, "compare teacher, pruned and distilled model"),
+        Stage(
+            "evaluate", "evaluate.stage", ("import", "data", "prune", "distill"), ("evaluate",), True, "compare teacher, pruned and distilled model"
+        ),
         Stage("export", "convert.export_stage", ("import", "prune", "distill"), (), False, "write the student as a Hugging Face model"),
-        Stage("report", "report.stage", ("import", "data", "importance", "prune", "distill", "evaluate", "export"), (), False, "one HTML page of the whole run"),
+        Stage(
+            "report",
+            "report.stage",
+            ("import", "data", "importance", "prune", "distill", "evaluate", "export"),
+            (),
+            False,
+            "one HTML page of the whole run",
+        ),
     )
 }
 

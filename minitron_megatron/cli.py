@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
 from rich.console import Console
@@ -24,22 +24,63 @@ app = typer.Typer(
 
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file of one compression, for example configs/smollm2_135m_to_97m.yaml")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[key=value]…", help="values that replace the recipe's, for example distill.steps=300 parallel.data=2")
+    list[str] | None, typer.Argument(metavar="key=value", help="values that replace the recipe's, for example distill.steps=300 parallel.data=2")
 ]
+
+
+class StageHelp(NamedTuple):
+    what: str
+    writes: str
+    example: str = ""
+
+
 STAGE_HELP = {
-    "import": "Read the source model (Hugging Face or Megatron) into a torch_dist checkpoint, tensor by tensor.",
-    "data": "Tokenize the corpora into indexed datasets and split off the held-out documents.",
-    "importance": "Score layers, FFN neurons, attention heads and embedding channels in one forward pass.",
-    "prune": "Cut the source down to the target architecture, tensor by tensor.",
-    "distill": "Train the pruned student to follow the frozen teacher; continues where it was interrupted.",
-    "evaluate": "Compare teacher, pruned and distilled model: perplexity, KL, agreement, tasks, speed, a continuation.",
-    "export": "Write the student as a Hugging Face model that plain transformers loads.",
-    "report": "Gather the whole run in one self-contained HTML page.",
+    "import": StageHelp(
+        "Read the source model (Hugging Face or Megatron) into a torch_dist checkpoint, tensor by tensor.",
+        "checkpoint/, hf_config.json, tokenizer/",
+        "model.path=/models/Llama-3.1-8B",
+    ),
+    "data": StageHelp(
+        "Tokenize the corpora into indexed datasets and split off the held-out documents.",
+        "train, heldout and out_of_domain .bin and .idx",
+        "data.workers=8",
+    ),
+    "importance": StageHelp(
+        "Score layers, FFN neurons, attention heads and embedding channels in one forward pass.",
+        "scores.safetensors (sums from which every aggregation follows), summary.json",
+        "importance.samples=1024",
+    ),
+    "prune": StageHelp(
+        "Cut the source down to the target architecture, tensor by tensor.",
+        "checkpoint/, plan.json (what is kept), hf_config.json",
+        "prune.target.ffn=768 prune.target.layers=24",
+    ),
+    "distill": StageHelp(
+        "Train the pruned student to follow the frozen teacher; continues where it was interrupted.",
+        "checkpoint/, metrics.jsonl, tensorboard/",
+        "distill.steps=300 distill.learning_rate.peak=1e-4",
+    ),
+    "evaluate": StageHelp(
+        "Compare teacher, pruned and distilled model: perplexity, KL, agreement, tasks, speed, a continuation.",
+        "table.md",
+        "evaluate.tokens=all evaluate.task_items=all",
+    ),
+    "export": StageHelp("Write the student as a Hugging Face model that plain transformers loads.", "model/ (config.json, safetensors, tokenizer)"),
+    "report": StageHelp("Gather the whole run in one self-contained HTML page.", "report.html"),
 }
+DEMO = "configs/smollm2_135m_to_97m.yaml"
 
 
 def _stage_command(name: str) -> None:
-    @app.command(name, help=STAGE_HELP[name], rich_help_panel="Stages, in order")
+    told = STAGE_HELP[name]
+
+    @app.command(
+        name,
+        short_help=told.what,
+        help=f"{told.what}\n\nWrites `runs/NAME/{name}/`: {told.writes}.",
+        epilog=f"Example: `minitron {name} {DEMO} {told.example}`".strip(),
+        rich_help_panel="Stages, in order",
+    )
     def command(recipe: RecipePath, overrides: Overrides = None) -> None:
         raise typer.Exit(_run_stages([name], recipe, overrides or []))
 
@@ -64,7 +105,9 @@ def show(recipe: RecipePath, overrides: Overrides = None) -> None:
     show_recipe(loaded, source, check_recipe(loaded, source), Console())
 
 
-@app.command("doctor", help="Print what this machine has (GPU, NCCL, Transformer Engine, apex, FP8, SLURM) and what follows.", rich_help_panel="Look first")
+@app.command(
+    "doctor", help="Print what this machine has (GPU, NCCL, Transformer Engine, apex, FP8, SLURM) and what follows.", rich_help_panel="Look first"
+)
 def doctor() -> None:
     from minitron_megatron.platform.doctor import doctor_table, inspect_machine
 
@@ -105,12 +148,12 @@ def _show_results(recipe_path: str, overrides: list[str]) -> None:
     from minitron_megatron.artifact import open_artifact
     from minitron_megatron.chain import run_folder
     from minitron_megatron.config.load import load_recipe
-    from minitron_megatron.evaluate.table import console_table, continuations
+    from minitron_megatron.results.table import console_table, continuations
 
     folder, console = run_folder(load_recipe(recipe_path, overrides)), Console()
     result = open_artifact(folder, "evaluate", recipe_path).result
     console.print(console_table(result))
-    console.print(continuations(result))
+    console.print(continuations(result), markup=False, highlight=False)
     console.print(f"Report: {folder / 'report' / 'report.html'}")
 
 

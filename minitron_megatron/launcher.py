@@ -53,6 +53,10 @@ def worker_environment(processes: int) -> dict[str, str]:
         # threads that spin while they wait make matmuls several times slower on a busy machine
         "OMP_WAIT_POLICY": "passive",
         "GOMP_SPINCOUNT": "0",
+        # large tensors come back from the heap and in huge pages: fresh pages for each one took a quarter of a CPU step
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+        "THP_MEM_ALLOC_ENABLE": "1",
         # the data stage makes its own processes; a tokenizer that forks after using threads warns
         "TOKENIZERS_PARALLELISM": "false",
     }

@@ -46,8 +46,9 @@ def show_recipe(recipe: Recipe, source: Architecture, target: Architecture, cons
 def architecture_table(source: Architecture, target: Architecture, sequence_length: int) -> Table:
     """Before and after, with parameters by part, FLOPs and KV-cache bytes per token."""
     table = Table(title=f"{source.family_name}: before and after", title_justify="left")
-    for header, justify in (("", "left"), ("before", "right"), ("after", "right"), ("ratio", "right")):
-        table.add_column(header, justify=justify)
+    table.add_column("")
+    for header in ("before", "after", "ratio"):
+        table.add_column(header, justify="right")
     for label, field in SIZES:
         _row(table, label, getattr(source, field), getattr(target, field))
     table.add_section()
@@ -57,7 +58,8 @@ def architecture_table(source: Architecture, target: Architecture, sequence_leng
         _row(table, f"parameters: {label}", before, after[part])
     _row(table, "parameters: all", parameter_count(source), parameter_count(target), style="bold")
     table.add_section()
-    _row(table, f"forward FLOPs per token (sequence {sequence_length})", *(forward_flops_per_token(a, sequence_length) for a in (source, target)))
+    flops = [forward_flops_per_token(arch, sequence_length) for arch in (source, target)]
+    _row(table, f"forward FLOPs per token (sequence {sequence_length})", flops[0], flops[1])
     _row(table, "KV-cache bytes per token (bf16)", kv_cache_bytes_per_token(source), kv_cache_bytes_per_token(target))
     return table
 

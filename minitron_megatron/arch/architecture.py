@@ -48,6 +48,8 @@ class Architecture:
                 f"architecture: heads={self.heads} is not divisible by kv_groups={self.kv_groups}; "
                 f"nearest: {nearest_multiples(self.heads, self.kv_groups)}"
             )
+        if self.head_channels % 2:
+            raise ArchitectureError(f"architecture: head_channels={self.head_channels} is odd, but the rotary embedding turns pairs")
 
     @property
     def family(self) -> Family:
@@ -64,7 +66,7 @@ class Architecture:
 
     def resized(self, **sizes: int) -> Architecture:
         """The same family with other sizes, for example resized(ffn=1024, layers=26)."""
-        return replace(self, **sizes)
+        return replace(self, **sizes)  # type: ignore[arg-type]  # only sizes, all whole numbers
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -20,8 +20,12 @@ class Family:
     default_tied: bool = False
     default_rope_theta: float = 10000.0
     default_norm_eps: float = 1e-6
+    default_head_channels: int | None = None
+    """`head_dim` where config.json does not name it; None: hidden size / heads."""
     default_window: int | None = None
     """`sliding_window` where config.json does not name it."""
+    hidden_multiple_of_heads: bool = False
+    """Whether transformers refuses a hidden size that is no multiple of the heads, although head_dim is named."""
     must_be: tuple[tuple[str, object], ...] = ()
     """Fields of config.json that must have this value (or be absent) for the arithmetic to be the one built here."""
     per_layer: tuple[str, ...] = ()
@@ -31,7 +35,12 @@ class Family:
 FAMILIES = {
     row.name: row
     for row in (
-        Family("llama", "LlamaForCausalLM", must_be=(("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False))),
+        Family(
+            "llama",
+            "LlamaForCausalLM",
+            hidden_multiple_of_heads=True,
+            must_be=(("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)),
+        ),
         Family("mistral", "MistralForCausalLM", default_window=4096, must_be=(("hidden_act", "silu"),)),
         Family(
             "qwen2",
@@ -44,6 +53,7 @@ FAMILIES = {
             "qwen3",
             "Qwen3ForCausalLM",
             qk_norm=True,
+            default_head_channels=128,
             must_be=(("hidden_act", "silu"), ("attention_bias", False), ("use_sliding_window", False)),
             per_layer=("layer_types",),
         ),

@@ -32,7 +32,7 @@ def architecture_from_hf(config: dict[str, Any]) -> Architecture:
         hidden=hidden,
         heads=heads,
         kv_groups=config.get("num_key_value_heads") or heads,
-        head_channels=config.get("head_dim") or hidden // heads,
+        head_channels=config.get("head_dim") or kind.default_head_channels or hidden // heads,
         ffn=_required(config, "intermediate_size"),
         vocab=_required(config, "vocab_size"),
         tied_embeddings=bool(config.get("tie_word_embeddings", kind.default_tied)),
@@ -69,14 +69,16 @@ def _required(config: dict[str, Any], field: str) -> int:
 def _refuse_other_arithmetic(config: dict[str, Any], kind: Family) -> None:
     for field, expected in kind.must_be:
         if config.get(field, expected) not in (expected, None):
-            raise ArchitectureError(
-                f"config.json: {field}={config[field]!r} of family '{kind.name}' is not supported; expected {expected!r}"
-            )
+            raise ArchitectureError(f"config.json: {field}={config[field]!r} of family '{kind.name}' is not supported; expected {expected!r}")
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
     """Both spellings: `rope_parameters` (transformers 5) and `rope_scaling` + `rope_theta` (before)."""
-    return {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    turned = rope.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1.0
+    if float(turned) != 1.0:
+        raise ArchitectureError(f"config.json: partial_rotary_factor={turned} is not supported; expected 1.0")
+    return rope
 
 
 def _rope_theta(config: dict[str, Any], kind: Family) -> float:
@@ -97,7 +99,7 @@ def _rope_scaling(config: dict[str, Any]) -> RopeScaling | None:
         raise ArchitectureError(f"config.json: rotary scaling '{kind}' is not supported; known: default, llama3")
     for field, expected in LLAMA3_CONSTANTS.items():
         if float(rope.get(field, expected)) != expected:
-            raise ArchitectureError(
-                f"config.json: rotary scaling {field}={rope[field]} is not supported; megatron-core fixes it at {expected}"
-            )
+            raise ArchitectureError(f"config.json: rotary scaling {field}={rope[field]} is not supported; megatron-core fixes it at {expected}")
+    if not isinstance(rope.get("factor"), (int, float)):
+        raise ArchitectureError(f"config.json: rotary scaling llama3 needs a factor (found {rope.get('factor')!r})")
     return RopeScaling(factor=float(rope["factor"]))

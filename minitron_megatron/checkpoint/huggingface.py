@@ -43,22 +43,33 @@ class HuggingFaceSource:
         return self._open[self._file_of[name]].get_slice(name)
 
     def _check_names(self) -> None:
-        expected = {
-            name: shape for row in tensor_table(self.arch) for name, shape in zip(row.hf_names, hf_shapes(row, self.arch), strict=True)
-        }
+        expected = {name: shape for row in tensor_table(self.arch) for name, shape in zip(row.hf_names, hf_shapes(row, self.arch), strict=True)}
+        held = {path: set(file.keys()) for path, file in self._open.items()}
         for name, shape in expected.items():
             if name not in self._file_of:
                 raise CheckpointError(f"tensor {name} is in none of the safetensors files; is config.json of another model?")
+            if name not in held[self._file_of[name]]:
+                raise CheckpointError(f"{self._file_of[name]}: tensor {name} is not in it, but {INDEX} says so; copy the model anew")
             found = tuple(self._slice(name).get_shape())
             if found != shape:
                 raise CheckpointError(
                     f"{self._file_of[name]}: tensor {name} has shape {list(found)}, but config.json means {list(shape)}"
                     + ("; vocab_size is wrong" if name.endswith(("embed_tokens.weight", "lm_head.weight")) else "")
                 )
-        tied_copy = {"lm_head.weight"} if self.arch.tied_embeddings else set()
-        for name in sorted(set(self._file_of) - set(expected) - tied_copy):
-            if not name.endswith(DERIVED):
+        for name in sorted(set(self._file_of) - set(expected)):
+            if not name.endswith(DERIVED) and not self._is_tied_copy(name):
                 raise CheckpointError(f"{self._file_of[name]}: tensor {name} is not part of family '{self.arch.family_name}'")
+
+    def _is_tied_copy(self, name: str) -> bool:
+        """Whether it is an output weight that some writers save beside tied embeddings; raises where the two differ."""
+        if name != "lm_head.weight" or not self.arch.tied_embeddings:
+            return False
+        copy, embeddings = (self._open[self._file_of[tied]].get_tensor(tied) for tied in (name, "model.embed_tokens.weight"))
+        if not torch.equal(copy, embeddings):
+            raise CheckpointError(
+                f"{self._file_of[name]}: {name} differs from the embeddings, but config.json ties them; set tie_word_embeddings=false"
+            )
+        return True
 
 
 def write_huggingface(folder: Path, source: Any, arch: Architecture, *, shard_bytes: int = 1 << 30) -> int:
@@ -69,6 +80,8 @@ def write_huggingface(folder: Path, source: Any, arch: Architecture, *, shard_by
         save_file(shard, folder / f"shard-{len(shards)}.tmp", metadata={"format": "pt"})
         shards.append(list(shard))
         total += sum(tensor.nbytes for tensor in shard.values())
+    for number in range(len(shards)):
+        (folder / f"shard-{number}.tmp").chmod(0o644)  # save_file makes it readable to its owner alone
     if len(shards) == 1:
         (folder / "shard-0.tmp").rename(folder / SINGLE)
         return total
@@ -101,11 +114,25 @@ def _files_by_tensor(folder: Path) -> dict[str, Path]:
             raise CheckpointError(f"{folder}: neither {SINGLE} nor {INDEX} is there; model.path must name a Hugging Face folder")
         with _open(folder / SINGLE) as file:
             return dict.fromkeys(file.keys(), folder / SINGLE)
-    weight_map = json.loads(index.read_text())["weight_map"]
+    weight_map = _weight_map(index)
     missing = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
     if missing:
-        raise CheckpointError(f"{folder}: {INDEX} names {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} missing; copy the model anew")
+        raise CheckpointError(
+            f"{folder}: {INDEX} names {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} missing; copy the model anew"
+        )
     return {name: folder / file for name, file in weight_map.items()}
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name → file name."""
+    try:
+        found = json.loads(index.read_text())
+    except ValueError:
+        found = None
+    weight_map = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index}: no index of safetensors files (JSON with a weight_map); copy it anew")
+    return weight_map
 
 
 def _open(path: Path) -> Any:

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from torch import nn
 
 from minitron_megatron.errors import CheckpointError
+
+
+class MegatronModel(Protocol):
+    """What a GPTModel gives to be saved and loaded."""
+
+    pg_collection: Any
+
+    def sharded_state_dict(self, *, metadata: dict[str, Any]) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> Any: ...
+
 
 # one key per layer, not stacked [L, …] keys: pruning layers or neurons of one changes no other tensor
 METADATA = {"non_homogeneous_layers": True}
 
 
-def model_state(model: nn.Module) -> dict[str, Any]:
+def model_state(model: MegatronModel) -> dict[str, Any]:
     """A model's sharded state without the empty `_extra_state` entries, which our streams do not write."""
     metadata = {**METADATA, "dp_cp_group": model.pg_collection.dp_cp}
     state = model.sharded_state_dict(metadata=metadata)
     return {key: entry for key, entry in state.items() if not (isinstance(entry, ShardedObject) and _is_empty(entry))}
 
 
-def load_model(model: nn.Module, folder: Path) -> None:
+def load_model(model: MegatronModel, folder: Path) -> None:
     """Fills a model's weights from a checkpoint of any layout; rows beyond the vocabulary stay zero."""
     if not (folder / "metadata.json").is_file():
         raise CheckpointError(f"{folder}: no torch_dist checkpoint (its metadata.json is missing); make it anew")

@@ -71,12 +71,13 @@ def _layer_rows(arch: Architecture, layer: int) -> list[TensorRow]:
     if arch.family.qk_norm:
         rows.append(row("self_attention.q_layernorm.weight", ("self_attn.q_norm.weight",), "K"))
         rows.append(row("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight",), "K"))
-    return rows + [
+    rows += [
         row("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), "D", "HK"),
         row("mlp.linear_fc1.layer_norm_weight", ("post_attention_layernorm.weight",), "D", plain="pre_mlp_layernorm.weight"),
         row("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), "2F", "D"),
         row("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), "D", "F"),
     ]
+    return rows
 
 
 def hf_shapes(row: TensorRow, arch: Architecture) -> list[tuple[int, ...]]:

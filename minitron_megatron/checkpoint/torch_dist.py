@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from minitron_megatron.checkpoint.tensors import TensorRow, axis_size, tensor_ta
 from minitron_megatron.errors import CheckpointError
 
 BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
+MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
+"""Keys of the model; optimizer state and random states lie beside them and are left alone."""
 
 
 class TorchDistReader:
@@ -31,7 +34,10 @@ class TorchDistReader:
         if not (folder / ".metadata").is_file():
             raise CheckpointError(f"{folder}: no torch_dist checkpoint (its .metadata is missing); was the job that wrote it stopped?")
         self._files = FileSystemReader(folder)
-        self._metadata = self._files.read_metadata()
+        try:
+            self._metadata = self._files.read_metadata()
+        except Exception as error:  # a damaged pickle may raise anything
+            raise CheckpointError(f"{folder}: its .metadata cannot be read ({_first_line(error)}); make the checkpoint anew") from None
         self._files.set_up_storage_reader(self._metadata, is_coordinator=True)
         self.tensors: dict[str, TensorStorageMetadata] = {
             key: entry for key, entry in self._metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)
@@ -46,9 +52,13 @@ class TorchDistReader:
         items = create_read_items_for_chunk_list(key, entry, [chunk])
         try:
             self._files.read_data(LoadPlan(items), _IntoTarget(target)).wait()
-        except (OSError, RuntimeError, EOFError) as error:
-            raise CheckpointError(f"{self.folder}: tensor {key} cannot be read ({str(error).splitlines()[0]}); make the checkpoint anew") from None
+        except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
+            raise CheckpointError(f"{self.folder}: tensor {key} cannot be read ({_first_line(error)}); make the checkpoint anew") from None
         return target
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 class _IntoTarget(DefaultLoadPlanner):
@@ -102,13 +112,22 @@ class MegatronSource:
         raise CheckpointError(f"{self._reader.folder}: tensor {row.name} is missing; is the checkpoint of another model?")
 
     def _check(self) -> None:
+        known: set[str] = set()
         for row in tensor_table(self.arch):
             key, layer = self._find(row)
-            expected, found = row.shape(self.arch), tuple(self._reader.tensors[key].size)
-            found = found if layer is None else found[1:]
+            known.add(key)
+            stacked = () if layer is None else (self.arch.layers,)
+            expected, found = (*stacked, *row.shape(self.arch)), tuple(self._reader.tensors[key].size)
             padded = row.axes[0] == "V" and found[0] >= expected[0] and found[1:] == expected[1:]
             if found != expected and not padded:
-                raise CheckpointError(f"{self._reader.folder}: tensor {key} has shape {list(found)}, expected {list(expected)}; is it of another model?")
+                raise CheckpointError(
+                    f"{self._reader.folder}: tensor {key} has shape {list(found)}, expected {list(expected)}; is it of another model?"
+                )
+        for key in sorted(self._reader.tensors.keys() - known):
+            if key.startswith(MODEL_PREFIXES):
+                raise CheckpointError(
+                    f"{self._reader.folder}: tensor {key} is not part of family '{self.arch.family_name}' with {self.arch.layers} layers"
+                )
 
 
 def checkpoint_folder(folder: Path) -> Path:
@@ -117,6 +136,8 @@ def checkpoint_folder(folder: Path) -> Path:
     if not latest.is_file():
         return folder
     iteration = latest.read_text().strip()
+    if iteration != "release" and not iteration.isdecimal():
+        raise CheckpointError(f"{latest}: neither an iteration nor 'release' (found {iteration!r}); name one of the iter_… folders as model.path")
     return folder / (iteration if iteration == "release" else f"iter_{int(iteration):07d}")
 
 

@@ -20,6 +20,12 @@ def target_architecture(recipe: Recipe, source: Architecture) -> Architecture:
             f"prune.target.heads={heads} is not divisible by the model's {source.kv_groups} key/value groups; "
             f"nearest: {nearest_multiples(heads, source.kv_groups)}"
         )
+    hidden = recipe.prune.target.hidden or source.hidden
+    if not problems and source.family.hidden_multiple_of_heads and hidden % heads:
+        problems.append(
+            f"prune.target: hidden={hidden} is not a multiple of heads={heads}, and transformers would not load such a {source.family_name}; "
+            f"nearest hidden: {nearest_multiples(hidden, heads)}"
+        )
     if problems:
         raise RecipeError(problems)
     return source.resized(**recipe.prune.target.sizes())
@@ -48,8 +54,7 @@ def _layout_problems(parallel: Parallel, arch: Architecture, whose: str) -> list
     for field, size in (("heads", arch.heads), ("key/value groups", arch.kv_groups), ("ffn", arch.ffn)):
         if size % parallel.tensor:
             problems.append(
-                f"parallel.tensor={parallel.tensor} does not divide {whose}'s {size} {field}; "
-                f"tensor sizes that do: {_common_divisors(arch)}"
+                f"parallel.tensor={parallel.tensor} does not divide {whose}'s {size} {field}; tensor sizes that do: {_common_divisors(arch)}"
             )
     if parallel.pipeline > arch.layers:
         problems.append(f"parallel.pipeline={parallel.pipeline} is more than {whose}'s {arch.layers} layers; at most {arch.layers}")
@@ -59,9 +64,7 @@ def _layout_problems(parallel: Parallel, arch: Architecture, whose: str) -> list
 
 
 def _common_divisors(arch: Architecture) -> str:
-    return ", ".join(
-        str(size) for size in range(1, arch.kv_groups + 1) if not (arch.heads % size or arch.kv_groups % size or arch.ffn % size)
-    )
+    return ", ".join(str(size) for size in range(1, arch.kv_groups + 1) if not (arch.heads % size or arch.kv_groups % size or arch.ffn % size))
 
 
 def _length_problems(recipe: Recipe, arch: Architecture) -> list[str]:
@@ -89,9 +92,7 @@ def _batch_problems(recipe: Recipe) -> list[str]:
             f"nearest: {nearest_multiples(distill.global_batch, together)}"
         )
     if distill.learning_rate.warmup_steps >= distill.steps:
-        problems.append(
-            f"distill.learning_rate.warmup_steps={distill.learning_rate.warmup_steps} must be less than distill.steps={distill.steps}"
-        )
+        problems.append(f"distill.learning_rate.warmup_steps={distill.learning_rate.warmup_steps} must be less than distill.steps={distill.steps}")
     if distill.learning_rate.minimum > distill.learning_rate.peak:
         problems.append("distill.learning_rate.minimum is above its peak")
     if not any(distill.loss.values()) or any(weight < 0 for weight in distill.loss.values()):

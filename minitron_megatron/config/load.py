@@ -32,11 +32,14 @@ def _read(source: Path, overrides: list[str]) -> dict[str, Any]:
     if malformed:
         raise RecipeError([f"override '{item}' is not of the form key=value, for example distill.steps=200" for item in malformed])
     try:
-        merged = OmegaConf.merge(OmegaConf.load(source), OmegaConf.from_dotlist(overrides))
+        loaded = OmegaConf.load(source)
+        if not isinstance(loaded, DictConfig):
+            raise RecipeError(f"{source}: a recipe is a mapping of sections, found a list")
+        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(overrides))
         _replace_mappings(merged, overrides)
-        values = OmegaConf.to_container(merged, resolve=True)
-    except (YAMLError, OmegaConfBaseException, ValueError) as error:
-        raise RecipeError(f"{source}: no valid YAML: {' '.join(str(error).split())}") from None
+        values: Any = OmegaConf.to_container(merged, resolve=True)
+    except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
+        raise RecipeError(f"{source}: no valid YAML or override: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{source}: a recipe is a mapping of sections, found {type(values).__name__}")
     return values
@@ -94,4 +97,4 @@ def _is_section(kind: Any) -> bool:
 def _description(where: list[Any]) -> str:
     section = _section_at(where[:-1])
     field = section.model_fields.get(str(where[-1])) if section else None
-    return (field.description if field and field.description else "it has no default")
+    return field.description if field and field.description else "it has no default"

@@ -5,16 +5,24 @@ Sources: P1 = arXiv 2407.14679, P2 = arXiv 2408.11796.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 LOSSES = ("forward_kl", "cross_entropy")
 Aggregation = Literal["mean", "l2", "variance"]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic would take `steps: yes` for 1."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("input should not be true or false")
+        return value
 
 
 class Model(Section):
@@ -137,13 +145,20 @@ class Distill(Section):
 class Evaluate(Section):
     """Held-out perplexity, agreement with the teacher, tasks, a continuation."""
 
-    tokens: int | Literal["all"] = Field("all", description="tokens of each domain, in whole windows")
+    tokens: Annotated[int, Field(ge=1)] | Literal["all"] = Field("all", description="tokens of each domain, in whole windows")
     sequence_length: int = Field(4096, ge=2)
     micro_batch: int = Field(1, ge=1)
     tasks: list[str] = Field([], description="lm-eval task files (.yaml) with local data")
-    task_items: int | Literal["all"] = "all"
+    task_items: Annotated[int, Field(ge=1)] | Literal["all"] = "all"
     prompt: str = "The"
     generate_tokens: int = Field(32, ge=0)
+
+    @field_validator("tokens", "task_items", mode="before")
+    @classmethod
+    def _count_or_all(cls, value: Any) -> Any:
+        if value != "all" and not (isinstance(value, int) and value >= 1):
+            raise ValueError("input should be a whole number of 1 or more, or all")
+        return value
 
 
 class Recipe(Section):

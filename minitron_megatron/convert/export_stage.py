@@ -28,7 +28,9 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path) -> dict[st
     size = write_huggingface(target, source, arch)
     config = json.loads((original.path / "hf_config.json").read_text())
     dtype = str(source.dtype(tensor_table(arch)[0])).removeprefix("torch.")
-    write_json(target / "config.json", {**hf_config_for(config, pruned.result["kept_layers"], arch), "dtype": dtype})
+    # transformers 4 wrote torch_dtype: the source's must not contradict what the student's weights are
+    config.update({spelling: dtype for spelling in ("dtype", "torch_dtype") if spelling == "dtype" or spelling in config})
+    write_json(target / "config.json", hf_config_for(config, pruned.result["kept_layers"], arch))
     final = Path(recipe.runs) / recipe.name / "export" / "model"
     return {
         "summary": f"{final}: {parameter_count(arch):,} parameters, {size / 1e9:.2f} GB, loads with AutoModelForCausalLM.from_pretrained",

@@ -51,9 +51,7 @@ def collate(dataset: TokenDataset, sample_ids: Sequence[int]) -> Batch:
     )
 
 
-def step_sample_ids(
-    step: int, *, global_batch: int, micro_batch: int, data_rank: int, data_size: int
-) -> list[list[int]]:
+def step_sample_ids(step: int, *, global_batch: int, micro_batch: int, data_rank: int, data_size: int) -> list[list[int]]:
     """Sample ids of each micro-batch of one data-parallel rank at a step.
 
     Step s covers ids s·global_batch … (s+1)·global_batch − 1 for every data_size; a micro-batch takes the next
@@ -61,8 +59,6 @@ def step_sample_ids(
     """
     together = micro_batch * data_size
     if global_batch % together:
-        raise DataError(
-            f"distill.global_batch={global_batch} is not divisible by micro_batch × parallel.data = {together}"
-        )
+        raise DataError(f"distill.global_batch={global_batch} is not divisible by micro_batch × parallel.data = {together}")
     first = step * global_batch + data_rank * micro_batch
     return [list(range(begin, begin + micro_batch)) for begin in range(first, first + global_batch, together)]

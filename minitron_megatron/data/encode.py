@@ -65,9 +65,7 @@ def cut_blocks(texts: Iterable[str], *, characters: int = BLOCK_CHARACTERS) -> I
         yield Block(number, gathered)
 
 
-def encode_blocks(
-    blocks: Iterable[Block], tokenizer: Tokenizer, *, dtype: str, workers: int
-) -> Iterator[tuple[Block, EncodedBlock]]:
+def encode_blocks(blocks: Iterable[Block], tokenizer: Tokenizer, *, dtype: str, workers: int) -> Iterator[tuple[Block, EncodedBlock]]:
     """Each block with its ids, in the order given.
 
     One worker is this process, with the threads of the tokenizer's library; more are spawned, with one thread each.
@@ -81,9 +79,7 @@ def encode_blocks(
         yield from _encode_in_processes(blocks, tokenizer, dtype, workers)
 
 
-def _encode_in_processes(
-    blocks: Iterable[Block], tokenizer: Tokenizer, dtype: str, workers: int
-) -> Iterator[tuple[Block, EncodedBlock]]:
+def _encode_in_processes(blocks: Iterable[Block], tokenizer: Tokenizer, dtype: str, workers: int) -> Iterator[tuple[Block, EncodedBlock]]:
     # spawn: forking a process that holds torch's and tokenizers' threads can deadlock
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker)
     in_flight: deque[tuple[Block, Future[EncodedBlock]]] = deque()
@@ -96,8 +92,7 @@ def _encode_in_processes(
             yield _oldest(in_flight)
     except BrokenProcessPool:
         raise DataError(
-            "a tokenizing process died, most often for want of memory; "
-            "start again with a smaller data.workers: finished blocks are kept"
+            "a tokenizing process died, most often for want of memory; start again with a smaller data.workers: finished blocks are kept"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

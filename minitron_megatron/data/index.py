@@ -106,8 +106,11 @@ def split_and_merge(blocks: Blocks, folder: Path, *, heldout_documents: int) -> 
 
 
 def file_digest(path: Path) -> str:
+    total = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while part := file.read(1 << 20):
+            total.update(part)
+    return total.hexdigest()
 
 
 def _read(paths: Iterable[Path], text_field: str, progress: TokenProgress) -> Iterator[str]:
@@ -116,9 +119,7 @@ def _read(paths: Iterable[Path], text_field: str, progress: TokenProgress) -> It
         progress.file_read(path.stat().st_size)
 
 
-def _missing(
-    blocks: Iterable[Block], tokenizer: Tokenizer, folder: Path, prefixes: list[Path], progress: TokenProgress
-) -> Iterator[Block]:
+def _missing(blocks: Iterable[Block], tokenizer: Tokenizer, folder: Path, prefixes: list[Path], progress: TokenProgress) -> Iterator[Block]:
     """The blocks that are not on disk yet; the prefix of every block is added to `prefixes`."""
     for block in blocks:
         prefix = folder / block.name(tokenizer)

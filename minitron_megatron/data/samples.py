@@ -110,16 +110,10 @@ def evaluation_windows(prefix: Path, *, sequence_length: int, tokens: int | Lite
     stored = total_tokens(prefix)
     available = (stored - 1) // sequence_length
     if available < 1:
-        raise DataError(
-            f"{prefix}: {stored} tokens do not fill a window of {sequence_length} + 1; "
-            "shorten sequence_length or add text"
-        )
+        raise DataError(f"{prefix}: {stored} tokens do not fill a window of {sequence_length} + 1; shorten sequence_length or add text")
     asked = available if tokens == "all" else tokens // sequence_length
     if asked < 1:
-        raise DataError(
-            f"{prefix}: the {tokens} tokens asked for are less than one window of {sequence_length}; "
-            f"ask for {sequence_length} or more"
-        )
+        raise DataError(f"{prefix}: the {tokens} tokens asked for are less than one window of {sequence_length}; ask for {sequence_length} or more")
     return WindowDataset(prefix, min(asked, available), sequence_length)
 
 
@@ -129,9 +123,7 @@ def total_tokens(prefix: Path) -> int:
     return int(index.sequence_lengths.sum(dtype=np.int64))
 
 
-def _packed(
-    index: IndexedDataset, lengths_digest: str, samples: int, folder: Path, *, random_seed: int, sequence_length: int
-) -> GPTDataset:
+def _packed(index: IndexedDataset, lengths_digest: str, samples: int, folder: Path, *, random_seed: int, sequence_length: int) -> GPTDataset:
     """megatron's dataset with its order in `folder`: built there if missing, else memory-mapped."""
     config = GPTDatasetConfig(
         random_seed=random_seed,

@@ -67,10 +67,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return _transformers(source, vocabulary)
     except DataError:
         raise
-    except Exception as error:  # noqa: BLE001 - the Rust parser raises bare Exception, the C++ one RuntimeError
-        raise DataError(
-            f"{vocabulary[0]}: cannot be read as a tokenizer: {' '.join(str(error).split())[:200]}"
-        ) from None
+    except Exception as error:  # the Rust parser raises bare Exception, the C++ one RuntimeError
+        raise DataError(f"{vocabulary[0]}: cannot be read as a tokenizer: {' '.join(str(error).split())[:200]}") from None
 
 
 def tokenizer_files(path: str | Path) -> list[Path]:
@@ -88,10 +86,7 @@ def _vocabulary_files(source: Path) -> list[Path]:
             return [source / name]
     found = [source / name for name in _VOCABULARY if (source / name).is_file()]
     if not found:
-        raise DataError(
-            f"{source}: no tokenizer here; name a folder with tokenizer.json or tokenizer.model, "
-            "or a SentencePiece .model file"
-        )
+        raise DataError(f"{source}: no tokenizer here; name a folder with tokenizer.json or tokenizer.model, or a SentencePiece .model file")
     return found
 
 
@@ -155,9 +150,7 @@ def _eod(source: Path, id_of: Callable[[str], int | None]) -> int:
         number = _settings(source / name).get("eos_token_id")
         if number is not None:
             return int(number[0] if isinstance(number, list) else number)
-    raise DataError(
-        f'{source}: the tokenizer has no end-of-sequence token; name one as "eos_token" in its tokenizer_config.json'
-    )
+    raise DataError(f'{source}: the tokenizer has no end-of-sequence token; name one as "eos_token" in its tokenizer_config.json')
 
 
 def _settings(file: Path) -> dict[str, Any]:

@@ -70,8 +70,8 @@ class FusedDistillationLoss(torch.autograd.Function):
         rows: int,
         group: dist.ProcessGroup,
         buffer: GradientBuffer,
+        needs_grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        needs_grad = any(ctx.needs_input_grad)
         grad_hidden = torch.empty_like(hidden_ND) if needs_grad else None
         grad_weight = buffer.take(weight_vD) if needs_grad else None
         sums = torch.zeros(2, device=hidden_ND.device)
@@ -92,7 +92,7 @@ class FusedDistillationLoss(torch.autograd.Function):
         scale = grads[0]
         grad_weight = _deliver(ctx.weight, ctx.grad_weight.mul_(scale))
         ctx.buffer.give_back(ctx.grad_weight)
-        return ctx.grad_hidden.mul_(scale), grad_weight, None, None, None, None, None
+        return ctx.grad_hidden.mul_(scale), grad_weight, None, None, None, None, None, None
 
 
 def fused_distillation_loss(
@@ -110,7 +110,9 @@ def fused_distillation_loss(
     rows: real rows of this rank's shard, the padded ones behind them are left out. The hidden states must be the same on
     every tensor rank (gathered under sequence parallelism), their gradient is this rank's part of the sum.
     """
-    return FusedDistillationLoss.apply(hidden_ND, weight_vD, target, settings, rows, group, buffer or GradientBuffer())
+    # asked here: inside forward gradients are always off, and ctx.needs_input_grad says True under no_grad as well
+    needs_grad = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_vD.requires_grad)
+    return FusedDistillationLoss.apply(hidden_ND, weight_vD, target, settings, rows, group, buffer or GradientBuffer(), needs_grad)
 
 
 def _chunk(
@@ -165,7 +167,7 @@ def _add_product(grad_weight_vD: Tensor, grad_nv: Tensor, hidden_nD: Tensor) -> 
         grad_weight_vD += grad_nv.t() @ hidden_nD
 
 
-def _deliver(weight: Tensor, grad_weight: Tensor) -> Tensor:
+def _deliver(weight: Any, grad_weight: Tensor) -> Tensor:
     """Into DDP's fp32 main_grad where there is one, with the dummy gradient that its hooks wait for; else as it is.
 
     None instead of the dummy would break overlap_grad_reduce, whose hooks fire on the parameter's gradient.

@@ -39,19 +39,23 @@ class Distillation:
     heldout: TokenDataset
 
     def run(self, folder: Path, recipe: Recipe) -> dict[str, float]:
-        """Trains to the last step from the newest checkpoint in the folder; returns the last validation."""
+        """Trains to the last step from the newest checkpoint in the folder; returns the validation after it."""
         finished = load_training(folder / "training", self.student)
         log = self._open_log(folder, finished, recipe)
         schedule = learning_rate_schedule(self.student.optimizer, self.settings, finished)
+        last = self.validate()
         if finished == 0:
-            self._log_validation(log, {"step": 0, "steps": self.settings.steps}, self.validate())
+            self._log(log, {"step": 0, "steps": self.settings.steps, "validation": last})
         started = time.monotonic()
         for step in range(finished, self.settings.steps):
             record = self._step(step)
             schedule.step(increment=1)
+            if self._is_due(step + 1, self.settings.validate_every_steps):
+                last = record["validation"] = self.validate()
             seconds_a_step = (time.monotonic() - started) / (step + 1 - finished)
-            self._after_step(record, folder, log, seconds_a_step)
-        last = self.validate()
+            self._log(log, record, seconds_a_step)
+            if self._is_due(step + 1, self.settings.save_every_steps):
+                save_training(folder / "training", step + 1, self.student, self.world, keep=self.settings.keep_checkpoints)
         if log:
             log.close()
         return last
@@ -117,21 +121,19 @@ class Distillation:
         kl, cross_entropy, tokens = sums.tolist()
         return kl / tokens, cross_entropy / tokens
 
-    def _after_step(self, record: dict[str, Any], folder: Path, log: MetricsLog | None, seconds_a_step: float) -> None:
-        step, steps = record["step"], self.settings.steps
-        if log and (step % max(1, steps // 20) == 0 or step == 1):
-            print(console_line(record, seconds_a_step * (steps - step)), flush=True)
-        if step % self.settings.validate_every_steps == 0 and step < steps:
-            self._log_validation(log, record, self.validate())
-        elif log:
-            log.write(record)
-        if step % self.settings.save_every_steps == 0 or step == steps:
-            save_training(folder / "training", step, self.student, self.world, keep=self.settings.keep_checkpoints)
+    def _is_due(self, finished: int, every: int) -> bool:
+        return finished % every == 0 or finished == self.settings.steps
 
-    def _log_validation(self, log: MetricsLog | None, record: dict[str, Any], values: dict[str, float]) -> None:
-        if log:
-            print(validation_line(record["step"], values), flush=True)
-            log.write({**record, "validation": values})
+    def _log(self, log: MetricsLog | None, record: dict[str, Any], seconds_a_step: float = 0.0) -> None:
+        """Every step goes into the files, one in twenty and every validation on the console."""
+        if log is None:
+            return
+        step, steps = record["step"], record["steps"]
+        log.write(record)
+        if step == 1 or (step and step % max(1, steps // 20) == 0):
+            print(console_line(record, seconds_a_step * (steps - step)), flush=True)
+        if "validation" in record:
+            print(validation_line(step, record["validation"]), flush=True)
 
     def _open_log(self, folder: Path, finished: int, recipe: Recipe) -> MetricsLog | None:
         if not self.world.is_main:

@@ -18,7 +18,7 @@ class MetricsLog:
 
     def __init__(self, folder: Path, *, finished_steps: int, wandb: Wandb | None, run_name: str) -> None:
         self._path = folder / "metrics.jsonl"
-        keep_until(self._path, finished_steps)
+        keep_until(self._path, finished_steps or -1)  # a run from the start logs step 0 anew
         self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=finished_steps + 1)
         self._wandb = _start_wandb(wandb, run_name, folder) if wandb else None
 

@@ -39,6 +39,4 @@ class DistillationOutputLayer(ColumnParallelLinear):
         else:
             hidden = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
         weight = self.weight if weight is None else weight
-        return fused_distillation_loss(
-            hidden.flatten(0, 1), weight, target, settings, rows=rows, group=self.tp_group, buffer=self.gradient_buffer
-        )
+        return fused_distillation_loss(hidden.flatten(0, 1), weight, target, settings, rows=rows, group=self.tp_group, buffer=self.gradient_buffer)

@@ -84,9 +84,7 @@ def training_bytes(arch: Architecture, dtype: torch.dtype, checkpoints: int) -> 
     return checkpoints * per_parameter * parameter_count(arch)
 
 
-def _load(
-    arch: Architecture, artifact: Artifact, layout: Layout, world: World, dtype: torch.dtype, **options: Any
-) -> HiddenStateGPT:
+def _load(arch: Architecture, artifact: Artifact, layout: Layout, world: World, dtype: torch.dtype, **options: Any) -> HiddenStateGPT:
     model = build_model(arch, layout, world.platform, dtype, **options)
     load_model(model, artifact.path / "checkpoint")
     return model

@@ -45,9 +45,7 @@ class Student:
 def make_student(model: HiddenStateGPT, settings: Distill) -> Student:
     """Wraps a loaded model for training; parameters of bf16 models have an fp32 main copy, gradients are fp32."""
     groups, bf16 = model.layout.groups, model.config.params_dtype == torch.bfloat16
-    wrapped = DistributedDataParallel(
-        model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model, pg_collection=groups
-    )
+    wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model, pg_collection=groups)
     optimizer = get_megatron_optimizer(_optimizer_config(settings, bf16), [wrapped])
     model.config.grad_scale_func = optimizer.scale_loss
     model.config.finalize_model_grads_func = partial(finalize_model_grads)

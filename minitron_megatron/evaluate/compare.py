@@ -49,8 +49,8 @@ def compare(models: dict[str, HiddenStateGPT], windows: TokenDataset, world: Wor
             if layout.is_last_stage:
                 for place, batch in enumerate(batches):
                     found = _window({name: hidden[name][place] for name in models}, models, batch)
-                    for name, values in found.items():
-                        sums[name][some[place]] = torch.stack(list(values)).double()
+                    for name, of_window in found.items():
+                        sums[name][some[place]] = torch.stack(list(of_window)).double()
             advance()
     for values in sums.values():
         if not layout.is_last_stage or layout.tensor_rank > 0:

@@ -46,24 +46,29 @@ def loglikelihoods(model: HiddenStateGPT, requests: list[Request]) -> list[tuple
 
 def greedy_continuation(model: HiddenStateGPT, prompt: list[int], *, tokens: int, eod: int) -> list[int]:
     """The most likely next token again and again, up to eod; the same on every process."""
-    layout, device = model.layout, next(model.parameters()).device
     sequence = list(prompt)
     for _ in range(tokens):
-        batch = _batch([0], [(sequence, [eod])], layout.tensor).to(device)
-        chosen = torch.zeros(1, dtype=torch.int64, device=device)
-
-        def consume(hidden: Tensor, batch: Batch) -> None:
-            last = whole_sequence(hidden, model)[len(sequence) - 1]
-            top = global_argmax(real_logits(model, last), first_row=model.first_row(), group=layout.groups.tp)
-            if layout.tensor_rank == 0 and layout.data_rank == 0:
-                chosen.copy_(top)
-
-        forward_only(model, [batch], consume=consume)
-        dist.all_reduce(chosen)
-        if int(chosen) == eod:
+        chosen = _next_token(model, sequence)
+        if chosen == eod:
             break
-        sequence.append(int(chosen))
+        sequence.append(chosen)
     return sequence[len(prompt) :]
+
+
+def _next_token(model: HiddenStateGPT, sequence: list[int]) -> int:
+    """The most likely token after a sequence; one rank of the last stage speaks for all."""
+    layout, device = model.layout, next(model.parameters()).device
+    chosen = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def consume(hidden: Tensor, batch: Batch) -> None:
+        last = whole_sequence(hidden, model)[len(sequence) - 1]
+        top = global_argmax(real_logits(model, last), first_row=model.first_row(), group=layout.groups.tp)
+        if layout.tensor_rank == 0 and layout.data_rank == 0:
+            chosen.copy_(top)
+
+    forward_only(model, [_batch([0], [(sequence, [0])], layout.tensor).to(device)], consume=consume)
+    dist.all_reduce(chosen)
+    return int(chosen)
 
 
 def _score(model: HiddenStateGPT, hidden_SBD: Tensor, batch: Batch) -> Tensor:

@@ -16,7 +16,7 @@ from minitron_megatron.data.samples import evaluation_windows
 from minitron_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_megatron.evaluate.compare import compare, domain_figures, real_logits
 from minitron_megatron.evaluate.scoring import Request, greedy_continuation, loglikelihoods
-from minitron_megatron.evaluate.table import markdown_table
+from minitron_megatron.results.table import continuations, markdown_table
 from minitron_megatron.evaluate.tasks import task_accuracies, task_files_outside
 from minitron_megatron.model.gpt import HiddenStateGPT, build_model
 from minitron_megatron.model.precision import torch_dtype
@@ -56,7 +56,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
         "precision": recipe.precision,
     }
     if world.is_main:
-        (folder / "table.md").write_text(markdown_table(result) + "\n")
+        (folder / "table.md").write_text(f"{markdown_table(result)}\n\n{continuations(result)}\n")
     return result
 
 
@@ -111,15 +111,16 @@ def _tasks(model: HiddenStateGPT, settings: Evaluate, tokenizer: Tokenizer, worl
     def ask(requests: list[Request]) -> list[tuple[float, bool]]:
         return loglikelihoods(model, world.from_main(requests))
 
-    found = task_accuracies(
-        settings.tasks,
-        items=None if settings.task_items == "all" else settings.task_items,
-        tokenize=tokenizer.encode,
-        eod=tokenizer.eod,
-        loglikelihoods=ask,
-    )
-    world.from_main(None)
-    return found
+    try:
+        return task_accuracies(
+            settings.tasks,
+            items=None if settings.task_items == "all" else settings.task_items,
+            tokenize=tokenizer.encode,
+            eod=tokenizer.eod,
+            loglikelihoods=ask,
+        )
+    finally:
+        world.from_main(None)  # lets the others go on, also when a task file turns out to be unusable
 
 
 def _continuation(model: HiddenStateGPT, settings: Evaluate, tokenizer: Tokenizer) -> str:

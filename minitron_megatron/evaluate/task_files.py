@@ -1,7 +1,7 @@
 """lm-eval task files as plain data: what a YAML file and its includes say, and which files it reads.
 
-Read here without lm-eval, because importing that takes a second (it brings pandas and datasets), and because a task that asks a hub
-for its data would only fail there, on a machine without a network, after a long wait.
+Read here without lm-eval, because importing that takes a second (it brings pandas and datasets), and because a task
+that asks a hub for its data would only fail there, on a machine without a network, after a long wait.
 """
 
 from __future__ import annotations
@@ -45,15 +45,17 @@ def read_task_file(path: str) -> TaskFile:
     """Raises DataError where the file or its data are missing, or the task is not multiple choice on local data."""
     fields, sources = _fields(Path(path), ())
     if not isinstance(fields.get("task"), str):
-        raise DataError(f"{path}: no single task: `task` must be its name; groups of tasks are not supported, list their files instead")
+        raise DataError(
+            f"{path}: no single task: `task` must be its name; groups of tasks are not supported, list their files",
+        )
     kind = fields.get("output_type", "generate_until")
     if kind != "multiple_choice":
-        raise DataError(f"{path}: output_type is {kind}; only tasks of output_type multiple_choice (scored by log-likelihood) are supported")
+        raise DataError(f"{path}: output_type is {kind}; only multiple_choice (scored by log-likelihood) is supported")
     return TaskFile(Path(path), fields["task"], _data_files(path, fields), sources)
 
 
 def task_files_outside(task_files: list[str]) -> list[Path]:
-    """Every file that shapes the tasks' results: YAML, its includes and functions, and the data; for an artifact's hash."""
+    """Every file that shapes the tasks' results, for an artifact's hash: YAML, includes, functions and data."""
     tasks = [read_task_file(path) for path in task_files]
     return sorted({file for task in tasks for file in (*task.sources, *task.data_files)})
 
@@ -66,12 +68,13 @@ def _fields(path: Path, includers: tuple[Path, ...]) -> tuple[dict[str, Any], li
     if path in includers:
         raise DataError(f"{path}: includes itself")
     try:
-        own = yaml.load(path.read_text(), Loader=_Loader)  # noqa: S506 - a SafeLoader
+        own = yaml.load(path.read_text(), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(own, dict):
         raise DataError(f"{path}: a task file is a mapping of fields, found {type(own).__name__}")
-    fields, sources = {}, [path, *_function_files(path, own)]
+    fields: dict[str, Any] = {}
+    sources = [path, *_function_files(path, own)]
     for include in _as_list(own.pop("include", [])):
         included, more = _fields(path.parent / include, (*includers, path))
         fields, sources = {**fields, **included}, sources + more
@@ -85,17 +88,19 @@ def _function_files(path: Path, fields: dict[str, Any]) -> list[Path]:
 
 
 def _data_files(path: str, fields: dict[str, Any]) -> list[Path]:
-    """The files that `dataset_kwargs.data_files` names: one, a list, or those of each split; relative to the current folder."""
+    """What `dataset_kwargs.data_files` names: a file, a list, or those of each split; from the current folder."""
     named = (fields.get("dataset_kwargs") or {}).get("data_files")
     if fields.get("dataset_path") not in LOCAL_FORMATS or not named:
         raise DataError(
             f"{path}: dataset_path={fields.get('dataset_path')!r} asks a hub for its data; "
             "use dataset_path: json with dataset_kwargs.data_files naming local files"
         )
-    patterns = [str(item) for part in (named.values() if isinstance(named, dict) else [named]) for item in _as_list(part)]
+    parts = list(named.values()) if isinstance(named, dict) else [named]
+    patterns = [str(pattern) for part in parts for pattern in _as_list(part)]
     missing = [pattern for pattern in patterns if not glob.glob(pattern, recursive=True)]
     if missing:
-        raise DataError(f"{path}: data file {missing[0]} does not exist (paths start from the current folder, {Path.cwd()})")
+        here = Path.cwd()
+        raise DataError(f"{path}: data file {missing[0]} does not exist; paths start from the current folder, {here}")
     return [Path(file) for pattern in patterns for file in sorted(glob.glob(pattern, recursive=True))]
 
 

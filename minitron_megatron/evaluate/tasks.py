@@ -1,6 +1,6 @@
 """Multiple-choice tasks through lm-eval: its prompts, its metrics and its standard errors; our model behind them.
 
-lm-eval is imported on use: 0.6 to 1.3 s, nearly all of it for `datasets`, which its task module needs; torch is not imported by it.
+lm-eval is imported on use: 0.6 to 1.3 s, nearly all of it for `datasets`, which its task module needs (not for torch).
 """
 
 from __future__ import annotations
@@ -35,23 +35,28 @@ def task_accuracies(
     eod: int,
     loglikelihoods: Callable[[list[Pair]], list[Scored]],
 ) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Accuracy of the choice with the highest log-likelihood (acc), and of that divided by its length in characters (acc_norm).
+    """Accuracy of the choice with the highest log-likelihood (acc), also over its length in characters (acc_norm).
 
-    items: the first ones of each task, all where None. tokenize: without special tokens. eod: token that stands for an empty context.
-    loglikelihoods: called once for each task with every (context, continuation) of it; in a distributed run every process calls
-    this function, so it may communicate. Returns {task: {metric: {"value", "stderr"}}}, fractions; stderr is lm-eval's, None of
-    a single item. Raises DataError for a task file or data that cannot be used, before any model is asked for that task.
+    items: the first ones of each task, all where None. tokenize: without special tokens. eod: the token that stands for
+    an empty context. loglikelihoods: called once for each task, with every (context, continuation) of it.
+    Returns {task: {metric: {"value", "stderr"}}} as fractions; stderr is lm-eval's, None of a single item.
+    Raises DataError for a task file or data that cannot be used, before the model is asked for that task.
     """
     tasks = [read_task_file(path) for path in task_files]
     if items is not None and items < 1:
         raise DataError(f"evaluate.task_items={items} must be at least 1, or 'all'")
     if len({task.name for task in tasks}) < len(tasks):
-        raise DataError(f"evaluate.tasks: two of {', '.join(task_files)} have the same task name; their results would be one row")
+        listed = ", ".join(task_files)
+        raise DataError(f"evaluate.tasks: two of {listed} have the same task name; give each its own `task`")
     return {task.name: _accuracies(task, items, tokenize, eod, loglikelihoods) for task in tasks}
 
 
 def _accuracies(
-    task: TaskFile, items: int | None, tokenize: Callable[[str], Tokens], eod: int, loglikelihoods: Callable[[list[Pair]], list[Scored]]
+    task: TaskFile,
+    items: int | None,
+    tokenize: Callable[[str], Tokens],
+    eod: int,
+    loglikelihoods: Callable[[list[Pair]], list[Scored]],
 ) -> dict[str, dict[str, float | None]]:
     asked: list[int] = []
     console = sys.stderr
@@ -69,7 +74,8 @@ def _accuracies(
             raise
         # until the model is asked, only the task file and its data can be at fault
         reason = " ".join(str(error.__cause__ or error).split())[:200] or type(error).__name__
-        raise DataError(f"{task.path}: lm-eval cannot use this task or its data: {type(error).__name__}: {reason}") from error
+        kind = type(error).__name__
+        raise DataError(f"{task.path}: lm-eval cannot use this task or its data: {kind}: {reason}") from error
 
 
 def _evaluate(task: TaskFile, items: int | None, model: Any, cache: str) -> dict[str, dict[str, float | None]]:
@@ -78,12 +84,13 @@ def _evaluate(task: TaskFile, items: int | None, model: Any, cache: str) -> dict
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else a request to a hub even for a local file: 3 s where there is no network
+    # else a request to a hub even for a local file, which waits 3 s where there is no network
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     fields = load_yaml(task.path)
     fields["dataset_kwargs"] = {**fields["dataset_kwargs"], "cache_dir": cache}
     loaded = TaskManager(include_defaults=False).load([fields])
     scored_items = min(items or sys.maxsize, len(loaded["tasks"][task.name].eval_docs))
-    # the error of a mean is a closed form: any number of bootstrap draws asks for it; that of a single item would divide by zero
+    # the error of a mean is a closed form: any number of draws asks for it; that of a single item would divide by zero
     results = evaluate(model, loaded, limit=items, bootstrap_iters=1 if scored_items > 1 else 0, log_samples=False)
     scores = results["results"][task.name]
     return {metric: _with_error(scores, metric) for metric in METRICS if f"{metric},none" in scores}
@@ -91,14 +98,17 @@ def _evaluate(task: TaskFile, items: int | None, model: Any, cache: str) -> dict
 
 def _with_error(scores: dict[str, Any], metric: str) -> dict[str, float | None]:
     stderr = scores.get(f"{metric}_stderr,none")
-    return {"value": float(scores[f"{metric},none"]), "stderr": float(stderr) if isinstance(stderr, int | float) else None}
+    return {
+        "value": float(scores[f"{metric},none"]),
+        "stderr": float(stderr) if isinstance(stderr, int | float) else None,
+    }
 
 
 def _language_model(tokenize: Callable[[str], Tokens], eod: int, ask: Callable[[list[Pair]], list[Scored]]) -> Any:
     """An lm-eval model; TemplateLM brings the boundary rule.
 
-    Trailing spaces of the context go to the continuation; context and context + continuation are tokenized, and the latter is split
-    at the former's length; an empty context becomes eod.
+    Trailing spaces of the context go to the continuation; context and context + continuation are tokenized, and the
+    latter is split at the former's length; an empty context becomes eod.
     """
     from lm_eval.api.model import TemplateLM
 
@@ -108,7 +118,7 @@ def _language_model(tokenize: Callable[[str], Tokens], eod: int, ask: Callable[[
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> Tokens:
             return tokenize(string)
 
-        def _loglikelihood_tokens(self, requests: list[tuple[tuple[str, str], Tokens, Tokens]], **_: Any) -> list[Scored]:
+        def _loglikelihood_tokens(self, requests: list[tuple[Any, Tokens, Tokens]], **_: Any) -> list[Scored]:
             return ask([(context, continuation) for _, context, continuation in requests])
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:

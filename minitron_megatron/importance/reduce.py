@@ -31,7 +31,7 @@ def complete_over_sequence(found: MicroBatchSums, layout: Layout) -> None:
 
 def reduce_statistics(blocks: BlockSums, layout: Layout, world: World) -> dict[tuple[int, str], Tensor] | None:
     """Every layer's sums over all samples, with all units; on the main process, None elsewhere."""
-    totals = {key: _over_blocks(value, layout) for key, value in blocks.sums.items()}
+    totals = {key: _over_blocks(value, layout) for key, value in _every_key(blocks, layout, world).items()}
     part = {"tensor_rank": layout.tensor_rank, "totals": {key: value.cpu() for key, value in totals.items()}}
     mine: Any = part if layout.data_rank == 0 else None
     if world.size == 1:
@@ -39,6 +39,16 @@ def reduce_statistics(blocks: BlockSums, layout: Layout, world: World) -> dict[t
     gathered: list[Any] | None = [None] * world.size if world.is_main else None
     dist.gather_object(mine, gathered, dst=0)
     return _join([part for part in gathered if part]) if gathered else None
+
+
+def _every_key(blocks: BlockSums, layout: Layout, world: World) -> dict[tuple[int, str], Tensor]:
+    """A data-parallel rank without samples takes part with zeros; the first one, which always has some, tells the shapes."""
+    if layout.data == 1:
+        return blocks.sums
+    shapes = [{key: value.shape for key, value in blocks.sums.items()}]
+    dist.broadcast_object_list(shapes, group=layout.groups.dp, group_src=0)
+    zeros = {key: torch.zeros(shape, dtype=torch.float64, device=world.platform.device) for key, shape in shapes[0].items()}
+    return {**zeros, **blocks.sums}
 
 
 def _over_blocks(blocks: Tensor, layout: Layout) -> Tensor:

@@ -29,7 +29,9 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
     """Writes scores.safetensors (sufficient statistics) and summary.json (default scores, for people and the report)."""
     settings, layout = recipe.importance, global_layout(recipe.parallel, world)
     arch = Architecture.from_dict(inputs["import"].result["architecture"])
-    model = build_model(arch, layout, world.platform, torch_dtype(recipe.precision))
+    # the last micro-batch of a block may be smaller, which pipeline stages have to tell each other
+    uneven = settings.micro_batch > 1
+    model = build_model(arch, layout, world.platform, torch_dtype(recipe.precision), variable_lengths=uneven)
     load_model(model, inputs["import"].path / "checkpoint")
     batches = _calibration_batches(settings, inputs["data"], folder, layout, world)
     sums = measure(model, batches, blocks_of(settings.samples), world)

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minitron_megatron.arch.architecture import Architecture
@@ -46,7 +47,7 @@ class HiddenStateGPT(GPTModel):
     def setup_embeddings_and_output_layer(self) -> None:
         """Puts the output layer's class in place before megatron marks and ties its weight."""
         if self.post_process:
-            stock = self.output_layer
+            stock: ColumnParallelLinear = self.output_layer  # type: ignore[has-type]
             self.output_layer = self._output_layer_class(
                 self.config.hidden_size,
                 self.vocab_size,
@@ -98,7 +99,21 @@ def build_model(
         weight.data.zero_()  # padded rows are loaded from nowhere
     if model.output_weight() is not None:
         model.output_weight().data.zero_()
+    mark_shards(model)
     return model if trainable else model.requires_grad_(False).eval()
+
+
+def mark_shards(model: nn.Module) -> None:
+    """Tells the weights that are shards from those that every tensor rank holds whole.
+
+    megatron marks them only where it also initializes them; without the mark the gradient norm counts tensor rank 0's shards alone.
+    """
+    dims = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
+    for module in model.modules():
+        dim = next((dim for kind, dim in dims.items() if isinstance(module, kind)), None)
+        weight = getattr(module, "weight", None)
+        if dim is not None and weight is not None and not hasattr(weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(weight, True, dim, 1)
 
 
 def transformer_config(
@@ -132,6 +147,8 @@ def transformer_config(
         calculate_per_token_loss=True,
         variable_seq_lengths=variable_lengths,
         perform_initialization=False,
+        # only this dispatcher allows micro-batches of several shapes; without experts nothing is dispatched
+        moe_token_dispatcher_type="alltoall",
         **megatron_flags(platform),
     )
 

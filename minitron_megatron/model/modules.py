@@ -25,7 +25,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         # its gradient is a sum over a sequence shard, which finalize_model_grads completes over the tensor ranks
-        self.weight.sequence_parallel = config.sequence_parallel
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 - megatron's mark on a Parameter
 
     def forward(self, x: Tensor) -> Tensor:
         """x and result: [..., hidden_size]."""

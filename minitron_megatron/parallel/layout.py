@@ -65,9 +65,7 @@ def global_layout(parallel: Parallel, world: World, *, seed: int = 1234) -> Layo
             f"parallel: tensor {parallel.tensor} × pipeline {parallel.pipeline} × data {parallel.data} = {parallel.processes} processes, "
             f"but {world.size} were started; set parallel.data={world.size // model_processes or 1} or start {parallel.processes}"
         )
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor, pipeline_model_parallel_size=parallel.pipeline
-    )
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=parallel.tensor, pipeline_model_parallel_size=parallel.pipeline)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return Layout(
         tensor=parallel.tensor,

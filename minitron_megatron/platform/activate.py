@@ -59,10 +59,7 @@ def activate(kind: Literal["auto", "cpu", "cuda"] = "auto") -> Platform:
         quiet.silence_known_noise()
     platform = active["platform"]
     if platform.kind != wanted:
-        raise PlatformError(
-            f"platform.activate('{kind}'): this process already runs on {platform.kind}; "
-            f"start a new process for {wanted}"
-        )
+        raise PlatformError(f"platform.activate('{kind}'): this process already runs on {platform.kind}; start a new process for {wanted}")
     return platform
 
 

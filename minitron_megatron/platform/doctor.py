@@ -198,7 +198,7 @@ def _disk(name: str) -> Finding:
 
 def _slurm(name: str) -> Finding:
     if shutil.which("sinfo") is None or shutil.which("srun") is None:
-        return Finding(name, "absent", "start with launch/torchrun.sh; the scripts in slurm/ need sbatch", ok=True)
+        return Finding(name, "absent", "start with launch/torchrun.sh", ok=True)
     shown = f"sinfo: {_first_line('sinfo', '--version')}, srun: {_first_line('srun', '--version')}"
     return Finding(name, shown, "the scripts in slurm/ can be used", ok=True)
 
@@ -206,7 +206,7 @@ def _slurm(name: str) -> Finding:
 def _containers(name: str) -> Finding:
     present = [runtime for runtime in CONTAINER_RUNTIMES if shutil.which(runtime)]
     if not present:
-        return Finding(name, "none", "install with pip; docker/Dockerfile cannot be built here", ok=True)
+        return Finding(name, "none", "no image can be built or run here; launch/ scripts install into .venv", ok=True)
     return Finding(name, ", ".join(present), "docker/Dockerfile can be built or run", ok=True)
 
 

@@ -44,22 +44,16 @@ def known_warnings() -> tuple[KnownWarning, ...]:
         KnownWarning("full scope is deprecated", r"megatron\.core\.", "CUDA graphs; the config's own default"),
         KnownWarning("absl.logging is not installed", r"megatron\.core\.", "it uses logging then, as it should"),
         KnownWarning("MimoModelConfig is experimental", r"megatron\.core\.", "imported by the schedules, not used"),
-        KnownWarning(
-            "`load_state_dict` is deprecated", r"megatron\.core\.dist_checkpointing", "a call inside megatron"
-        ),
+        KnownWarning("`load_state_dict` is deprecated", r"megatron\.core\.dist_checkpointing", "a call inside megatron"),
         KnownWarning("The argument order of load has been changed", r"torch\.distributed\.checkpoint", "as above"),
         KnownWarning(
             "`torch.distributed.(reduce_scatter|all_gather_into)_tensor`",
             r"torch\.distributed\.",
             "calls inside megatron",
         ),
-        KnownWarning(
-            "The .grad attribute of a Tensor that is not a leaf", r"megatron\.core\.optimizer", "it only looks"
-        ),
+        KnownWarning("The .grad attribute of a Tensor that is not a leaf", r"megatron\.core\.optimizer", "it only looks"),
         # the common state and single-process conversions are read by one process on purpose
-        KnownWarning(
-            "torch.distributed is disabled, unavailable", r"torch\.distributed\.checkpoint", "one reader is intended"
-        ),
+        KnownWarning("torch.distributed is disabled, unavailable", r"torch\.distributed\.checkpoint", "one reader is intended"),
     )
 
 
@@ -67,9 +61,7 @@ def known_records() -> tuple[KnownRecord, ...]:
     """The same for `logging`."""
     return (
         KnownRecord("CPU RNG state changed", "megatron.core.tensor_parallel.random", "on CPU both generators are one"),
-        KnownRecord(
-            "load_common is deprecated", "megatron.core.dist_checkpointing.strategies.common", "0.19 reads 0.16"
-        ),
+        KnownRecord("load_common is deprecated", "megatron.core.dist_checkpointing.strategies.common", "0.19 reads 0.16"),
         KnownRecord("GPTModel IS DEPRECATED", "megatron.core.models.gpt.gpt_model", "versions.py bounds the releases"),
         KnownRecord(
             "full_param_layout not provided",
@@ -81,9 +73,7 @@ def known_records() -> tuple[KnownRecord, ...]:
             "megatron.core.dist_checkpointing.strategies.torch",
             "needs no extra package",
         ),
-        KnownRecord(
-            "No CUDA runtime is found", "torch.utils.cpp_extension", "said for a CUDA build of torch without a GPU"
-        ),
+        KnownRecord("No CUDA runtime is found", "torch.utils.cpp_extension", "said for a CUDA build of torch without a GPU"),
     )
 
 

@@ -90,9 +90,7 @@ class RetargetingFinder(importlib.abc.MetaPathFinder):
     def __init__(self, packages: Sequence[str]) -> None:
         self.packages = tuple(packages)
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if not any(fullname == package or fullname.startswith(package + ".") for package in self.packages):
             return None
         spec = PathFinder.find_spec(fullname, path, target)

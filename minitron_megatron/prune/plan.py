@@ -85,6 +85,11 @@ def _check(scores: UnitScores, source: Architecture) -> None:
             raise PlanError(f"scores: {name} are of another model than the source ({source.layers} layers of {units}); measure them anew")
     if len(scores.channels) != source.hidden or len(scores.layers) != source.layers:
         raise PlanError(f"scores: channels or layers are of another model than the source ({source.hidden} channels); measure them anew")
-    for name, values in (("ffn", torch.cat(scores.ffn)), ("heads", torch.cat(scores.heads)), ("channels", scores.channels), ("layers", scores.layers)):
+    for name, values in (
+        ("ffn", torch.cat(scores.ffn)),
+        ("heads", torch.cat(scores.heads)),
+        ("channels", scores.channels),
+        ("layers", scores.layers),
+    ):
         if not torch.isfinite(values).all():
             raise PlanError(f"scores: {name} are not all finite; the model or the calibration data is broken, measure them anew")

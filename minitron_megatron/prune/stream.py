@@ -30,10 +30,7 @@ def pruned_bytes(source: MegatronSource, plan: PrunePlan) -> int:
 def source_rows(plan: PrunePlan) -> dict[str, TensorRow]:
     """Name of a target tensor → the source's row it is cut from."""
     by_place = {(row.layer, _without_layer(row)): row for row in tensor_table(plan.source)}
-    return {
-        row.name: by_place[None if row.layer is None else plan.kept_layers[row.layer], _without_layer(row)]
-        for row in tensor_table(plan.target)
-    }
+    return {row.name: by_place[None if row.layer is None else plan.kept_layers[row.layer], _without_layer(row)] for row in tensor_table(plan.target)}
 
 
 def _without_layer(row: TensorRow) -> str:

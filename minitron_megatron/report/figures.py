@@ -16,7 +16,20 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from minitron_megatron.report.svg import ACCENT, CARD, CUT, GRID, INK, KEPT, MUTED, SOFT, legend_above, new_figure, style, to_svg
+from minitron_megatron.report.svg import (
+    ACCENT,
+    CARD,
+    CUT,
+    GRID,
+    INK,
+    KEPT,
+    MUTED,
+    SOFT,
+    legend_above,
+    new_figure,
+    style,
+    to_svg,
+)
 
 Floats = NDArray[np.float64]
 MOST_POINTS = 400
@@ -39,11 +52,11 @@ def kl_curve(steps: Sequence[dict[str, Any]]) -> str:
     """KL to the teacher (nats/token) of each training step and at validation, over the learning rate in small."""
     trained = [step for step in steps if "forward_kl" in step]
     with style():
-        figure = new_figure(3.5)
+        figure = new_figure(3.2)
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
         if trained:
-            _noisy_line(upper, _column(trained, "step"), _column(trained, "forward_kl"), "training (per step, and smoothed)")
-            lower.plot(*_thinned(_column(trained, "step"), _column(trained, "learning_rate")), color=MUTED, linewidth=1.3)
+            _noisy_line(upper, *_curve(trained, "forward_kl"), "training (per step, and smoothed)")
+            lower.plot(*_curve(trained, "learning_rate"), color=MUTED, linewidth=1.3)
         _validation_points(upper, steps, "forward_kl", CUT)
         upper.set_ylabel("KL, nats/token")
         upper.set_ylim(bottom=0)
@@ -52,20 +65,20 @@ def kl_curve(steps: Sequence[dict[str, Any]]) -> str:
         lower.yaxis.set_major_locator(MaxNLocator(2))
         lower.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
         figure.align_ylabels()
-        return to_svg(figure, "KL divergence to the teacher over training steps, with validation points and the learning rate")
+        return to_svg(figure, "KL to the teacher over training steps, with validation points and the learning rate")
 
 
 def perplexity_curve(steps: Sequence[dict[str, Any]]) -> str:
     """Validation perplexity, over the gradient norm of each step in small."""
     trained = [step for step in steps if "gradient_norm" in step]
     with style():
-        figure = new_figure(3.5)
+        figure = new_figure(3.2)
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
         _validation_points(upper, steps, "perplexity", ACCENT)
         upper.set_ylabel("perplexity")
         legend_above(upper, 2)
         if trained:
-            lower.plot(*_thinned(_column(trained, "step"), _column(trained, "gradient_norm")), color=MUTED, linewidth=1.0)
+            lower.plot(*_curve(trained, "gradient_norm"), color=MUTED, linewidth=1.0)
         lower.set(ylabel="|g|", xlabel="step", ylim=(0, None))
         lower.yaxis.set_major_locator(MaxNLocator(2))
         figure.align_ylabels()
@@ -73,7 +86,7 @@ def perplexity_curve(steps: Sequence[dict[str, Any]]) -> str:
 
 
 def importance_heatmap(scores_LF: Sequence[Floats], kept_L: Sequence[int | None], *, unit: str = "FFN neuron") -> str:
-    """Scores sorted within each layer and divided by the layer's largest; a line marks the cut, dropped layers are faded.
+    """Scores sorted within each layer, as shares of its largest; a line marks the cut, dropped layers are faded.
 
     scores_LF: for each layer [F] scores ≥ 0. kept_L: units kept in each layer, None where the layer is dropped.
     """
@@ -85,14 +98,19 @@ def importance_heatmap(scores_LF: Sequence[Floats], kept_L: Sequence[int | None]
         axes.grid(False)
         # square root: most neurons lie far below a layer's strongest, a linear scale shows them all alike
         picture = axes.imshow(
-            image, aspect="auto", extent=(0, units, layers - 0.5, -0.5), cmap="viridis", norm=PowerNorm(0.5, 0, 1), interpolation="none"
+            image,
+            aspect="auto",
+            extent=(0, units, layers - 0.5, -0.5),
+            cmap="viridis",
+            norm=PowerNorm(0.5, 0, 1),
+            interpolation="none",
         )
         _mark_cut(axes, kept_L, units)
         axes.set(xlabel=f"{unit}s of a layer, highest score first", ylabel="layer")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         bar = figure.colorbar(picture, ax=axes, pad=0.02, aspect=28, ticks=[0, 0.1, 0.25, 0.5, 1])
         bar.set_label("score / layer's largest")
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
         return to_svg(figure, f"Heat map of importance scores, one row per layer, {unit}s sorted, with the cut marked")
 
 
@@ -100,7 +118,7 @@ def block_influence_bars(influence_L: Sequence[float], dropped: Sequence[int]) -
     """Block Influence of each layer (1 − cosine of its input and output); dropped layers in another colour."""
     gone = set(dropped)
     with style():
-        figure = new_figure(3.1)
+        figure = new_figure(_height_of_layers(len(influence_L)) * 0.92)
         axes = figure.subplots()
         layers = range(len(influence_L))
         colours = [CUT if layer in gone else KEPT for layer in layers]
@@ -118,7 +136,7 @@ def block_influence_bars(influence_L: Sequence[float], dropped: Sequence[int]) -
 def kept_strips(kinds: Sequence[Kept]) -> str:
     """What is kept of each layer: one strip per kind of unit, the share kept filled, dropped layers hatched."""
     with style():
-        figure = new_figure(0.75 + 1.15 * len(kinds))
+        figure = new_figure(0.8 + 1.5 * len(kinds))
         strips = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0]
         for axes, kind in zip(strips, kinds, strict=True):
             _strip(axes, kind)
@@ -130,7 +148,10 @@ def kept_strips(kinds: Sequence[Kept]) -> str:
             Patch(facecolor="none", edgecolor=CUT, hatch="////", label="layer dropped"),
         ]
         figure.legend(handles=handles, loc="outside upper left", ncols=3, labelcolor=MUTED)
-        return to_svg(figure, "For each layer of the source, the share of FFN neurons and query heads that is kept; dropped layers hatched")
+        return to_svg(
+            figure,
+            "Share of FFN neurons and query heads that is kept, for each layer of the source; dropped layers hatched",
+        )
 
 
 def _strip(axes: Axes, kind: Kept) -> None:
@@ -139,7 +160,15 @@ def _strip(axes: Axes, kind: Kept) -> None:
     dropped = np.array([count is None for count in kind.kept_L])
     axes.bar(layers[~dropped], np.full((~dropped).sum(), kind.total), color=SOFT, width=0.8)
     axes.bar(layers[~dropped], kept[~dropped], color=KEPT, width=0.8)
-    axes.bar(layers[dropped], np.full(dropped.sum(), kind.total), facecolor="none", edgecolor=CUT, hatch="////", width=0.8, linewidth=0.8)
+    axes.bar(
+        layers[dropped],
+        np.full(dropped.sum(), kind.total),
+        facecolor="none",
+        edgecolor=CUT,
+        hatch="////",
+        width=0.8,
+        linewidth=0.8,
+    )
     axes.set_title(kind.title, pad=4)
     axes.set_ylim(0, kind.total)
     axes.set_yticks([0, kind.total])
@@ -148,16 +177,19 @@ def _strip(axes: Axes, kind: Kept) -> None:
 
 
 def _mark_cut(axes: Axes, kept_L: Sequence[int | None], units: int) -> None:
-    for layer, kept in enumerate(kept_L):
-        if kept is None:
+    for layer, count in enumerate(kept_L):
+        if count is None:
             axes.fill_betweenx([layer - 0.5, layer + 0.5], 0, units, facecolor=CARD, alpha=0.72, linewidth=0)
             axes.text(units * 0.985, layer, "dropped", ha="right", va="center", fontsize=7, color=INK)
-    edges = [(layer + offset, kept) for layer, kept in enumerate(kept_L) if kept is not None for offset in (-0.5, 0.5)]
-    if edges and any(kept < units for _, kept in edges):
-        y, x = zip(*edges, strict=True)
-        axes.plot(x, y, color="#000000", linewidth=3.2, solid_capstyle="butt")  # outlined: seen on dark and on light cells
+    kept = [count for count in kept_L if count is not None]
+    if kept and min(kept) < units:
+        # NaN: the line stops at a dropped layer
+        x = np.repeat([np.nan if count is None else count for count in kept_L], 2)
+        y = np.repeat(np.arange(len(kept_L)), 2) + np.tile([-0.5, 0.5], len(kept_L))
+        # outlined: seen on dark and on light cells
+        axes.plot(x, y, color="#000000", linewidth=3.2, solid_capstyle="butt")
         axes.plot(x, y, color="#ffffff", linewidth=1.5, solid_capstyle="butt")
-        axes.set_title(f"kept {_span([kept for _, kept in edges])} of {units:,}  |  cut", loc="left", pad=4)
+        axes.set_title(f"white line: the cut, {_span(kept)} of {units:,} kept", pad=4, color=MUTED)
 
 
 def _span(counts: Sequence[int]) -> str:
@@ -169,15 +201,14 @@ def _sorted_profile(scores_F: Floats, columns: int) -> Floats:
     """Scores from high to low as shares of the largest, as block means of so many columns."""
     descending = np.sort(np.asarray(scores_F, dtype=np.float64))[::-1]
     largest = descending[0] if descending[0] > 0 else 1.0
-    return np.array([block.mean() for block in np.array_split(descending / largest, columns)])
+    return _block_means(descending / largest, columns)
 
 
 def _height_of_layers(layers: int) -> float:
-    return min(max(1.2 + 0.085 * layers, 2.4), 7.0)
+    return min(max(1.1 + 0.072 * layers, 2.2), 6.5)
 
 
 def _noisy_line(axes: Axes, step_S: Floats, value_S: Floats, label: str) -> None:
-    step_S, value_S = _thinned(step_S, value_S)
     axes.plot(step_S, value_S, color=KEPT, linewidth=0.7, alpha=0.45)
     axes.plot(step_S, _smoothed(value_S), color=KEPT, linewidth=1.8, label=label)
 
@@ -187,7 +218,17 @@ def _validation_points(axes: Axes, steps: Sequence[dict[str, Any]], key: str, co
     if not points:
         return
     x, y = zip(*points, strict=True)
-    axes.plot(x, y, color=colour, linewidth=1.2, linestyle=(0, (4, 2)), marker="o", markersize=4.5, label="validation", zorder=3)
+    axes.plot(
+        x,
+        y,
+        color=colour,
+        linewidth=1.2,
+        linestyle=(0, (4, 2)),
+        marker="o",
+        markersize=4.5,
+        label="validation",
+        zorder=3,
+    )
     for position in {0, len(points) - 1}:
         right = position == len(points) - 1 and position > 0
         axes.annotate(
@@ -198,13 +239,15 @@ def _validation_points(axes: Axes, steps: Sequence[dict[str, Any]], key: str, co
     axes.margins(y=0.12)
 
 
-def _column(steps: Sequence[dict[str, Any]], key: str) -> Floats:
-    return np.array([step.get(key, np.nan) for step in steps], dtype=np.float64)
+def _curve(steps: Sequence[dict[str, Any]], key: str) -> tuple[Floats, Floats]:
+    """Steps and values, thinned to MOST_POINTS by block means."""
+    blocks = min(len(steps), MOST_POINTS)
+    step_S, value_S = (np.array([step.get(name, np.nan) for step in steps], dtype=float) for name in ("step", key))
+    return _block_means(step_S, blocks), _block_means(value_S, blocks)
 
 
-def _thinned(step_S: Floats, value_S: Floats) -> tuple[Floats, Floats]:
-    blocks = min(len(step_S), MOST_POINTS)
-    return tuple(np.array([block.mean() for block in np.array_split(values, blocks)]) for values in (step_S, value_S))  # type: ignore[return-value]
+def _block_means(values: Floats, blocks: int) -> Floats:
+    return np.array([block.mean() for block in np.array_split(values, blocks)])
 
 
 def _smoothed(value_S: Floats) -> Floats:

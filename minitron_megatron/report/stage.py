@@ -10,7 +10,8 @@ from typing import Any
 from minitron_megatron.artifact import Artifact
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.errors import ArtifactError
-from minitron_megatron.report.page import RunData, render_page, summary_sentence
+from minitron_megatron.report.page import render_page, summary_sentence
+from minitron_megatron.report.run_data import RunData
 
 PAGE = "report.html"
 
@@ -42,6 +43,9 @@ def _read(artifact: Artifact | None, name: str) -> Any:
         return None
     text = (artifact.path / name).read_text(encoding="utf-8")
     try:
-        return [json.loads(line) for line in text.splitlines() if line.strip()] if name.endswith(".jsonl") else json.loads(text)
+        if name.endswith(".jsonl"):
+            return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ArtifactError(f"{artifact.path / name}: no valid JSON ({error}); make the stage {artifact.path.name} anew") from None
+        stage = artifact.path.name
+        raise ArtifactError(f"{artifact.path / name}: no valid JSON ({error}); make the stage {stage} anew") from None

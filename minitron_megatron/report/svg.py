@@ -1,17 +1,19 @@
-"""Matplotlib figures as inline SVG that takes its colours and its font from the page, so that one figure serves light and dark."""
+"""Matplotlib figures as inline SVG with the colours and the font of the page: one figure serves light and dark."""
 
 from __future__ import annotations
 
 import io
 import re
 from contextlib import AbstractContextManager
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-WIDTH_INCHES = 6.2
-# Each colour is a mark that becomes a variable of the page's style sheet; hues there: Okabe & Ito, told apart by colour-blind eyes.
+WIDTH_INCHES = 5.3
+# Each colour is a mark that becomes a variable of the page's style sheet; the hues there are Okabe and Ito's, which
+# colour-blind eyes tell apart.
 COLOURS = {
     "ink": "#000101",
     "muted": "#000202",
@@ -23,7 +25,7 @@ COLOURS = {
     "card": "#000808",
 }
 INK, MUTED, GRID, KEPT, CUT, ACCENT, SOFT, CARD = COLOURS.values()
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: the page's font, small, searchable
     "svg.hashsalt": "minitron",  # the same figure is the same text on every run
     "font.size": 9.5,
@@ -58,7 +60,8 @@ def to_svg(figure: Figure, description: str) -> str:
     Call it inside `style()`, in which the figure was made.
     """
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", pad_inches=0.03, metadata={"Date": None})
+    metadata = {"Date": None}
+    figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", pad_inches=0.03, metadata=metadata)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.S)
@@ -66,7 +69,7 @@ def to_svg(figure: Figure, description: str) -> str:
     text = re.sub(r'<g id="[\w.]+_\d+">', "<g>", text)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r"(font: [^;\"]*?px )[^;\"]*", r"\1var(--sans)", text)
+    text = re.sub(r"font-family: [^;\"]*", "font-family: var(--sans)", text)
     for name, mark in COLOURS.items():
         text = text.replace(mark, f"var(--{name})")
     label = description.replace("&", "and").replace('"', "'").replace("<", "less than ")

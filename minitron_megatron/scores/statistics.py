@@ -47,7 +47,7 @@ class Statistics:
             with safe_open(path, framework="pt") as file:
                 header = json.loads(file.metadata()["statistics"])
                 sums = {_key(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        except (SafetensorError, OSError, KeyError, TypeError) as error:
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"{path}: no whole scores file ({error}); make it anew with: minitron importance RECIPE") from None
         return Statistics(Architecture.from_dict(header["architecture"]), header["samples"], sums, header["origin"])
 
@@ -68,4 +68,3 @@ def over_samples(sums: Tensor, samples: int, *, sequence: str, batch: str) -> Te
     if batch == "l2":
         return squares.sqrt()
     return (squares / samples - (total / samples).square()).clamp_min(0)
-

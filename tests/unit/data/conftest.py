@@ -51,9 +51,7 @@ def sentencepiece_file(tmp_path_factory: pytest.TempPathFactory, texts: list[str
     import sentencepiece
 
     prefix = tmp_path_factory.mktemp("sp") / "tiny"
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_prefix=str(prefix), vocab_size=80, minloglevel=2
-    )
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_prefix=str(prefix), vocab_size=80, minloglevel=2)
     return prefix.with_suffix(".model")
 
 

@@ -16,9 +16,7 @@ def test_a_step_takes_each_of_its_samples_once_over_all_ranks(data_size: int, mi
         taken = [
             sample_id
             for rank in range(data_size)
-            for batch in step_sample_ids(
-                step, global_batch=8, micro_batch=micro_batch, data_rank=rank, data_size=data_size
-            )
+            for batch in step_sample_ids(step, global_batch=8, micro_batch=micro_batch, data_rank=rank, data_size=data_size)
             for sample_id in batch
         ]
         assert sorted(taken) == list(range(step * 8, step * 8 + 8))

@@ -26,9 +26,7 @@ def tokenizer(hf_folder: Path) -> Tokenizer:
 def build(text_files: list[Path], tokenizer: Tokenizer) -> Callable[..., Blocks]:
     def tokenize_small_blocks(folder: Path, workers: int = 1) -> Blocks:
         # 40 documents of ~150 characters in blocks of 1000: about 6 blocks, and the split falls inside one
-        return tokenize(
-            text_files, tokenizer, folder / "blocks", text_field="text", workers=workers, block_characters=1000
-        )
+        return tokenize(text_files, tokenizer, folder / "blocks", text_field="text", workers=workers, block_characters=1000)
 
     return tokenize_small_blocks
 
@@ -100,9 +98,7 @@ def test_a_changed_text_is_not_taken_from_an_old_block(
     assert merged[0].tolist() == [*tokenizer.encode(text_files[0].read_text()), tokenizer.eod]
 
 
-def test_holding_out_everything_and_an_empty_corpus_are_data_errors(
-    build: Callable[..., Blocks], tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_holding_out_everything_and_an_empty_corpus_are_data_errors(build: Callable[..., Blocks], tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"heldout_documents=40 leaves nothing .* at most 39"):
         split_and_merge(build(tmp_path), tmp_path, heldout_documents=40)
     (tmp_path / "blank.txt").write_text(" \n")

@@ -36,9 +36,7 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def read(corpus: Path, samples: int, *, seed: int = 1, cache: str = "cache", repeat: bool = True) -> list[list[int]]:
-    dataset = packed_samples(
-        corpus / "train", samples=samples, sequence_length=S, seed=seed, cache=corpus / cache, repeat=repeat
-    )
+    dataset = packed_samples(corpus / "train", samples=samples, sequence_length=S, seed=seed, cache=corpus / cache, repeat=repeat)
     assert len(dataset) == samples
     return [dataset[number].tolist() for number in range(samples)]
 
@@ -87,9 +85,7 @@ def test_other_data_under_the_same_name_gets_another_order(corpus: Path) -> None
 
 
 def test_readers_take_the_order_that_one_process_built(corpus: Path) -> None:
-    open_samples = partial(
-        packed_samples, corpus / "train", samples=20, sequence_length=S, seed=3, cache=corpus / "cache"
-    )
+    open_samples = partial(packed_samples, corpus / "train", samples=20, sequence_length=S, seed=3, cache=corpus / "cache")
     with pytest.raises(RuntimeError, match="before the barrier"):
         open_samples(build=False)
     built = open_samples()

@@ -39,9 +39,7 @@ def imported(hf_folder: Path, tmp_path: Path) -> Artifact:
     return Artifact(folder, {"id": "x"})
 
 
-def test_the_stage_publishes_three_parts_with_their_digests(
-    text_files: list[Path], imported: Artifact, tmp_path: Path
-) -> None:
+def test_the_stage_publishes_three_parts_with_their_digests(text_files: list[Path], imported: Artifact, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     folder.mkdir()
     asked = recipe(text_files, out_of_domain=[str(text_files[0]), str(text_files[1]), str(text_files[2])])
@@ -58,9 +56,7 @@ def test_the_stage_publishes_three_parts_with_their_digests(
     assert sorted(path.suffix for path in folder.iterdir()) == [".bin"] * 3 + [".idx"] * 3  # no blocks are left
 
 
-def test_heldout_documents_never_appear_in_training_samples(
-    text_files: list[Path], imported: Artifact, tmp_path: Path
-) -> None:
+def test_heldout_documents_never_appear_in_training_samples(text_files: list[Path], imported: Artifact, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     stage.run(recipe(text_files), {"import": imported}, folder)
     dataset = packed_samples(folder / "train", samples=200, sequence_length=32, seed=1, cache=folder / "cache")
@@ -68,9 +64,7 @@ def test_heldout_documents_never_appear_in_training_samples(
     tokenizer = load_tokenizer(imported.path / "tokenizer")
     marks = [f" no. {number * 31} " for number in range(40)]  # the end of each document names it
     trained = {mark for number in range(200) for mark in marks if mark in tokenizer.decode(dataset[number].tolist())}
-    held = {
-        mark for number in range(len(windows)) for mark in marks if mark in tokenizer.decode(windows[number].tolist())
-    }
+    held = {mark for number in range(len(windows)) for mark in marks if mark in tokenizer.decode(windows[number].tolist())}
     assert trained and trained <= set(marks[:35])
     assert held and held <= set(marks[35:])
 
@@ -93,14 +87,10 @@ def test_a_tokenizer_of_another_model_is_refused_with_both_sizes(
     assert not (tmp_path / "out").exists()
 
 
-def test_text_too_short_for_later_stages_is_refused_here(
-    text_files: list[Path], imported: Artifact, tmp_path: Path
-) -> None:
+def test_text_too_short_for_later_stages_is_refused_here(text_files: list[Path], imported: Artifact, tmp_path: Path) -> None:
     asked = recipe(text_files)
     importance = asked.importance.model_copy(update={"samples": 5000})
-    with pytest.raises(
-        DataError, match=r"importance\.samples=5000 of 32 tokens need 160001 tokens, there are \d+; at most"
-    ):
+    with pytest.raises(DataError, match=r"importance\.samples=5000 of 32 tokens need 160001 tokens, there are \d+; at most"):
         stage.run(asked.model_copy(update={"importance": importance}), {"import": imported}, tmp_path / "out")
     evaluate = asked.evaluate.model_copy(update={"sequence_length": 100_000})
     with pytest.raises(DataError, match=r"heldout text: .* raise data\.heldout_documents"):

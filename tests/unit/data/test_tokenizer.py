@@ -26,9 +26,7 @@ def test_hugging_face_ids_are_whole_documents_without_special_tokens(hf_folder: 
     assert tokenizer.digest == hashlib.sha256((hf_folder / "tokenizer.json").read_bytes()).hexdigest()
 
 
-def test_sentencepiece_ids_equal_the_library_and_end_of_document_is_its_eos(
-    sentencepiece_file: Path, texts: list[str]
-) -> None:
+def test_sentencepiece_ids_equal_the_library_and_end_of_document_is_its_eos(sentencepiece_file: Path, texts: list[str]) -> None:
     import sentencepiece
 
     reference = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_file))
@@ -50,9 +48,7 @@ def test_a_folder_without_tokenizer_json_goes_through_transformers(tmp_path: Pat
     ids = {"<|endoftext|>": 0} | {letter: number for number, letter in enumerate(alphabet, start=1)}
     (tmp_path / "vocab.json").write_text(json.dumps(ids))
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>"})
-    )
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>"}))
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.encode("ab") == [ids["a"], ids["b"]] and tokenizer.eod == 0
 

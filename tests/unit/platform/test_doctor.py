@@ -41,9 +41,7 @@ def test_every_finding_says_what_follows_within_three_seconds() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the claim is about machines without a GPU")
 def test_without_a_gpu_it_says_what_is_refused() -> None:
-    assert finding("GPU") == doctor.Finding(
-        "GPU", "none", "runs on CPU over gloo; context parallel and FP8 are refused", ok=False
-    )
+    assert finding("GPU") == doctor.Finding("GPU", "none", "runs on CPU over gloo; context parallel and FP8 are refused", ok=False)
 
 
 def test_the_unrelated_apex_of_pypi_is_told_from_nvidias(apex_at: Path) -> None:
@@ -53,9 +51,7 @@ def test_the_unrelated_apex_of_pypi_is_told_from_nvidias(apex_at: Path) -> None:
     assert finding("apex").found.startswith("NVIDIA's")
 
 
-def test_a_machine_that_lacks_everything_gives_findings_and_no_exception(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_machine_that_lacks_everything_gives_findings_and_no_exception(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(doctor, "_available_memory_bytes", lambda: 1 / 0)
     assert finding("SLURM").found == "absent"
@@ -74,10 +70,7 @@ def test_a_slurm_that_hangs_does_not_hang_the_doctor(tmp_path: Path, monkeypatch
 
 
 def test_megatron_is_not_imported() -> None:
-    program = (
-        "import sys; from minitron_megatron.platform import doctor; doctor.inspect_machine(); "
-        "print('megatron.core' in sys.modules)"
-    )
+    program = "import sys; from minitron_megatron.platform import doctor; doctor.inspect_machine(); print('megatron.core' in sys.modules)"
     output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert output.strip() == "False"
 

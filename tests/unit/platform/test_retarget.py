@@ -57,9 +57,7 @@ def test_each_way_to_name_cuda_is_aimed_at_the_cpu(cuda: str, cpu: str) -> None:
     assert places == 1
 
 
-@pytest.mark.parametrize(
-    "source", ["get_cuda_rng_tracker()", "state['cuda_rng_state']", "self.cuda = 1", "x = 'cudagraph'"]
-)
+@pytest.mark.parametrize("source", ["get_cuda_rng_tracker()", "state['cuda_rng_state']", "self.cuda = 1", "x = 'cudagraph'"])
 def test_names_that_only_contain_cuda_are_left_alone(source: str) -> None:
     assert rewritten(source)[1] == 0
 

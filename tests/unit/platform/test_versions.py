@@ -24,9 +24,7 @@ def test_unsupported_releases(version: str) -> None:
 
 def test_an_unsupported_release_is_refused_in_one_line_with_the_way_to_mend_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "installed", lambda: (0, 14, 0))
-    with pytest.raises(
-        PlatformError, match=r"megatron-core 0\.14\.0 is installed, supported is .*; pip install"
-    ) as caught:
+    with pytest.raises(PlatformError, match=r"megatron-core 0\.14\.0 is installed, supported is .*; pip install") as caught:
         versions.require_supported()
     assert "\n" not in str(caught.value)
 
@@ -46,9 +44,7 @@ def test_the_mlp_submodules_are_found_in_a_module_spec_and_in_a_partial() -> Non
         assert versions.mlp_submodules(SimpleNamespace(mlp=mlp)) is inner
 
 
-def test_a_checkpoint_of_a_newer_release_is_refused_by_the_old_one_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_of_a_newer_release_is_refused_by_the_old_one_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "metadata.json").write_text("{}")
     monkeypatch.setattr(versions, "installed", lambda: (0, 19, 2))
     versions.require_readable(tmp_path)

@@ -10,6 +10,8 @@ from typing import Any
 from rich.table import Table
 
 NOT_APPLICABLE = "–"
+NO_BREAK = "\u00a0"
+"""Space that keeps a number and its unit on one line."""
 METRICS = ("acc", "acc_norm")
 
 
@@ -24,7 +26,7 @@ class Row:
 
     @property
     def heading(self) -> str:
-        return f"{self.label} {self.better}".rstrip()
+        return f"{self.label}{NO_BREAK}{self.better}" if self.better else self.label
 
 
 def model_names(result: dict[str, Any]) -> list[str]:
@@ -57,7 +59,7 @@ def console_table(result: dict[str, Any]) -> Table:
 
 
 def continuations(result: dict[str, Any]) -> str:
-    """How each model goes on from the same prompt, as a list that reads as Markdown and as plain text; empty without any."""
+    """How each model goes on from the same prompt: a list, as Markdown and as plain text; empty without any."""
     texts = {name: model.get("continuation") for name, model in result["models"].items()}
     lines = [f"- {name}: {_verbatim(text)}" for name, text in texts.items() if text]
     return "\n".join([f"Continuations of {_verbatim(result['prompt'])}", "", *lines, ""]) if lines else ""
@@ -67,13 +69,23 @@ def note(result: dict[str, Any]) -> str:
     """On how much the figures were measured."""
     tokens = " and ".join(f"{count:,} tokens {_spoken(domain)}" for domain, count in result.get("tokens", {}).items())
     parts = [f"Held out: {tokens}, in windows of {result['sequence_length']:,}"] if tokens else []
-    items = ", ".join(f"{count:,} of {task}" for task, count in (result.get("task_items") or {}).items())
-    parts += [f"task items: {items}"] if items else []
+    parts += _task_items(result)
     return "; ".join([*parts, "± is one standard error"]) + "."
 
 
+def _task_items(result: dict[str, Any]) -> list[str]:
+    """task_items: a number for each task, or one number or "all" for every task."""
+    tasks = list(dict.fromkeys(task for model in result["models"].values() for task in model.get("tasks") or {}))
+    counts = result.get("task_items")
+    if not tasks or not counts:
+        return []
+    if not isinstance(counts, dict):
+        return ["tasks: all items" if counts == "all" else f"tasks: first {counts:,} items"]
+    return ["task items: " + ", ".join(f"{count:,} of {task}" for task, count in counts.items())]
+
+
 def quantity(figure: dict[str, Any] | None, *, scale: float = 1.0) -> str:
-    """`value ± standard error`: the error with two significant digits, the value with the same decimals; – without a figure."""
+    """`value ± standard error`, the error with two significant digits, the value with the same decimals; – for None."""
     if not figure or figure.get("value") is None:
         return NOT_APPLICABLE
     value, stderr = figure["value"] * scale, figure.get("stderr")
@@ -90,15 +102,18 @@ def significant(value: float, digits: int) -> str:
     return _rounded(value, decimals)
 
 
-def millions(count: int) -> str:
-    """Parameters: 134.5 M, 8.03 B."""
-    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+def short_count(count: int) -> str:
+    """Parameters: 8.03 B, 134.5 M, 35.1 k."""
+    for unit, size, decimals in (("B", 1e9, 2), ("M", 1e6, 1), ("k", 1e3, 1)):
+        if count >= size:
+            return f"{count / size:.{decimals}f}{NO_BREAK}{unit}"
+    return str(count)
 
 
 def change(value: float, reference: float) -> str:
     """Relative change with a sign: −27.7 %."""
     percent = 100 * (value / reference - 1)
-    return f"{'−' if percent < 0 else '+'}{abs(percent):.1f} %"
+    return f"{'−' if percent < 0 else '+'}{abs(percent):.1f}{NO_BREAK}%"
 
 
 def _all_rows(result: dict[str, Any]) -> Iterator[Row]:
@@ -122,7 +137,8 @@ def _all_rows(result: dict[str, Any]) -> Iterator[Row]:
 
 def _parameters(models: list[dict[str, Any]]) -> tuple[str, ...]:
     counts = [model["parameters"] for model in models]
-    return tuple(millions(count) + (f" ({change(count, counts[0])})" if count != counts[0] else "") for count in counts)
+    changes = [f" ({change(count, counts[0])})" if count != counts[0] else "" for count in counts]
+    return tuple(short_count(count) + change_text for count, change_text in zip(counts, changes, strict=True))
 
 
 def _speeds(models: list[dict[str, Any]]) -> tuple[str, ...]:

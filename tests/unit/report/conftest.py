@@ -1,6 +1,6 @@
-"""A run as the stages leave it on disk, with figures of realistic size, so that the page can be made (and looked at) in a second.
+"""A run as the stages leave it on disk, with figures of realistic size: the page of it is made (and seen) in a second.
 
-`python tests/unit/report/fake_run.py FOLDER` writes the page of it into FOLDER.
+`python tests/unit/report/conftest.py FOLDER` writes the page of it into FOLDER.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from minitron_megatron.arch.architecture import Architecture, parameter_count
 from minitron_megatron.artifact import Artifact
@@ -23,7 +24,18 @@ DROPPED = (10, 18, 19, 21)
 STEPS = 150
 
 
+@pytest.fixture
 def recipe() -> Recipe:
+    return fake_recipe()
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> dict[str, Artifact]:
+    """Artifacts of every stage that the report reads."""
+    return write_run(tmp_path / "run")
+
+
+def fake_recipe() -> Recipe:
     return Recipe.model_validate(
         {
             "name": "smollm2_135m_to_97m",
@@ -51,7 +63,11 @@ def write_run(folder: Path) -> dict[str, Artifact]:
     }
     lines = "".join(json.dumps(step) + "\n" for step in _steps(random))
     shape = {"architecture": SOURCE.to_dict(), "parameters": parameter_count(SOURCE)}
-    cut = {"architecture": TARGET.to_dict(), "parameters": parameter_count(TARGET), "parameters_before": parameter_count(SOURCE)}
+    cut = {
+        "architecture": TARGET.to_dict(),
+        "parameters": parameter_count(TARGET),
+        "parameters_before": parameter_count(SOURCE),
+    }
     return {
         "import": _artifact(folder, "import", shape, {}),
         "importance": _artifact(folder, "importance", {}, {"summary.json": json.dumps(scores)}),
@@ -63,12 +79,14 @@ def write_run(folder: Path) -> dict[str, Artifact]:
 
 def evaluation() -> dict[str, Any]:
     """An evaluation's result of the size that such a run has."""
-    tail = " is strong, and the people of this country have never been more united in the belief that"
+    before, after = parameter_count(SOURCE), parameter_count(TARGET)
+    teacher = " is strong, and the people of this country have never been more united in the belief that"
+    pruned, distilled = " of the the of <the> & the the war", " is in the hands of the Congress, and I shall"
     return {
         "models": {
-            "teacher": _model(parameter_count(SOURCE), (19.7, 14.2), None, None, 0.61, 512.3, tail),
-            "pruned": _model(parameter_count(TARGET), (131.4, 288.0), (1.934, 3.012), (0.412, 0.331), 0.53, 671.0, " of the the of <the> & the the war"),
-            "distilled": _model(parameter_count(TARGET), (24.13, 31.9), (0.312, 0.804), (0.742, 0.601), 0.58, 668.2, " is in the hands of the Congress, and I shall"),
+            "teacher": _model(before, (19.7, 14.2), None, None, 0.61, 512.3, teacher),
+            "pruned": _model(after, (131.4, 288.0), (1.934, 3.012), (0.412, 0.331), 0.53, 671.0, pruned),
+            "distilled": _model(after, (24.13, 31.9), (0.312, 0.804), (0.742, 0.601), 0.58, 668.2, distilled),
         },
         "prompt": "My fellow citizens, the state of our Union",
         "tokens": {"in_domain": 24576, "out_of_domain": 24576},
@@ -78,7 +96,13 @@ def evaluation() -> dict[str, Any]:
 
 
 def _model(
-    parameters: int, perplexity: tuple[float, float], kl: Any, agreement: Any, accuracy: float, speed: float, continuation: str
+    parameters: int,
+    perplexity: tuple[float, float],
+    kl: Any,
+    agreement: Any,
+    accuracy: float,
+    speed: float,
+    continuation: str,
 ) -> dict[str, Any]:
     domains = {
         domain: {
@@ -92,7 +116,13 @@ def _model(
         task: {"acc": _figure(accuracy - shift, 0.0488), "acc_norm": _figure(accuracy - shift + 0.02, 0.0483)}
         for task, shift in (("piqa_local", 0.0), ("openbookqa_local", 0.36))
     }
-    return {"parameters": parameters, "domains": domains, "tasks": tasks, "tokens_per_second": speed, "continuation": continuation}
+    return {
+        "parameters": parameters,
+        "domains": domains,
+        "tasks": tasks,
+        "tokens_per_second": speed,
+        "continuation": continuation,
+    }
 
 
 def _figure(value: float, stderr: float) -> dict[str, float]:
@@ -118,7 +148,8 @@ def _steps(random: np.random.Generator) -> list[dict[str, Any]]:
         kl = 0.31 + 1.6 * float(np.exp(-step / 22)) + 0.05 * random.standard_normal()
         rate = 3e-4 * min(step / 15, 0.55 + 0.45 * float(np.cos(np.pi * step / STEPS)))
         steps.append({"step": step, "steps": STEPS, "loss": kl, "forward_kl": kl, "cross_entropy": kl + 2.9,
-                      "gradient_norm": 0.5 + 3 * float(np.exp(-step / 15)) + 0.1 * random.random(), "learning_rate": rate,
+                      "gradient_norm": 0.5 + 3 * float(np.exp(-step / 15)) + 0.1 * random.random(),
+                      "learning_rate": rate,
                       "tokens_per_second": 412.0, "memory_gib": 1.9, "seconds": 0.61})  # fmt: skip
         if step % 25 == 0:
             steps[-1]["validation"] = {"forward_kl": kl * 0.98, "perplexity": 19.7 * float(np.exp(0.7 * kl))}
@@ -133,8 +164,9 @@ def _artifact(folder: Path, stage: str, result: dict[str, Any], files: dict[str,
     distributed = stage in ("importance", "distill", "evaluate")
     layout = {"tensor": 1, "pipeline": 2, "data": 1, "sequence": False, "layers_per_stage": "cost", "processes": 2}
     manifest = {
-        "stage": stage, "id": f"{abs(hash(stage)):016x}"[:16], "layout": layout if distributed else {"processes": 1}, "platform": "cpu",
-        "versions": {"minitron_megatron": "0.1.0", "python": "3.11.9", "torch": "2.13.0+cpu", "megatron-core": "0.16.1"},
+        "stage": stage, "id": stage.encode().hex()[:16], "platform": "cpu",
+        "layout": layout if distributed else {"processes": 1},
+        "versions": {"python": "3.11.9", "torch": "2.13.0+cpu", "megatron-core": "0.16.1"},
         "seconds": 61.4, "finished": "2026-11-21T04:30:00+00:00",
     }  # fmt: skip
     return Artifact(path, manifest)
@@ -142,4 +174,4 @@ def _artifact(folder: Path, stage: str, result: dict[str, Any], files: dict[str,
 
 if __name__ == "__main__":
     out = Path(sys.argv[1])
-    print(run(recipe(), write_run(out / "artifacts"), out))
+    print(run(fake_recipe(), write_run(out / "artifacts"), out))

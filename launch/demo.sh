@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# SmolLM2-135M through the whole chain on two CPU processes. Arguments: key=value overrides of the recipe.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. launch/setup.sh
+
+python=$(find_python)
+setup_environment .venv "$python" export
+.venv/bin/python launch/demo_inputs.py --out .demo
+export HF_HUB_OFFLINE=1
+exec .venv/bin/minitron run configs/smollm2_135m_to_97m.yaml "$@"

@@ -1,0 +1,45 @@
+"""A finished (or half finished) run as plain data: what the page is made from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from minitron_megatron.arch.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class RunData:
+    """A run as read from its artifacts; None or empty where a stage has not been run."""
+
+    recipe: dict[str, Any]
+    manifests: dict[str, dict[str, Any]] = field(default_factory=dict)
+    plan: dict[str, Any] | None = None
+    """plan.json of the stage prune."""
+    importance: dict[str, Any] | None = None
+    """summary.json of the stage importance."""
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    """metrics.jsonl of the stage distill."""
+    evaluation: dict[str, Any] | None = None
+    """result.json of the stage evaluate."""
+
+    @property
+    def shapes(self) -> tuple[Architecture, Architecture] | None:
+        """Source and target."""
+        if self.plan is None:
+            return None
+        return Architecture.from_dict(self.plan["source"]), Architecture.from_dict(self.plan["target"])
+
+    @property
+    def dropped_layers(self) -> list[int]:
+        """Global numbers, in the source, of the layers that pruning dropped."""
+        if self.plan is None:
+            return []
+        return sorted(set(range(self.plan["source"]["layers"])) - set(self.plan["kept_layers"]))
+
+    def kept_of(self, kind: str) -> list[int | None]:
+        """Units of a kind ("ffn", "heads") kept in each source layer, None where the layer is dropped."""
+        if self.plan is None:
+            return []
+        kept, layers = self.plan[kind], set(self.plan["kept_layers"])
+        return [len(kept[str(layer)]) if layer in layers else None for layer in range(self.plan["source"]["layers"])]

@@ -1,0 +1,84 @@
+"""The figures of each section, or the sentence that says why one is not there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from markupsafe import Markup
+
+from minitron_megatron.arch.architecture import Architecture
+from minitron_megatron.report import figures
+from minitron_megatron.report.run_data import RunData
+
+
+@dataclass(frozen=True)
+class Figure:
+    """An inline SVG with its caption, or the sentence that says why it is not there."""
+
+    title: str
+    caption: str
+    svg: Markup | None = None
+    missing: str = ""
+
+
+def training_figures(run: RunData) -> list[Figure]:
+    """KL and perplexity over the steps of the distillation."""
+    missing = "" if run.steps else "The training curves are left out: the stage distill has no metrics."
+    validated = any(step.get("validation") for step in run.steps)
+    unvalidated = "" if validated else "Perplexity is left out: the stage distill has made no validation."
+    kl = "Forward KL of each step and on validation samples; below, the learning rate."
+    perplexity = "On validation samples; below, the gradient norm of each step."
+    return [
+        _figure("KL to the teacher", kl, lambda: figures.kl_curve(run.steps), missing),
+        _figure("Perplexity", perplexity, lambda: figures.perplexity_curve(run.steps), missing or unvalidated),
+    ]
+
+
+def importance_figures(run: RunData) -> list[Figure]:
+    """Heat maps of what is ranked within a layer, and the Block Influence of the layers."""
+    missing = "" if run.importance else "The importance figures are left out: the stage importance has no summary."
+    heads_cut = run.shapes is not None and run.shapes[0].heads != run.shapes[1].heads
+    units = {"ffn": "FFN neuron", **({"heads": "query head"} if heads_cut else {})}
+    influence = (run.importance or {}).get("block_influence", [])
+    return [
+        *(_heatmap(run, kind, unit, missing) for kind, unit in units.items()),
+        _figure(
+            "Block Influence",
+            "1 − cosine of what enters and leaves a layer; low means that the layer changes little.",
+            lambda: figures.block_influence_bars(influence, run.dropped_layers),
+            missing or ("" if len(influence) else "Left out: the stage importance gives no Block Influence."),
+        ),
+    ]
+
+
+def cut_figure(run: RunData) -> Figure:
+    """What is kept of each layer."""
+
+    def draw() -> str:
+        source = Architecture.from_dict((run.plan or {})["source"])
+        ffn = figures.Kept("FFN neurons", source.ffn, run.kept_of("ffn"))
+        heads = figures.Kept("query heads", source.heads, run.kept_of("heads"))
+        return figures.kept_strips([ffn, heads])
+
+    missing = "" if run.plan else "What was cut is left out: the stage prune has no plan."
+    return _figure("Layer by layer", "The share of each layer that is kept.", draw, missing)
+
+
+def _heatmap(run: RunData, kind: str, unit: str, missing: str) -> Figure:
+    scores_LF = [np.asarray(scores_F) for scores_F in (run.importance or {}).get(kind, [])]
+    kept_L: Sequence[int | None] = run.kept_of(kind) or [len(scores_F) for scores_F in scores_LF]
+    caption = f"One row per layer, its {unit}s sorted by score and divided by the layer's largest."
+
+    def draw() -> str:
+        return figures.importance_heatmap(scores_LF, kept_L, unit=unit)
+
+    nothing = "" if scores_LF else f"Left out: the stage importance gives no scores of {unit}s."
+    return _figure(f"Importance of each {unit}", caption, draw, missing or nothing)
+
+
+def _figure(title: str, caption: str, draw: Callable[[], str], missing: str) -> Figure:
+    if missing:
+        return Figure(title, caption, missing=missing)
+    return Figure(title, caption, svg=Markup(draw()))  # our own SVG; matplotlib escapes its texts

@@ -1,0 +1,1 @@
+"""What a finished run shows of itself: one source of rows for console, Markdown and the report."""

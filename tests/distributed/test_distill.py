@@ -1,0 +1,253 @@
+"""The distillation stage from artifacts to artifact: layouts agree, an interrupted run is as the whole one, the teacher stays frozen."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from _pytest.monkeypatch import MonkeyPatch
+
+from minitron_megatron.arch.architecture import Architecture
+from minitron_megatron.artifact import find_artifact
+from minitron_megatron.checkpoint.torch_dist import MegatronSource, TorchDistReader, weights_digest
+from minitron_megatron.config.schema import Parallel, Recipe, Wandb
+from minitron_megatron.distill import output_layer, training_checkpoint
+from minitron_megatron.distill.loop import Distillation
+from minitron_megatron.parallel.split import split_layers
+from minitron_megatron.parallel.world import World
+
+from .conftest import Record
+from .house import SOURCE, STEPS, TARGET, copy_of, publish_stage, recipe_for
+from .pool import Pool
+from .tiny import DP2, ONE, PP2, TP2_PP2, TP2_SP, layout_name, name_of, relative_difference
+
+TIMED = ("seconds", "tokens_per_second", "memory_gib")
+BEFORE_THE_FIRST_CHECKPOINT, JUST_SAVED, UNSAVED_STEPS = 3, 8, 13
+"""Checkpoints are written after steps 8 and 16."""
+
+
+class Interrupted(Exception):
+    """Stands for whatever ends a job."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One process's teacher after training."""
+
+    parameters: int
+    trainable: int
+    with_gradient: int
+    changed: bool
+    same_storage: int
+
+
+@contextmanager
+def changed(target: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
+    with MonkeyPatch.context() as patch:
+        patch.setattr(target, name, make(getattr(target, name)))
+        yield
+
+
+def distill_until(world: World, recipe: Recipe, finished: int) -> None:
+    """Runs the stage and stops it on every process when so many steps are behind it, with their log lines and checkpoints."""
+
+    def make(take_step: Any) -> Any:
+        def stopping(self: Distillation, step: int) -> dict[str, Any]:
+            if step == finished:
+                raise Interrupted
+            return take_step(self, step)
+
+        return stopping
+
+    with changed(Distillation, "_step", make), pytest.raises(Interrupted):
+        publish_stage(world, "distill", recipe)
+
+
+def distill_until_half_written(world: World, recipe: Recipe, finished: int) -> None:
+    """Stops the stage when this step's checkpoint is written but does not have its name yet."""
+
+    def make(save: Any) -> Any:
+        def stopping(state: dict[str, Any], folder: Path) -> None:
+            save(state, folder)
+            if state.get("step") == finished:
+                raise Interrupted
+
+        return stopping
+
+    with changed(training_checkpoint, "save_state", make), pytest.raises(Interrupted):
+        publish_stage(world, "distill", recipe)
+
+
+def distill_watching_the_teacher(world: World, recipe: Recipe) -> Seen:
+    found: list[Seen] = []
+
+    def make(run: Any) -> Any:
+        def watched(self: Distillation, *arguments: Any) -> Any:
+            teacher = list(self.teacher.parameters())
+            before = [parameter.clone() for parameter in teacher]
+            last = run(self, *arguments)
+            student = {parameter.data_ptr() for parameter in self.student.model.parameters()}
+            found.append(
+                Seen(
+                    parameters=sum(parameter.numel() for parameter in teacher),
+                    trainable=sum(parameter.requires_grad for parameter in teacher),
+                    with_gradient=sum(parameter.grad is not None or hasattr(parameter, "main_grad") for parameter in teacher),
+                    changed=any(not torch.equal(a, b) for a, b in zip(before, teacher, strict=True)),
+                    same_storage=sum(parameter.data_ptr() in student for parameter in teacher),
+                )
+            )
+            return last
+
+        return watched
+
+    with changed(Distillation, "run", make):
+        publish_stage(world, "distill", recipe)
+    return found[0]
+
+
+def distill_without_the_loss(world: World, recipe: Recipe) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise Interrupted("the KD loss was called")
+
+    with changed(output_layer, "fused_distillation_loss", lambda _: refuse), pytest.raises(Interrupted):
+        publish_stage(world, "distill", recipe)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A published distillation."""
+
+    path: Path
+    seen: list[Seen]
+
+    def records(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+
+    def bits(self) -> list[dict[str, Any]]:
+        """Every record without what the clock says; JSON keeps all bits of a float."""
+        return [{name: value for name, value in record.items() if name not in TIMED} for record in self.records()]
+
+    def steps(self, name: str) -> list[float]:
+        return [record[name] for record in self.records() if record["step"] > 0]
+
+    def digest(self) -> str:
+        return weights_digest(MegatronSource(self.path / "checkpoint", TARGET))
+
+
+Whole = Callable[..., Run]
+
+
+@pytest.fixture(scope="module")
+def whole(pool: Pool, house: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """whole(layout, precision, steps): the uninterrupted run, made once."""
+    made: dict[tuple[str, str, int], Run] = {}
+
+    def run(parallel: Parallel, precision: str = "fp32", steps: int = STEPS) -> Run:
+        key = layout_name(parallel), precision, steps
+        if key not in made:
+            runs = copy_of(house, tmp_path_factory.mktemp("whole") / "runs")
+            recipe = recipe_for(runs, parallel, precision, steps=steps)
+            made[key] = Run(runs / "tiny" / "distill", pool.run(distill_watching_the_teacher, recipe, processes=parallel.processes))
+        return made[key]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("parallel", "precision"), [(ONE, "fp32"), (ONE, "bf16"), (PP2, "fp32"), (PP2, "bf16"), (DP2, "fp32"), (TP2_SP, "bf16")], ids=name_of
+)
+def test_an_interrupted_run_reproduces_the_whole_one_to_the_bit(
+    pool: Pool, house: Path, whole: Whole, tmp_path: Path, parallel: Parallel, precision: str
+) -> None:
+    expected = whole(parallel, precision)
+    recipe = recipe_for(copy_of(house, tmp_path / "runs"), parallel, precision)
+    for step in (BEFORE_THE_FIRST_CHECKPOINT, JUST_SAVED, UNSAVED_STEPS):
+        pool.run(distill_until, recipe, step, processes=parallel.processes)
+        assert find_artifact(tmp_path / "runs" / "tiny", "distill") is None
+    pool.run(publish_stage, "distill", recipe, processes=parallel.processes)
+    continued = Run(tmp_path / "runs" / "tiny" / "distill", [])
+    assert [record["step"] for record in continued.records()] == list(range(STEPS + 1))  # 0 is the validation ahead of all
+    assert continued.bits() == expected.bits()
+    assert continued.digest() == expected.digest()
+
+
+def test_a_half_written_checkpoint_is_never_read(pool: Pool, house: Path, whole: Whole, tmp_path: Path) -> None:
+    runs = copy_of(house, tmp_path / "runs")
+    pool.run(distill_until_half_written, recipe_for(runs), 16, processes=1)
+    training = runs / "tiny" / ".distill.partial" / "training"
+    for file in training.glob("writing_00000016/*.distcp"):
+        file.write_bytes(file.read_bytes()[:100])  # what a job that is killed leaves behind
+    assert sorted(folder.name for folder in training.iterdir()) == ["step_00000008", "writing_00000016"]
+    pool.run(publish_stage, "distill", recipe_for(runs), processes=1)
+    assert Run(runs / "tiny" / "distill", []).bits() == whole(ONE).bits()
+
+
+def test_losses_and_gradient_norms_of_twenty_steps_agree_in_every_layout(whole: Whole, measured: Record) -> None:
+    """Later steps drift by what Adam makes of rounding: 1e-4 for 20 steps, where another sample would be 1e-1."""
+    one = whole(ONE, "fp32")
+    assert len(one.steps("loss")) == STEPS
+    assert one.steps("loss")[-1] < 0.9 * one.steps("loss")[0]  # it learns: agreement on a flat line would say nothing
+    for parallel in (DP2, PP2, TP2_SP):
+        found = whole(parallel, "fp32")
+        for name in ("loss", "gradient_norm", "learning_rate"):
+            pairs = zip(found.steps(name), one.steps(name), strict=True)
+            difference = max(relative_difference(a, b) for a, b in pairs)
+            assert measured(f"20 distillation steps: {name}", layout_name(parallel), difference) <= 1e-4
+
+
+@pytest.mark.parametrize(("parallel", "steps"), [(ONE, STEPS), (PP2, STEPS), (DP2, STEPS), (TP2_SP, STEPS), (TP2_PP2, 4)], ids=name_of)
+def test_the_teacher_is_this_ranks_shard_and_stays_frozen(whole: Whole, parallel: Parallel, steps: int) -> None:
+    seen = whole(parallel, "fp32", steps).seen
+    assert [item.parameters for item in seen] == [shard_parameters(SOURCE, parallel, rank) for rank in range(parallel.processes)]
+    for item in seen:
+        assert (item.trainable, item.with_gradient, item.changed, item.same_storage) == (0, 0, False, 0)
+
+
+def shard_parameters(arch: Architecture, parallel: Parallel, rank: int) -> int:
+    """By hand: matrices are cut over tensor ranks, norms are whole, the vocabulary is padded; stages are the slowest part of a rank."""
+    stage = rank // (parallel.tensor * parallel.data)
+    attention = (2 * arch.heads + 2 * arch.kv_groups) * arch.head_channels * arch.hidden
+    layer = (attention + 3 * arch.ffn * arch.hidden) // parallel.tensor + 2 * arch.hidden
+    vocabulary = -(-arch.vocab // parallel.tensor) * arch.hidden
+    count = split_layers(arch, parallel.pipeline, parallel.layers_per_stage)[stage] * layer
+    count += vocabulary if stage == 0 else 0
+    return count + (vocabulary + arch.hidden if stage == parallel.pipeline - 1 else 0)
+
+
+def test_neither_published_nor_training_checkpoints_hold_the_teacher(pool: Pool, house: Path, whole: Whole, tmp_path: Path) -> None:
+    """The teacher has one layer more than the student, and wider ones."""
+    recipe = recipe_for(copy_of(house, tmp_path / "runs"), PP2)
+    pool.run(distill_until, recipe, JUST_SAVED, processes=2)
+    training = TorchDistReader(tmp_path / "runs" / "tiny" / ".distill.partial" / "training" / "step_00000008").tensors
+    published = TorchDistReader(whole(PP2, "fp32").path / "checkpoint").tensors
+    assert f"decoder.layers.{TARGET.layers - 1}.mlp.linear_fc1.weight" in published
+    for name, entry in [*training.items(), *published.items()]:
+        assert f"layers.{SOURCE.layers - 1}." not in name
+        assert not {SOURCE.hidden, SOURCE.ffn, 2 * SOURCE.ffn} & set(entry.size), name
+
+
+def test_without_the_kd_loss_nothing_is_trained(pool: Pool, house: Path, tmp_path: Path) -> None:
+    """The stage must fail when the function that makes the loss does: no other path may stand in for it."""
+    recipe = recipe_for(copy_of(house, tmp_path / "runs"), ONE)
+    pool.run(distill_without_the_loss, recipe, processes=1)
+    assert find_artifact(tmp_path / "runs" / "tiny", "distill") is None
+
+
+def test_tensorboard_and_offline_wandb_hold_every_step(pool: Pool, house: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    runs = copy_of(house, tmp_path / "runs")
+    recipe = recipe_for(runs, ONE, steps=4, wandb=Wandb(project="tiny", mode="offline"))
+    pool.run(publish_stage, "distill", recipe, processes=1)
+    run = Run(runs / "tiny" / "distill", [])
+    events = EventAccumulator(str(run.path / "tensorboard")).Reload()
+    plotted = events.Scalars("train/loss")
+    assert [event.step for event in plotted] == [1, 2, 3, 4]
+    assert [event.value for event in plotted] == pytest.approx(run.steps("loss"), rel=1e-6)  # TensorBoard keeps fp32
+    assert list(run.path.glob("wandb/offline-run-*/run-*.wandb"))

@@ -1,0 +1,99 @@
+"""Parameter counts in closed form, against the papers and against what transformers builds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from minitron_megatron.arch.architecture import (
+    Architecture,
+    forward_flops_per_token,
+    kv_cache_bytes_per_token,
+    parameter_count,
+    parameters_by_part,
+)
+from minitron_megatron.arch.source import source_architecture
+
+# name → (published parameters, HF family, L, D, H, F, V), arXiv 2408.11796 Tables 2 and 3; G = 8 and K = 128 throughout
+PUBLISHED = {
+    "Llama-3.1 8B": (8.03e9, "llama", 32, 4096, 32, 14336, 128256),
+    "Llama-3.1-Minitron 4B width": (4.51e9, "llama", 32, 3072, 32, 9216, 128256),
+    "Llama-3.1-Minitron 4B depth": (4.54e9, "llama", 16, 4096, 32, 14336, 128256),
+    "Mistral-NeMo 12B": (12.2e9, "mistral", 40, 5120, 32, 14336, 131072),
+    "MN-Minitron 8B": (8.4e9, "mistral", 40, 4096, 32, 11520, 131072),
+}
+
+
+def published(name: str) -> Architecture:
+    _, family, layers, hidden, heads, ffn, vocab = PUBLISHED[name]
+    return Architecture(family, layers, hidden, heads, 8, 128, ffn, vocab, False, 8192, 1e-5, 500000.0)
+
+
+def parameters_of_transformers(config: object) -> int:
+    """What transformers allocates, tied weights once; nothing is filled, so that 12 billion cost nothing."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_counts_are_the_published_ones(name: str) -> None:
+    # 1 %: the papers round to two or three digits
+    assert parameter_count(published(name)) == pytest.approx(PUBLISHED[name][0], rel=0.01)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_counts_of_published_shapes_are_exactly_those_of_transformers(name: str) -> None:
+    from transformers import AutoConfig
+
+    arch = published(name)
+    config = AutoConfig.for_model(
+        arch.family_name,
+        num_hidden_layers=arch.layers,
+        hidden_size=arch.hidden,
+        num_attention_heads=arch.heads,
+        num_key_value_heads=arch.kv_groups,
+        head_dim=arch.head_channels,
+        intermediate_size=arch.ffn,
+        vocab_size=arch.vocab,
+        tie_word_embeddings=False,
+    )
+    assert parameter_count(arch) == parameters_of_transformers(config)
+
+
+def test_counts_of_every_family_are_exactly_those_of_transformers(every_family: Path) -> None:
+    from transformers import AutoConfig
+
+    arch = source_architecture(str(every_family))
+    assert parameter_count(arch) == parameters_of_transformers(AutoConfig.from_pretrained(every_family))
+    assert sum(parameters_by_part(arch).values()) == parameter_count(arch)
+
+
+def test_flops_are_those_that_torch_counts(tiny_hf_model: Callable[..., Path]) -> None:
+    """Matrices of a forward pass and the causal half of attention, against torch's own counter on the transformers model."""
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoModelForCausalLM
+
+    folder, sequence = tiny_hf_model("llama"), 64
+    arch = source_architecture(str(folder))
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, sequence, dtype=torch.long))
+    heads_and_channels = arch.layers * arch.heads * arch.head_channels
+    # eager attention multiplies all S × S pairs; ours counts S / 2 pairs a token, as a causal kernel does
+    full_attention = 2 * 2 * heads_and_channels * sequence * sequence
+    expected = counter.get_total_flops() - full_attention // 2
+    assert forward_flops_per_token(arch, sequence) * sequence == expected
+
+
+def test_kv_cache_bytes_are_those_of_a_cache_that_transformers_fills(tiny_hf_model: Callable[..., Path]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder, tokens = tiny_hf_model("llama"), 5
+    cache = AutoModelForCausalLM.from_pretrained(folder)(torch.zeros(1, tokens, dtype=torch.long), use_cache=True).past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert kv_cache_bytes_per_token(source_architecture(str(folder)), bytes_per_value=4) * tokens == held

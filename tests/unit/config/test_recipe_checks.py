@@ -1,0 +1,135 @@
+"""Cross-checks of a recipe against its model: each problem with its mend, all of them in one error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from minitron_megatron.arch.architecture import Architecture
+from minitron_megatron.config.checks import check_recipe, target_architecture
+from minitron_megatron.config.load import load_recipe
+from minitron_megatron.errors import RecipeError
+
+Recipes = Callable[..., Path]
+# 12 heads in 4 groups: 3 and 6 divide the heads but not the groups
+MODEL = Architecture("llama", 6, 48, 12, 4, 8, 60, 131, True, 128, 1e-6, 10000.0)
+WINDOWED = Architecture("mistral", 6, 48, 12, 4, 8, 60, 131, True, 128, 1e-6, 10000.0, attention_window=64)
+
+
+@pytest.fixture
+def problems(recipe_file: Recipes) -> Callable[..., list[str]]:
+    def check(*overrides: str, model: Architecture = MODEL) -> list[str]:
+        with pytest.raises(RecipeError) as caught:
+            check_recipe(load_recipe(recipe_file(), list(overrides)), model)
+        return caught.value.problems
+
+    return check
+
+
+CASES = {
+    "prune.target.ffn=61": ["prune.target.ffn=61 is larger than the source's 60"],
+    "prune.target.layers=7": ["prune.target.layers=7 is larger than the source's 6"],
+    "prune.target.hidden=49": ["prune.target.hidden=49 is larger than the source's 48"],
+    "prune.target.heads=16": ["prune.target.heads=16 is larger than the source's 12"],
+    "prune.target.heads=10": ["prune.target.heads=10 is not divisible by the model's 4 key/value groups; nearest: 8, 12"],
+    "prune.target.heads=2": ["prune.target.heads=2 is not divisible by the model's 4 key/value groups; nearest: 4"],
+    "prune.target.hidden=40": [
+        "prune.target: hidden=40 is not a multiple of heads=12, and transformers would not load such a llama; nearest hidden: 36, 48"
+    ],
+    "prune.target={heads: 8, hidden: 44}": [
+        "prune.target: hidden=44 is not a multiple of heads=8, and transformers would not load such a llama; nearest hidden: 40, 48"
+    ],
+    "parallel.tensor=5": [
+        "parallel.tensor=5 does not divide the source model's 12 heads; tensor sizes that do: 1, 2, 4",
+        "parallel.tensor=5 does not divide the source model's 4 key/value groups; tensor sizes that do: 1, 2, 4",
+        "parallel.tensor=5 does not divide the pruned model's 12 heads; tensor sizes that do: 1, 2, 4",
+        "parallel.tensor=5 does not divide the pruned model's 4 key/value groups; tensor sizes that do: 1, 2, 4",
+        "parallel.tensor=5 does not divide the pruned model's 16 ffn; tensor sizes that do: 1, 2, 4",
+    ],
+    "parallel.tensor=6": [
+        "parallel.tensor=6 does not divide the source model's 4 key/value groups; tensor sizes that do: 1, 2, 4",
+        "parallel.tensor=6 does not divide the pruned model's 4 key/value groups; tensor sizes that do: 1, 2, 4",
+        "parallel.tensor=6 does not divide the pruned model's 16 ffn; tensor sizes that do: 1, 2, 4",
+    ],
+    "parallel.pipeline=7": [
+        "parallel.pipeline=7 is more than the source model's 6 layers; at most 6",
+        "parallel.pipeline=7 is more than the pruned model's 6 layers; at most 6",
+    ],
+    "parallel.sequence=true": ["parallel.sequence=true needs parallel.tensor of 2 or more; set parallel.sequence=false"],
+    "importance.sequence_length=129": ["importance.sequence_length=129 is beyond the model's 128 positions; at most 128"],
+    "distill.sequence_length=200": ["distill.sequence_length=200 is beyond the model's 128 positions; at most 128"],
+    "evaluate.sequence_length=129": ["evaluate.sequence_length=129 is beyond the model's 128 positions; at most 128"],
+    "distill.micro_batch=3": ["distill.global_batch=4 is not divisible by micro_batch × parallel.data = 3; nearest: 3, 6"],
+    "parallel.data=8": ["distill.global_batch=4 is not divisible by micro_batch × parallel.data = 8; nearest: 8"],
+    "distill.steps=40": ["distill.learning_rate.warmup_steps=40 must be less than distill.steps=40"],
+    "distill.learning_rate.minimum=1e-3": ["distill.learning_rate.minimum is above its peak"],
+    "distill.loss={forward_kl: 0}": ["distill.loss={'forward_kl': 0.0} needs weights ≥ 0 and one above 0"],
+    "distill.loss={forward_kl: 1, cross_entropy: -1}": ["distill.loss={'forward_kl': 1.0, 'cross_entropy': -1.0} needs weights ≥ 0 and one above 0"],
+}
+
+
+@pytest.mark.parametrize("override", CASES)
+def test_each_mistake_is_told_with_its_mend(override: str, problems: Callable[..., list[str]]) -> None:
+    assert problems(override) == CASES[override]
+
+
+def test_tensor_parallel_must_divide_the_pruned_ffn_even_where_it_divides_the_source(problems: Callable[..., list[str]]) -> None:
+    assert problems("parallel.tensor=4", "prune.target.ffn=18", "distill.global_batch=4") == [
+        "parallel.tensor=4 does not divide the pruned model's 18 ffn; tensor sizes that do: 1, 2"
+    ]
+
+
+def test_pipeline_must_fit_the_pruned_depth(problems: Callable[..., list[str]]) -> None:
+    assert problems("parallel.pipeline=4", "prune.target.layers=3") == ["parallel.pipeline=4 is more than the pruned model's 3 layers; at most 3"]
+
+
+def test_lengths_stop_at_the_attention_window(problems: Callable[..., list[str]]) -> None:
+    assert problems("distill.sequence_length=65", model=WINDOWED) == ["distill.sequence_length=65 is beyond the model's 64 positions; at most 64"]
+
+
+def test_sequence_parallel_asks_for_lengths_that_tensor_parallel_divides(problems: Callable[..., list[str]]) -> None:
+    found = problems("parallel.tensor=4", "parallel.sequence=true", "evaluate.sequence_length=30")
+    assert found == ["evaluate.sequence_length=30 is not divisible by parallel.tensor=4 (sequence parallel); nearest: 28, 32"]
+
+
+def test_all_mistakes_are_in_one_error(problems: Callable[..., list[str]]) -> None:
+    overrides = [
+        "prune.target.ffn=61",
+        "prune.target.heads=10",
+        "parallel.pipeline=7",
+        "importance.sequence_length=129",
+        "distill.micro_batch=3",
+        "distill.steps=40",
+    ]
+    found = problems(*overrides)
+    expected = {problem for override in overrides for problem in CASES[override]}
+    assert len(found) == len(set(found))
+    # sizes of a target that does not exist are not checked against the layout
+    assert set(found) == {problem for problem in expected if "the pruned model" not in problem}
+
+
+def test_limits_themselves_are_allowed(recipe_file: Recipes) -> None:
+    overrides = [
+        "prune.target={layers: 6, hidden: 48, heads: 12, ffn: 60}",
+        "parallel.tensor=4",
+        "parallel.pipeline=6",
+        "parallel.sequence=true",
+        "importance.sequence_length=128",
+        "distill.sequence_length=128",
+        "evaluate.sequence_length=128",
+        "distill.learning_rate.warmup_steps=99",
+    ]
+    assert check_recipe(load_recipe(recipe_file(), overrides), MODEL) == MODEL
+
+
+def test_other_families_may_have_any_hidden_size(recipe_file: Recipes) -> None:
+    assert check_recipe(load_recipe(recipe_file(), ["prune.target.hidden=41"]), WINDOWED).hidden == 41
+
+
+def test_the_target_has_the_named_sizes_and_the_sources_others(recipe_file: Recipes) -> None:
+    recipe = load_recipe(recipe_file(), ["prune.target={layers: 4, hidden: 40, heads: 8, ffn: 44}"])
+    target = target_architecture(recipe, MODEL)
+    assert (target.layers, target.hidden, target.heads, target.ffn) == (4, 40, 8, 44)
+    assert target.resized(layers=6, hidden=48, heads=12, ffn=60) == MODEL

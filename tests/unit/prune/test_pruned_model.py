@@ -1,0 +1,146 @@
+"""A pruned model computes what the unpruned transformers model computes with the cut units taken out of it by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+Prune = Callable[..., Any]
+CUTS = {
+    "ffn": {"ffn": 17},
+    # transformers asks of llama that heads divide the hidden size
+    "heads": {"heads": 4},
+    "hidden": {"hidden": 32},
+    "layers": {"layers": 2},
+    "all": {"layers": 2, "hidden": 30, "heads": 6, "ffn": 9},
+}
+
+
+def tokens() -> Tensor:
+    return torch.randint(131, (2, 40), generator=torch.Generator().manual_seed(5))
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    return model(tokens(), use_cache=False).logits
+
+
+def without(count: int, kept: list[int]) -> list[int]:
+    return [index for index in range(count) if index not in kept]
+
+
+@torch.no_grad()
+def removed_by_hand(folder: Path, plan: dict[str, Any]) -> Any:
+    """The source in its own shape: dropped units write zeros, dropped layers are gone.
+
+    Dropped channels carry zeros through every residual; a norm over D channels of which only d are not zero is the norm over d
+    with its weight times √(d/D) and its eps times d/D.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    source, target = plan["source"], plan["target"]
+    width, share = source["head_channels"], target["hidden"] / source["hidden"]
+    dropped = without(source["hidden"], plan["channels"])
+    for layer in plan["kept_layers"]:
+        module = model.model.layers[layer]
+        module.mlp.down_proj.weight[:, without(source["ffn"], plan["ffn"][str(layer)])] = 0
+        for head in without(source["heads"], plan["heads"][str(layer)]):
+            module.self_attn.o_proj.weight[:, head * width : (head + 1) * width] = 0
+        for writer in (module.self_attn.o_proj, module.mlp.down_proj):
+            writer.weight[dropped] = 0
+    if model.config.tie_word_embeddings:  # the output weight meets only channels that are zero there
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
+    model.model.embed_tokens.weight[:, dropped] = 0
+    for name, module in model.named_modules():
+        if name.endswith(("layernorm", "model.norm")):
+            module.weight *= math.sqrt(share)
+            module.variance_epsilon *= share
+    model.model.layers = nn.ModuleList(model.model.layers[layer] for layer in plan["kept_layers"])
+    model.config.num_hidden_layers = len(plan["kept_layers"])
+    return model
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_each_cut_alone_is_the_source_without_the_cut_units(cut: str, tiny_hf_model: Callable[..., Path], prune_model: Prune) -> None:
+    assert_computes_the_same(tiny_hf_model("qwen2"), prune_model, CUTS[cut])
+
+
+def test_all_cuts_together_are_the_source_without_the_cut_units(every_family: Path, prune_model: Prune) -> None:
+    assert_computes_the_same(every_family, prune_model, CUTS["all"])
+
+
+def assert_computes_the_same(source: Path, prune_model: Prune, sizes: dict[str, int]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    done = prune_model(source, sizes, seed=4)
+    plan = json.loads((done.pruned.path / "plan.json").read_text())
+    actual = logits(AutoModelForCausalLM.from_pretrained(done.model))
+    torch.testing.assert_close(actual, logits(removed_by_hand(source, plan)), rtol=0, atol=1e-4)  # fp32: fewer terms in each sum
+    assert (actual - logits(AutoModelForCausalLM.from_pretrained(source))).abs().max() > 0.1  # something was cut
+
+
+def test_a_plan_that_cuts_nothing_leaves_every_bit(every_family: Path, prune_model: Prune) -> None:
+    done = prune_model(every_family, {}, scores="magnitude")
+    assert done.pruned.result["weights_sha256"] == done.imported.result["weights_sha256"]
+    assert done.pruned.result["dropped_layers"] == []
+    original, back = load_file(every_family / "model.safetensors"), load_file(done.model / "model.safetensors")
+    assert original.keys() == back.keys()
+    assert all(torch.equal(original[name].view(torch.uint8), back[name].view(torch.uint8)) for name in original)
+
+
+def test_the_exported_config_is_the_pruned_architecture(every_family: Path, prune_model: Prune) -> None:
+    from transformers import AutoConfig
+
+    done = prune_model(every_family, CUTS["all"])
+    config = AutoConfig.from_pretrained(done.model)
+    assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.intermediate_size) == (2, 30, 6, 9)
+    assert (config.num_key_value_heads, config.head_dim, config.vocab_size) == (2, 6, 131)
+    assert done.pruned.result["parameters"] == sum(tensor.numel() for tensor in load_file(done.model / "model.safetensors").values())
+
+
+def test_the_same_plan_gives_the_same_digest_and_another_seed_another(tiny_hf_model: Callable[..., Path], prune_model: Prune) -> None:
+    source = tiny_hf_model("llama")
+    first, again, other = (prune_model(source, CUTS["all"], seed=seed).pruned.result["weights_sha256"] for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_magnitude_pruning_drops_the_neuron_whose_weights_are_zero(tiny_hf_model: Callable[..., Path], tmp_path: Path, prune_model: Prune) -> None:
+    import shutil
+
+    from safetensors.torch import save_file
+
+    folder = Path(shutil.copytree(tiny_hf_model("llama"), tmp_path / "zeroed"))
+    tensors = load_file(folder / "model.safetensors")
+    for layer, neuron in ((0, 5), (1, 0), (2, 27)):
+        for name in ("gate_proj", "up_proj"):
+            tensors[f"model.layers.{layer}.mlp.{name}.weight"][neuron] = 0
+        tensors[f"model.layers.{layer}.mlp.down_proj.weight"][:, neuron] = 0
+    save_file(tensors, folder / "model.safetensors")
+    plan = json.loads((prune_model(folder, {"ffn": 27}, scores="magnitude").pruned.path / "plan.json").read_text())
+    assert {layer: without(28, kept) for layer, kept in plan["ffn"].items()} == {"0": [5], "1": [0], "2": [27]}
+
+
+def test_scores_of_another_model_are_refused(tiny_hf_model: Callable[..., Path], tmp_path: Path) -> None:
+    from minitron_megatron.arch.source import source_architecture
+    from minitron_megatron.artifact import Artifact, write_json
+    from minitron_megatron.config.schema import Prune as PruneSettings
+    from minitron_megatron.errors import ArtifactError
+    from minitron_megatron.prune.stage import _scores
+    from minitron_megatron.scores.statistics import Statistics
+
+    arch = source_architecture(str(tiny_hf_model("llama")))
+    Statistics(arch, 1, {(0, "ffn"): torch.ones(3, 2, arch.ffn)}, {"model": "another"}).save(tmp_path / "scores.safetensors")
+    write_json(tmp_path / "result.json", {"weights_sha256": "this"})
+    inputs = {name: Artifact(tmp_path, {"id": name}) for name in ("import", "importance")}
+    settings = PruneSettings.model_validate({"target": {"ffn": 9}})
+    with pytest.raises(ArtifactError, match="was measured on another model"):
+        _scores(settings, inputs, None)  # type: ignore[arg-type] - the source is for magnitudes

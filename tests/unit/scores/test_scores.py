@@ -1,0 +1,189 @@
+"""Scores against naive computations from raw activations and raw weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from minitron_megatron.arch.architecture import Architecture
+from minitron_megatron.arch.source import source_architecture
+from minitron_megatron.checkpoint.huggingface import HuggingFaceSource
+from minitron_megatron.checkpoint.tensors import tensor_table
+from minitron_megatron.errors import ArtifactError
+from minitron_megatron.importance.accumulate import BlockSums, blocks_of
+from minitron_megatron.importance.hooks import token_sums
+from minitron_megatron.scores.statistics import Statistics, over_samples
+from minitron_megatron.scores.units import activation_scores, block_influence, head_scores, magnitude_scores, random_scores
+
+ARCH = Architecture("llama", 2, 6, 8, 2, 4, 10, 131, False, 64, 1e-6, 10000.0)
+WIDTHS = {"ffn": ARCH.ffn, "heads": ARCH.heads * ARCH.head_channels, "attention_norm": ARCH.hidden, "mlp_norm": ARCH.hidden}
+SAMPLES, TOKENS = 37, 11
+# away from zero, so that the variance of x, of |x| and the mean square are three different things
+NAIVE_TOKENS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda x: x.abs().mean(0),
+    "l2": lambda x: x.pow(2).sum(0).sqrt(),
+    "variance": lambda x: x.var(0, correction=0),
+}
+NAIVE_SAMPLES: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda a: a.mean(0),
+    "l2": lambda a: a.pow(2).sum(0).sqrt(),
+    "variance": lambda a: a.var(0, correction=0),
+}
+
+
+def activations(layer: int, axis: str) -> Tensor:
+    """[samples, tokens, units] fp64, of values that fp32 holds."""
+    generator = torch.Generator().manual_seed(hash((layer, len(axis))) % 1000)
+    return (torch.randn(SAMPLES, TOKENS, WIDTHS[axis], generator=generator) + 0.5).double()
+
+
+@pytest.fixture(scope="module")
+def statistics() -> Statistics:
+    """Through the accumulators as the stage uses them, in micro-batches of 2 that do not divide the samples."""
+    sums = BlockSums(blocks_of(SAMPLES))
+    for layer in range(ARCH.layers):
+        for axis in WIDTHS:
+            x = activations(layer, axis)
+            for start in range(0, SAMPLES, 2):
+                ids = list(range(start, min(start + 2, SAMPLES)))
+                sums.add((layer, axis), token_sums(x[ids].transpose(0, 1)), TOKENS, ids)
+        cosines = torch.linspace(-1, 1, SAMPLES) / (layer + 1)
+        sums.add_influence(layer, cosines * TOKENS, TOKENS, list(range(SAMPLES)))
+    return Statistics(ARCH, SAMPLES, {key: blocks.sum(0) for key, blocks in sums.sums.items()}, {"model": "x"})
+
+
+def naive(layer: int, axis: str, *, batch: str, sequence: str) -> Tensor:
+    per_sample = torch.stack([NAIVE_TOKENS[sequence](sample) for sample in activations(layer, axis)])
+    return NAIVE_SAMPLES[batch](per_sample)
+
+
+@pytest.mark.parametrize("sequence", NAIVE_TOKENS)
+@pytest.mark.parametrize("batch", NAIVE_SAMPLES)
+def test_all_nine_aggregations_are_what_raw_activations_give(batch: str, sequence: str, statistics: Statistics) -> None:
+    scores = activation_scores(statistics, batch=batch, sequence=sequence)
+
+    # token sums are fp32 (11 terms: 1e-6 relative); a variance over samples is a small difference of larger numbers
+    tolerance = {"rtol": 1e-4 if batch == "variance" else 2e-6, "atol": 1e-6}
+    for layer in range(ARCH.layers):
+        torch.testing.assert_close(scores.ffn[layer], naive(layer, "ffn", batch=batch, sequence=sequence), **tolerance)
+        channels = naive(layer, "heads", batch=batch, sequence=sequence)
+        heads = torch.stack([channels[head * 4 : head * 4 + 4].pow(2).sum().sqrt() for head in range(ARCH.heads)])
+        torch.testing.assert_close(scores.heads[layer], heads, **tolerance)
+    norms = [naive(layer, axis, batch=batch, sequence=sequence) for layer in range(2) for axis in ("attention_norm", "mlp_norm")]
+    torch.testing.assert_close(scores.channels, norms[0] + norms[1] + norms[2] + norms[3], **tolerance)
+    assert scores.channels.dtype == scores.ffn[0].dtype == torch.float64
+
+
+def test_the_nine_aggregations_are_nine_different_scores(statistics: Statistics) -> None:
+    found = [over_samples(statistics.sums[0, "ffn"], SAMPLES, sequence=s, batch=b) for s in NAIVE_TOKENS for b in NAIVE_SAMPLES]
+    assert all(not torch.allclose(a, b, rtol=1e-3) for i, a in enumerate(found) for b in found[:i])
+
+
+def test_a_constant_unit_has_no_variance_and_no_nan() -> None:
+    """Rounding makes Σa²/N − (Σa/N)² negative; its root or its rank would be nonsense."""
+    value = 0.1 + 1e-9
+    sums = torch.tensor([[[value * 1024], [value * value * 1024]]] * 3, dtype=torch.float64)
+    sums[:, 1] *= 1 - 1e-15
+    assert over_samples(sums, 1024, sequence="mean", batch="variance").item() == 0.0
+
+
+def test_block_influence_is_one_minus_the_mean_cosine(statistics: Statistics) -> None:
+    expected = torch.stack([1 - torch.linspace(-1, 1, SAMPLES).double().mean() / (layer + 1) for layer in range(2)])
+    torch.testing.assert_close(block_influence(statistics), expected, rtol=0, atol=1e-7)  # cosines are fp32
+
+
+def test_channels_of_a_head_are_consecutive() -> None:
+    channels = torch.zeros(ARCH.heads * ARCH.head_channels, dtype=torch.float64)
+    channels[4:8] = torch.tensor([1.0, 2.0, 2.0, 4.0])
+    assert head_scores(channels, ARCH).tolist() == [0, 5, 0, 0, 0, 0, 0, 0]
+
+
+def test_random_scores_are_the_same_for_the_same_seed_and_others_for_another() -> None:
+    first, again, other = random_scores(ARCH, 7), random_scores(ARCH, 7), random_scores(ARCH, 8)
+    for name in ("channels", "layers"):
+        assert torch.equal(getattr(first, name), getattr(again, name))
+        assert not torch.equal(getattr(first, name), getattr(other, name))
+    for name in ("ffn", "heads"):
+        for a, b, c in zip(getattr(first, name), getattr(again, name), getattr(other, name), strict=True):
+            assert torch.equal(a, b) and not torch.equal(a, c)
+    assert not torch.equal(first.ffn[0], first.ffn[1])
+    sizes = ([len(row) for row in first.ffn], [len(row) for row in first.heads], len(first.channels), len(first.layers))
+    assert sizes == ([10, 10], [8, 8], 6, 2)
+
+
+def test_random_scores_leave_torchs_own_generator_alone() -> None:
+    before = torch.get_rng_state()
+    random_scores(ARCH, 7)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_magnitudes_are_norms_over_all_weights_that_go_with_a_unit(
+    every_family: Path,
+) -> None:
+    """From Hugging Face's own tensors, unit by unit; heads 0–3 belong to group 0, whose key and value stay."""
+    from safetensors.torch import load_file
+
+    arch, tensors = source_architecture(str(every_family)), load_file(every_family / "model.safetensors")
+    source = HuggingFaceSource(every_family, arch)
+    scores = magnitude_scores(((row, source.read(row)) for row in tensor_table(arch)), arch)
+
+    def norm(*parts: Tensor) -> Tensor:
+        return torch.stack([part.double().pow(2).sum() for part in parts]).sum().sqrt()
+
+    width = arch.head_channels
+    for layer in range(arch.layers):
+        own = {name.split(f"layers.{layer}.")[1]: tensor for name, tensor in tensors.items() if f"layers.{layer}." in name}
+        ffn = [norm(own["mlp.gate_proj.weight"][i], own["mlp.up_proj.weight"][i], own["mlp.down_proj.weight"][:, i]) for i in range(arch.ffn)]
+        heads = []
+        for head in range(arch.heads):
+            rows = slice(head * width, (head + 1) * width)
+            parts = [own["self_attn.q_proj.weight"][rows], own["self_attn.o_proj.weight"][:, rows]]
+            parts += [own["self_attn.q_proj.bias"][rows]] if arch.family.qkv_bias else []
+            heads.append(norm(*parts))
+        # fp32 squares of up to 131 × 40 weights
+        torch.testing.assert_close(scores.ffn[layer], torch.stack(ffn), rtol=1e-5, atol=0)
+        torch.testing.assert_close(scores.heads[layer], torch.stack(heads), rtol=1e-5, atol=0)
+        torch.testing.assert_close(scores.layers[layer], norm(*own.values()), rtol=1e-5, atol=0)
+    channels = []
+    for channel in range(arch.hidden):
+        parts = []
+        for name, tensor in tensors.items():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):  # these write into the residual stream: rows
+                parts.append(tensor[channel])
+            elif tensor.dim() == 2:
+                parts.append(tensor[:, channel])
+            elif name.endswith(("layernorm.weight", "model.norm.weight")):
+                parts.append(tensor[channel])
+        channels.append(norm(*parts))
+    torch.testing.assert_close(scores.channels, torch.stack(channels), rtol=1e-5, atol=0)
+
+
+def test_statistics_come_back_from_disk_bit_by_bit(statistics: Statistics, tmp_path: Path) -> None:
+    statistics.save(tmp_path / "scores.safetensors")
+    back = Statistics.load(tmp_path / "scores.safetensors")
+    assert (back.arch, back.samples, back.origin) == (statistics.arch, statistics.samples, statistics.origin)
+    assert back.sums.keys() == statistics.sums.keys()
+    assert all(torch.equal(back.sums[key], statistics.sums[key]) for key in back.sums)
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.01, 0.9])
+def test_a_truncated_scores_file_names_the_command(kept: float, statistics: Statistics, tmp_path: Path) -> None:
+    path = tmp_path / "scores.safetensors"
+    statistics.save(path)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
+    with pytest.raises(ArtifactError, match="make it anew with: minitron importance RECIPE"):
+        Statistics.load(path)
+
+
+def test_a_file_that_is_missing_or_of_another_kind_names_the_command(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.ones(1)}, tmp_path / "other.safetensors")
+    save_file({"x": torch.ones(1)}, tmp_path / "foreign.safetensors", metadata={"statistics": "no json"})
+    for name in ("missing", "other", "foreign"):
+        with pytest.raises(ArtifactError, match="no whole scores file"):
+            Statistics.load(tmp_path / f"{name}.safetensors")

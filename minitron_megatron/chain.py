@@ -28,36 +28,19 @@ class Stage:
     sections: tuple[str, ...]
     """Parts of the recipe that shape the result; layouts do not, so a finished stage serves every layout."""
     distributed: bool
-    summary: str
 
 
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("import", "convert.import_stage", (), ("model",), False, "read the source model into a torch_dist checkpoint"),
-        Stage("data", "data.stage", ("import",), ("data",), False, "tokenize the corpora and split off the held-out documents"),
-        Stage(
-            "importance",
-            "importance.stage",
-            ("import", "data"),
-            ("importance",),
-            True,
-            "score layers, neurons, heads and channels in one forward pass",
-        ),
-        Stage("prune", "prune.stage", ("import", "importance"), ("prune",), False, "cut the source down to the target architecture"),
-        Stage("distill", "distill.stage", ("import", "data", "prune"), ("distill",), True, "train the pruned student to follow the frozen teacher"),
-        Stage(
-            "evaluate", "evaluate.stage", ("import", "data", "prune", "distill"), ("evaluate",), True, "compare teacher, pruned and distilled model"
-        ),
-        Stage("export", "convert.export_stage", ("import", "prune", "distill"), (), False, "write the student as a Hugging Face model"),
-        Stage(
-            "report",
-            "report.stage",
-            ("import", "data", "importance", "prune", "distill", "evaluate", "export"),
-            (),
-            False,
-            "one HTML page of the whole run",
-        ),
+        Stage("import", "convert.import_stage", (), ("model",), False),
+        Stage("data", "data.stage", ("import",), ("data",), False),
+        Stage("importance", "importance.stage", ("import", "data"), ("importance",), True),
+        Stage("prune", "prune.stage", ("import", "importance"), ("prune",), False),
+        Stage("distill", "distill.stage", ("import", "data", "prune"), ("distill",), True),
+        Stage("evaluate", "evaluate.stage", ("import", "data", "prune", "distill"), ("evaluate",), True),
+        Stage("export", "convert.export_stage", ("import", "prune", "distill"), (), False),
+        Stage("report", "report.stage", ("import", "data", "importance", "prune", "distill", "evaluate", "export"), (), False),
     )
 }
 

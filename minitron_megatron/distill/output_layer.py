@@ -21,7 +21,7 @@ class DistillationOutputLayer(ColumnParallelLinear):
         super().__init__(*args, **kwargs)
         self.gradient_buffer = GradientBuffer()
 
-    def forward(  # noqa: PLR0913 - the parent's signature, and ours behind it
+    def forward(
         self,
         input_: Tensor,
         weight: Tensor | None = None,

@@ -16,13 +16,13 @@ from minitron_megatron.data.samples import evaluation_windows
 from minitron_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_megatron.evaluate.compare import compare, domain_figures, real_logits
 from minitron_megatron.evaluate.scoring import Request, greedy_continuation, loglikelihoods
-from minitron_megatron.results.table import continuations, markdown_table
 from minitron_megatron.evaluate.tasks import task_accuracies, task_files_outside
 from minitron_megatron.model.gpt import HiddenStateGPT, build_model
 from minitron_megatron.model.precision import torch_dtype
 from minitron_megatron.model.run import forward_only
 from minitron_megatron.parallel.layout import global_layout
 from minitron_megatron.parallel.world import World
+from minitron_megatron.results.table import continuations, markdown_table
 
 STAGE_OF_MODEL = {"teacher": "import", "pruned": "prune", "distilled": "distill"}
 DOMAINS = {"in_domain": "heldout", "out_of_domain": "out_of_domain"}

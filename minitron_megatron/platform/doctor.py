@@ -207,7 +207,7 @@ def _containers(name: str) -> Finding:
     present = [runtime for runtime in CONTAINER_RUNTIMES if shutil.which(runtime)]
     if not present:
         return Finding(name, "none", "no image can be built or run here; launch/ scripts install into .venv", ok=True)
-    return Finding(name, ", ".join(present), "docker/Dockerfile can be built or run", ok=True)
+    return Finding(name, ", ".join(present), "an image can be built or run here", ok=True)
 
 
 def _distribution(*names: str) -> str | None:

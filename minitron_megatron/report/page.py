@@ -14,9 +14,9 @@ from minitron_megatron.arch.architecture import (
     parameter_count,
     parameters_by_part,
 )
-from minitron_megatron.results import table
 from minitron_megatron.report import sections
 from minitron_megatron.report.run_data import RunData
+from minitron_megatron.results import table
 
 SIZES = (
     ("layers", "layers"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import platform as machine
+import shutil
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -83,7 +84,10 @@ def run_stage(stage: Stage, recipe: Recipe, recipe_path: str, world: World) -> A
             return None
         seconds = round(time.monotonic() - started, 1)
         manifest = _manifest(stage, recipe, inputs, identity, world, seconds)
-        return publish(folder, stage.name, manifest, result)
+        artifact = publish(folder, stage.name, manifest, result)
+        for scratch in getattr(_module(stage), "SCRATCH", ()):
+            shutil.rmtree(artifact.path / scratch, ignore_errors=True)
+        return artifact
 
 
 def _module(stage: Stage) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import sys
 import traceback
 from contextlib import nullcontext
@@ -43,12 +45,20 @@ def run_here(stage: Stage, recipe: Recipe, recipe_path: str, platform: Platform)
 
 def main(arguments: list[str]) -> int:
     """Exit code 0; 2 for a user's mistake, told in one line; 1 for anything else, with its traceback."""
+    _die_with_the_launcher()
     try:
         _run(*arguments)
         return 0
     except Exception as error:
         _report(error)
         return 2 if isinstance(error, MinitronError) else 1
+
+
+def _die_with_the_launcher() -> None:
+    """A launcher that is killed takes its workers along: orphans would go on writing into the folder of the next start."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def _run(stage_name: str, recipe_path: str, *overrides: str) -> None:

@@ -13,8 +13,6 @@ class Family:
 
     name: str
     """Hugging Face `model_type`."""
-    hf_class: str
-    """First entry of `architectures` in config.json."""
     qkv_bias: bool = False
     qk_norm: bool = False
     default_tied: bool = False
@@ -37,21 +35,18 @@ FAMILIES = {
     for row in (
         Family(
             "llama",
-            "LlamaForCausalLM",
             hidden_multiple_of_heads=True,
             must_be=(("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)),
         ),
-        Family("mistral", "MistralForCausalLM", default_window=4096, must_be=(("hidden_act", "silu"),)),
+        Family("mistral", default_window=4096, must_be=(("hidden_act", "silu"),)),
         Family(
             "qwen2",
-            "Qwen2ForCausalLM",
             qkv_bias=True,
             must_be=(("hidden_act", "silu"), ("use_sliding_window", False)),
             per_layer=("layer_types",),
         ),
         Family(
             "qwen3",
-            "Qwen3ForCausalLM",
             qk_norm=True,
             default_head_channels=128,
             must_be=(("hidden_act", "silu"), ("attention_bias", False), ("use_sliding_window", False)),

@@ -9,6 +9,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from minitron_megatron.errors import CheckpointError
+from minitron_megatron.platform.versions import require_readable
 
 
 class MegatronModel(Protocol):
@@ -36,6 +37,7 @@ def load_model(model: MegatronModel, folder: Path) -> None:
     """Fills a model's weights from a checkpoint of any layout; rows beyond the vocabulary stay zero."""
     if not (folder / "metadata.json").is_file():
         raise CheckpointError(f"{folder}: no torch_dist checkpoint (its metadata.json is missing); make it anew")
+    require_readable(folder)
     state = dist_checkpointing.load({"model": model_state(model)}, str(folder))
     # _extra_state of modules without any is filled by hooks: strict finds every other name that is missing
     model.load_state_dict(state["model"], strict=True)

@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-LOSSES = ("forward_kl", "cross_entropy")
 Aggregation = Literal["mean", "l2", "variance"]
 
 

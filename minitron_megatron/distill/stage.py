@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,9 @@ from minitron_megatron.model.gpt import HiddenStateGPT, build_model
 from minitron_megatron.model.precision import torch_dtype
 from minitron_megatron.parallel.layout import Layout, global_layout
 from minitron_megatron.parallel.world import World
+
+SCRATCH = ("training", "cache")
+"""Removed once the artifact is published: until then an interrupted start continues from them."""
 
 
 def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: World) -> dict[str, Any]:
@@ -91,12 +93,9 @@ def _load(arch: Architecture, artifact: Artifact, layout: Layout, world: World, 
 
 
 def _publish_weights(student: HiddenStateGPT, folder: Path, world: World) -> None:
-    """The student's weights alone; the optimizer's state and the sample order have served their purpose."""
+    """The student's weights alone, without the optimizer's state."""
     if world.is_main:
         (folder / "checkpoint").mkdir(exist_ok=True)
     world.barrier()
     save_state(model_state(student), folder / "checkpoint")
     world.barrier()
-    if world.is_main:
-        shutil.rmtree(folder / "training")
-        shutil.rmtree(folder / "cache")

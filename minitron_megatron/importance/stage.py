@@ -24,6 +24,9 @@ from minitron_megatron.progress import progress
 from minitron_megatron.scores.statistics import Statistics
 from minitron_megatron.scores.units import UnitScores, activation_scores
 
+SCRATCH = ("cache",)
+"""Removed once the artifact is published."""
+
 
 def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: World) -> dict[str, Any]:
     """Writes scores.safetensors (sufficient statistics) and summary.json (default scores, for people and the report)."""

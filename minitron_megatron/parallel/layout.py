@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -43,11 +42,6 @@ class Layout:
     @property
     def is_last_stage(self) -> bool:
         return self.stage == self.pipeline - 1
-
-    @property
-    def last_stage_rank(self) -> int:
-        """Global rank of the last stage of this process's pipeline."""
-        return dist.get_process_group_ranks(self.groups.pp)[-1]
 
     def describe(self) -> str:
         sequence = " + sequence parallel" if self.sequence_parallel else ""

@@ -30,11 +30,9 @@ GPTDatasetConfig, pipeline_model_parallel_layout, AsyncCallsQueue(persistent=Fal
 from __future__ import annotations
 
 import importlib.metadata
-import inspect
 import re
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from minitron_megatron.errors import PlatformError
 
@@ -71,22 +69,6 @@ def require_supported() -> None:
         raise PlatformError(f"megatron-core {shown} is installed, supported is >=0.16.1,<0.20; {MENDED_BY}")
 
 
-def async_save(sharded_state_dict: dict[str, Any], directory: Path | str, **arguments: Any) -> Any:
-    """dist_checkpointing.save in the background by megatron's own writer; returns a request for `async_save_queue`."""
-    from megatron.core import dist_checkpointing
-
-    if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
-        arguments["async_strategy"] = "mcore"
-    return dist_checkpointing.save(sharded_state_dict, str(directory), async_sharded_save=True, **arguments)
-
-
-def async_save_queue() -> Any:
-    """A queue of background saves that starts one process per save."""
-    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-
-    return AsyncCallsQueue(persistent=False)  # a persistent worker would outlive a failed run
-
-
 def require_readable(directory: Path | str) -> None:
     """Raises PlatformError for a checkpoint whose common state this megatron-core cannot find."""
     path = Path(directory)
@@ -96,17 +78,6 @@ def require_readable(directory: Path | str) -> None:
             f"{path}: has no common.pt, so a newer megatron-core wrote it; {_dotted(installed())} is installed "
             "here and cannot read it: use the newer release, or export to Hugging Face format there and import here"
         )
-
-
-def group_of(collection: Any, name: str) -> Any | None:
-    """A group of a ProcessGroupCollection, or None where it was never set (0.16: missing attribute, 0.19: None)."""
-    return vars(collection).get(name)
-
-
-def mlp_submodules(layer_submodules: Any) -> Any:
-    """The MLPSubmodules (or MoESubmodules) inside a layer's submodules; their fields may be replaced."""
-    mlp = layer_submodules.mlp
-    return mlp.keywords["submodules"] if hasattr(mlp, "keywords") else mlp.submodules
 
 
 def _dotted(version: tuple[int, int, int]) -> str:

@@ -94,9 +94,7 @@ def test_a_layout_gives_the_states_of_one_plain_model_and_writes_the_same_weight
     assert weights_digest(MegatronSource(tmp_path / "back", arch)) == digest
 
 
-def test_a_student_checkpoint_holds_the_tables_tensors_and_nothing_else(
-    pool: Pool, checkpoints: dict[str, tuple[Path, str]], tmp_path: Path
-) -> None:
+def test_a_student_checkpoint_holds_the_tables_tensors_and_nothing_else(pool: Pool, checkpoints: dict[str, tuple[Path, str]], tmp_path: Path) -> None:
     """Names in the source, written without megatron, against those that megatron writes from two stages."""
     source, _ = checkpoints["qwen2_tied"]
     pool.run(load_run_save, PP2, QWEN2_TIED, source, tmp_path / "back", processes=2)

@@ -56,9 +56,7 @@ def window_sums(world: World, parallel: Parallel, folder: Path) -> dict[str, Ten
         return comparison.compare(models, RandomSamples(WINDOWS), world, what="random tokens")
 
 
-def score(
-    world: World, parallel: Parallel, arch: Architecture, folder: Path, requests: list[Request], batch_tokens: int
-) -> list[tuple[float, bool]]:
+def score(world: World, parallel: Parallel, arch: Architecture, folder: Path, requests: list[Request], batch_tokens: int) -> list[tuple[float, bool]]:
     layout = global_layout(parallel, world)
     model = build_model(arch, layout, world.platform, torch.float32, variable_lengths=True)
     load_model(model, folder)

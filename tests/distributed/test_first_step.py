@@ -91,9 +91,7 @@ def token_weights() -> Tensor:
 
 def step_batches(layout: Layout, distill: Distill) -> list[Batch]:
     samples, weights = RandomSamples(GLOBAL_BATCH), token_weights()
-    groups = step_sample_ids(
-        0, global_batch=GLOBAL_BATCH, micro_batch=distill.micro_batch, data_rank=layout.data_rank, data_size=layout.data
-    )
+    groups = step_sample_ids(0, global_batch=GLOBAL_BATCH, micro_batch=distill.micro_batch, data_rank=layout.data_rank, data_size=layout.data)
     return [dataclasses.replace(collate(samples, ids), loss_mask_BS=weights[ids]) for ids in groups]
 
 

@@ -87,15 +87,11 @@ def test_statistics_equal_a_plain_model_in_fp64_one_sample_after_another(one_pro
 
 
 @pytest.mark.parametrize("parallel", [DP2, PP2, PP2_EVEN, Parallel(data=3), Parallel(pipeline=2, data=2)], ids=layout_name)
-def test_data_and_pipeline_parallel_give_the_same_bits(
-    pool: Pool, house: Path, one_process: Sums, tmp_path: Path, parallel: Parallel
-) -> None:
+def test_data_and_pipeline_parallel_give_the_same_bits(pool: Pool, house: Path, one_process: Sums, tmp_path: Path, parallel: Parallel) -> None:
     assert same_bits(measure(pool, house, tmp_path / "scores", parallel), one_process)
 
 
-def test_bf16_gives_the_same_bits_on_two_stages_and_is_close_on_two_tensor_ranks(
-    pool: Pool, house: Path, tmp_path: Path, measured: Record
-) -> None:
+def test_bf16_gives_the_same_bits_on_two_stages_and_is_close_on_two_tensor_ranks(pool: Pool, house: Path, tmp_path: Path, measured: Record) -> None:
     one, stages, tensor = (measure(pool, house, tmp_path / layout_name(at), at, precision="bf16") for at in (ONE, PP2, TP2))
     assert same_bits(stages, one)
     sums = [sums[layer, "ffn"][0, 1] for sums in (tensor, one) for layer in [0]]

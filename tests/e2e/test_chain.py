@@ -83,9 +83,7 @@ def start(recipe: Path, *overrides: str) -> str:
 def start_and_kill(recipe: Path, partial: Path) -> list[int]:
     """Starts the chain and kills its process group behind KILL_BEHIND_STEP; ids of workers that are alive half a second later."""
     with (recipe.parent / "killed.log").open("w") as log:
-        chain = subprocess.Popen(
-            command(recipe), env=environment(), cwd=recipe.parent, stdout=log, stderr=log, start_new_session=True
-        )
+        chain = subprocess.Popen(command(recipe), env=environment(), cwd=recipe.parent, stdout=log, stderr=log, start_new_session=True)
     try:
         wait_until(lambda: len(lines(partial / "metrics.jsonl")) > KILL_BEHIND_STEP, chain)
         family = psutil.Process(chain.pid).children(recursive=True)
@@ -156,7 +154,6 @@ def test_a_killed_run_continues_from_its_checkpoint(scenario: Scenario) -> None:
     assert up_to_date(scenario.continued) == list(BEFORE_DISTILL)
 
 
-@pytest.mark.xfail(strict=True, reason="elastic starts workers in sessions of their own: worker.py has to ask for a signal at its parent's death")
 def test_a_killed_run_leaves_no_process_behind(scenario: Scenario) -> None:
     """A worker that goes on alone would write into the folder that the next start continues from."""
     assert scenario.survivors == []

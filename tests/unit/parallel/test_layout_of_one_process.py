@@ -14,7 +14,7 @@ from minitron_megatron.parallel.world import World
 
 
 def test_one_process_is_first_and_last_in_everything(layout: Layout, world: World) -> None:
-    assert (layout.tensor_rank, layout.stage, layout.data_rank, layout.last_stage_rank) == (0, 0, 0, 0)
+    assert (layout.tensor_rank, layout.stage, layout.data_rank) == (0, 0, 0)
     assert layout.is_first_stage and layout.is_last_stage and world.is_main
     assert layout.describe() == "tensor 1 × pipeline 1 × data 1"
     assert world.from_main({"a": 1}) == {"a": 1}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -27,21 +25,6 @@ def test_an_unsupported_release_is_refused_in_one_line_with_the_way_to_mend_it(m
     with pytest.raises(PlatformError, match=r"megatron-core 0\.14\.0 is installed, supported is .*; pip install") as caught:
         versions.require_supported()
     assert "\n" not in str(caught.value)
-
-
-def test_a_group_that_was_never_set_reads_as_none_in_both_releases() -> None:
-    as_in_0_16 = SimpleNamespace(tp="group")
-    as_in_0_19 = type("Collection", (), {"__getattr__": lambda self, name: None})()
-    as_in_0_19.tp = "group"
-    for collection in (as_in_0_16, as_in_0_19):
-        assert versions.group_of(collection, "tp") == "group"
-        assert versions.group_of(collection, "cp") is None
-
-
-def test_the_mlp_submodules_are_found_in_a_module_spec_and_in_a_partial() -> None:
-    inner = SimpleNamespace(linear_fc1=None)
-    for mlp in (SimpleNamespace(submodules=inner), functools.partial(print, submodules=inner)):
-        assert versions.mlp_submodules(SimpleNamespace(mlp=mlp)) is inner
 
 
 def test_a_checkpoint_of_a_newer_release_is_refused_by_the_old_one_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,8 @@
-"""Starts the processes of a stage on this machine and shows the first error of any of them, once."""
+"""torchrun for a stage: starts its processes and shows the first error of any of them, once.
+
+`python -m minitron_megatron.launcher STAGE RECIPE [key=value…]`, or launch/torchrun.sh. From the environment: NPROC, processes on
+this node (default: its GPUs, else the recipe's number); SLURM_NNODES, SLURM_NODEID, MASTER_ADDR, MASTER_PORT: several nodes, one call on each.
+"""
 
 from __future__ import annotations
 
@@ -6,34 +10,44 @@ import json
 import logging
 import os
 import sys
-import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from minitron_megatron.chain import STAGES
+from minitron_megatron.config.load import load_recipe
+from minitron_megatron.errors import LayoutError, MinitronError
 
 LAUNCHED = "MINITRON_LAUNCHED"
 
 
-def launch(stage: str, recipe_path: str, overrides: list[str], processes: int) -> int:
-    """Runs a stage in this many processes; returns its exit code. Errors have been shown by then."""
+def main(arguments: list[str]) -> int:
+    """Exit code of the stage; 2 for a user's mistake, told in one line."""
+    try:
+        if len(arguments) < 2 or arguments[0] not in STAGES:
+            raise MinitronError(f"usage: launch/torchrun.sh STAGE RECIPE [key=value…]; stages: {', '.join(STAGES)}")
+        stage, recipe, *overrides = arguments
+        processes = processes_here(stage, recipe, overrides, os.environ)
+        return launch(stage, recipe, overrides, processes, rendezvous(os.environ))
+    except MinitronError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def launch(stage: str, recipe_path: str, overrides: list[str], processes: int, where: tuple[str, ...] = ("--standalone",)) -> int:
+    """Runs a stage in this many processes of this node; returns its exit code. Errors have been shown by then."""
     os.environ.update(worker_environment(processes))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we tell what failed ourselves
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id=str(uuid.uuid4()),
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="localhost",
-        max_restarts=0,
-        # a rank that died leaves the others in a collective that they never leave by themselves
-        shutdown_timeout=10,
-    )
+    # a rank that died leaves the others in a collective that they never leave by themselves: they get 10 s
+    options = [*where, f"--nproc-per-node={processes}", "--local-addr=localhost", "--shutdown-timeout=10"]
+    if "--standalone" not in where:
+        options.remove("--local-addr=localhost")
     try:
-        elastic_launch(config, sys.executable)("-m", "minitron_megatron.worker", stage, recipe_path, *overrides)
+        torchrun.run(torchrun.parse_args([*options, "-m", "minitron_megatron.worker", stage, recipe_path, *overrides]))
         return 0
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
@@ -42,6 +56,31 @@ def launch(stage: str, recipe_path: str, overrides: list[str], processes: int) -
     except (SignalException, KeyboardInterrupt):
         print(f"{stage}: interrupted; the same command continues where it stopped", file=sys.stderr, flush=True)
         return 130
+
+
+def processes_here(stage: str, recipe_path: str, overrides: list[str], environment: Mapping[str, str]) -> int:
+    """NPROC, else this node's GPUs, else the node's part of the recipe's processes; one for a stage that is not distributed."""
+    parallel = load_recipe(recipe_path, overrides).parallel
+    if not STAGES[stage].distributed:
+        return 1
+    if "NPROC" in environment:
+        return int(environment["NPROC"])
+    return torch.cuda.device_count() or max(1, parallel.processes // int(environment.get("SLURM_NNODES", 1)))
+
+
+def rendezvous(environment: Mapping[str, str]) -> tuple[str, ...]:
+    """torchrun's options for where the processes meet; static over several nodes, because c10d would put rank 0 on any of them."""
+    nodes = int(environment.get("SLURM_NNODES", 1))
+    if nodes == 1:
+        return ("--standalone",)
+    if "MASTER_ADDR" not in environment:
+        raise LayoutError(
+            f"SLURM_NNODES={nodes}, but MASTER_ADDR is not set: export the first node's address, "
+            "for example the first line of: scontrol show hostnames $SLURM_JOB_NODELIST"
+        )
+    port = environment.get("MASTER_PORT", str(20000 + int(environment.get("SLURM_JOB_ID", 0)) % 10000))
+    rank = environment.get("SLURM_NODEID", "0")
+    return (f"--nnodes={nodes}", f"--node-rank={rank}", f"--master-addr={environment['MASTER_ADDR']}", f"--master-port={port}")
 
 
 def worker_environment(processes: int) -> dict[str, str]:
@@ -75,3 +114,7 @@ def _message(failure: ProcessFailure, rank: int, stage: str) -> str:
 def _recorded(failure: ProcessFailure) -> dict | None:
     path = Path(failure.error_file)
     return json.loads(path.read_text())["message"] if path.is_file() else None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

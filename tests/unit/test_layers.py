@@ -20,7 +20,7 @@ ROWS = [
     {"model", "checkpoint", "data", "scores", "results"},
     STAGES,
     {"chain"},
-    {"worker", "launcher", "show", "processes"},
+    {"worker", "launcher", "show"},
     {"cli"},
 ]
 ROW_OF = {room: number for number, row in enumerate(ROWS) for room in row}

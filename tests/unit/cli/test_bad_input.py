@@ -133,16 +133,6 @@ def test_an_unknown_stage_is_refused_with_the_list(project: Any, worker: Run) ->
     assert_one_line(worker("distil", project.recipe), "unknown stage 'distil'; stages: import, data", project)
 
 
-def test_processes_of_a_stage_for_launch_scripts(project: Any, capfd: pytest.CaptureFixture[str]) -> None:
-    from minitron_megatron import processes
-
-    layout = ("parallel.tensor=2", "parallel.data=2")
-    assert [processes.main(stage, str(project.recipe), *layout) for stage in ("import", "distill")] == [0, 0]
-    assert capfd.readouterr().out.split() == ["1", "4"]
-    assert processes.main("distil", str(project.recipe)) == 2
-    assert capfd.readouterr().err.startswith("unknown stage 'distil'")
-
-
 def test_as_a_user_sees_it_through_the_launcher(project: Any, command: Run) -> None:
     """Real processes: the worker's message passes through the launcher once, and its exit code too."""
     break_missing_shard(project)

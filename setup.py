@@ -27,8 +27,8 @@ CORE = [
     "jinja2>=3.1,<4",
 ]
 EXTRAS = {
-    # Transformer Engine's torch extension is built from source: docker/ shows how. NVIDIA's apex has no package on PyPI:
-    # the one of that name is an unrelated web toolkit, never install it
+    # Transformer Engine's torch extension is built from source (--no-build-isolation, with torch installed). NVIDIA's apex has
+    # no package on PyPI: the one of that name is an unrelated web toolkit, never install it
     "gpu": ["transformer-engine[pytorch]>=2.9,<2.12; platform_system=='Linux'"],
     "nemo": ["nemo_toolkit>=3.0.0,<3.1"],  # .nemo archives
     "export": ["gguf>=0.17,<1", "accelerate>=1,<2"],  # GGUF models to and from Hugging Face checkpoints

@@ -5,7 +5,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/setup.sh
 
 python=$(find_python)
-setup_environment .venv "$python" export
+setup_environment .venv "$python" dev,export
 .venv/bin/python launch/demo_inputs.py --out .demo
 export HF_HUB_OFFLINE=1
-exec .venv/bin/minitron run configs/smollm2_135m_to_97m.yaml "$@"
+# the recipe is two processes; a GPU takes one each
+layout=()
+[ "$(gpu_count)" = 1 ] && layout=(parallel.pipeline=1)
+exec .venv/bin/minitron run configs/smollm2_135m_to_97m.yaml "${layout[@]}" "$@"

@@ -13,7 +13,7 @@ find_python() {
       return 0
     fi
   done
-  echo "Python 3.10, 3.11 or 3.12 is needed, none was found; install one, for example: sudo apt-get install python3 python3-venv" >&2
+  echo "Python 3.10, 3.11 or 3.12 is needed, none was found; install 3.12 beside it, for example: pyenv install 3.12, or: uv python install 3.12; then set PYTHON to it" >&2
   return 2
 }
 
@@ -29,11 +29,13 @@ ensure_venv_module() {
   return 2
 }
 
+gpu_count() { nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true; }
+
 # A machine with a GPU gets torch's CUDA build, every other one the CPU build where pip finds one: the CUDA build
 # runs on a CPU too, but brings gigabytes. PIP_EXTRA_INDEX_URL may name PyTorch's index of CPU builds.
 install_torch() {
   local pip=$1 log=$2
-  if ! command -v nvidia-smi >/dev/null || ! nvidia-smi -L >/dev/null 2>&1; then
+  if [ "$(gpu_count)" = 0 ]; then
     "$pip" install -q "torch==$TORCH_VERSION+cpu" >>"$log" 2>&1 && return 0
     echo "no CPU build of torch $TORCH_VERSION at hand: installing the CUDA build, which runs on a CPU as well"
   fi
@@ -53,7 +55,7 @@ install_packages() {
 setup_environment() {
   local folder=$1 python=$2 extras=$3 megatron=${4:-} stamp wanted lock
   lock=requirements/py$("$python" -c 'import sys; print("%d%d" % sys.version_info[:2])').txt
-  wanted=$({ cat setup.py; cat "$lock" 2>/dev/null || true; } | sha256sum | cut -c1-16)-$extras-$megatron
+  wanted=$({ cat setup.py launch/setup.sh; [ "$(gpu_count)" = 0 ] || echo gpu; cat "$lock" 2>/dev/null || true; } | sha256sum | cut -c1-16)-$extras-$megatron
   stamp=$folder/.installed
   [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && return 0
   ensure_venv_module "$python" || return

@@ -73,7 +73,7 @@ def partial_folder(folder: Path, stage: str) -> Path:
 def draft(folder: Path, stage: str, identity: str) -> Iterator[Path]:
     """The partial folder of a stage, kept from an interrupted start with the same identity, else empty.
 
-    A MinitronError in the body removes a folder that this call made; anything else leaves it for the next start.
+    A MinitronError in the body that keeps no work removes a folder that this call made; anything else leaves it for the next start.
     """
     partial, stamp = partial_folder(folder, stage), partial_folder(folder, stage) / "identity"
     resumed = stamp.is_file() and stamp.read_text() == identity
@@ -84,8 +84,8 @@ def draft(folder: Path, stage: str, identity: str) -> Iterator[Path]:
         stamp.write_text(identity)
     try:
         yield partial
-    except MinitronError:
-        if not resumed:
+    except MinitronError as error:
+        if not resumed and not error.keeps_work:
             shutil.rmtree(partial, ignore_errors=True)
             for parent in new_parents:
                 _remove_if_empty(parent)
@@ -97,11 +97,11 @@ def publish(folder: Path, stage: str, manifest: dict[str, Any], result: dict[str
     partial, final, old = partial_folder(folder, stage), folder / stage, folder / f".{stage}.old"
     write_json(partial / "result.json", result)
     write_json(partial / "manifest.json", {**manifest, "format": FORMAT})
-    (partial / "identity").unlink(missing_ok=True)
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         final.rename(old)
     partial.rename(final)
+    (final / "identity").unlink(missing_ok=True)  # until the rename a killed start finds its work by it
     shutil.rmtree(old, ignore_errors=True)
     return Artifact(final, json.loads((final / "manifest.json").read_text()))
 

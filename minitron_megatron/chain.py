@@ -16,6 +16,7 @@ from typing import Any
 from minitron_megatron import __version__
 from minitron_megatron.artifact import Artifact, artifact_id, draft, find_artifact, open_artifact, partial_folder, publish
 from minitron_megatron.config.schema import Recipe
+from minitron_megatron.errors import ArtifactError
 from minitron_megatron.parallel.world import World
 
 
@@ -52,12 +53,31 @@ def run_folder(recipe: Recipe) -> Path:
 
 def stage_id(stage: Stage, recipe: Recipe, inputs: dict[str, Artifact]) -> str:
     """What the stage's artifact would be called now: equal to the published one's id when nothing changed."""
-    settings = {section: getattr(recipe, section).model_dump(mode="json") for section in stage.sections}
+    settings = stage_settings(stage, recipe)
     if stage.distributed:
         settings["precision"] = recipe.precision
     module = _module(stage)
     outside = module.outside_files(recipe) if hasattr(module, "outside_files") else []
     return artifact_id(stage.name, settings, {name: artifact.id for name, artifact in inputs.items()}, outside)
+
+
+def stage_settings(stage: Stage, recipe: Recipe) -> dict[str, Any]:
+    return {section: getattr(recipe, section).model_dump(mode="json") for section in stage.sections}
+
+
+def refuse_foreign_inputs(inputs: dict[str, Artifact], recipe: Recipe, recipe_path: str) -> None:
+    """Raises ArtifactError for an input made with other settings than the recipe's, or from another model than the other inputs."""
+    for name, artifact in inputs.items():
+        if artifact.manifest["settings"] != stage_settings(STAGES[name], recipe):
+            raise ArtifactError(
+                f"{artifact.path} was made with other settings than this recipe's ({', '.join(STAGES[name].sections)}); "
+                f"make it anew with: minitron {name} {recipe_path}"
+            )
+        for origin, identity in artifact.manifest["inputs"].items():
+            if origin in inputs and inputs[origin].id != identity:
+                raise ArtifactError(
+                    f"{artifact.path} was made from another {origin} than {inputs[origin].path}; make it anew with: minitron {name} {recipe_path}"
+                )
 
 
 def finished(stage: Stage, recipe: Recipe) -> Artifact | None:
@@ -74,6 +94,7 @@ def run_stage(stage: Stage, recipe: Recipe, recipe_path: str, world: World) -> A
     """Runs a stage in this process (one of world.size) and publishes its artifact; returned on the main process."""
     folder, started = run_folder(recipe), time.monotonic()
     inputs = {name: open_artifact(folder, name, recipe_path) for name in stage.inputs}
+    refuse_foreign_inputs(inputs, recipe, recipe_path)
     identity = stage_id(stage, recipe, inputs)
     with draft(folder, stage.name, identity) if world.is_main else nullcontext(partial_folder(folder, stage.name)) as partial:
         world.barrier()
@@ -99,6 +120,7 @@ def _manifest(stage: Stage, recipe: Recipe, inputs: dict[str, Artifact], identit
         "stage": stage.name,
         "id": identity,
         "recipe": recipe.model_dump(mode="json"),
+        "settings": stage_settings(stage, recipe),
         "inputs": {name: artifact.id for name, artifact in inputs.items()},
         "layout": {**recipe.parallel.model_dump(), "processes": world.size} if stage.distributed else {"processes": 1},
         "platform": world.platform.kind,

@@ -6,6 +6,9 @@ from __future__ import annotations
 class MinitronError(Exception):
     """What is wrong, where, and how to mend it, in one line."""
 
+    keeps_work = False
+    """Whether what the stage has done so far is kept for the next start; a mistake in the input leaves nothing behind."""
+
 
 class RecipeError(MinitronError):
     """One or more problems of a recipe, all reported at once, one line each."""
@@ -45,3 +48,11 @@ class ArtifactError(MinitronError):
 
 class TrainingError(MinitronError):
     """A training run that cannot go on, such as a loss that is not finite."""
+
+    keeps_work = True
+
+
+class ProcessDiedError(MinitronError):
+    """A helper process that was killed, most often for want of memory."""
+
+    keeps_work = True

@@ -21,8 +21,10 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from minitron_megatron.chain import STAGES
 from minitron_megatron.config.load import load_recipe
 from minitron_megatron.errors import LayoutError, MinitronError
+from minitron_megatron.worker import LAUNCHED
 
-LAUNCHED = "MINITRON_LAUNCHED"
+USER_ENVIRONMENT = dict(os.environ)
+"""As it was before the first launch: a later stage must not take an earlier one's settings for the user's."""
 
 
 def main(arguments: list[str]) -> int:
@@ -31,7 +33,10 @@ def main(arguments: list[str]) -> int:
         if len(arguments) < 2 or arguments[0] not in STAGES:
             raise MinitronError(f"usage: launch/torchrun.sh STAGE RECIPE [key=value…]; stages: {', '.join(STAGES)}")
         stage, recipe, *overrides = arguments
-        processes = processes_here(stage, recipe, overrides, os.environ)
+        if not STAGES[stage].distributed:
+            # one process on the first node does the work of a stage that is not distributed
+            return launch(stage, recipe, overrides, 1) if _number(os.environ, "SLURM_NODEID", 0) == 0 else 0
+        processes = processes_here(recipe, overrides, os.environ)
         return launch(stage, recipe, overrides, processes, rendezvous(os.environ))
     except MinitronError as error:
         print(error, file=sys.stderr)
@@ -58,19 +63,15 @@ def launch(stage: str, recipe_path: str, overrides: list[str], processes: int, w
         return 130
 
 
-def processes_here(stage: str, recipe_path: str, overrides: list[str], environment: Mapping[str, str]) -> int:
-    """NPROC, else this node's GPUs, else the node's part of the recipe's processes; one for a stage that is not distributed."""
-    parallel = load_recipe(recipe_path, overrides).parallel
-    if not STAGES[stage].distributed:
-        return 1
-    if "NPROC" in environment:
-        return int(environment["NPROC"])
-    return torch.cuda.device_count() or max(1, parallel.processes // int(environment.get("SLURM_NNODES", 1)))
+def processes_here(recipe_path: str, overrides: list[str], environment: Mapping[str, str]) -> int:
+    """NPROC, else this node's GPUs, else the node's part of the recipe's processes."""
+    of_recipe = load_recipe(recipe_path, overrides).parallel.processes // _number(environment, "SLURM_NNODES", 1)
+    return _number(environment, "NPROC", torch.cuda.device_count() or max(1, of_recipe))
 
 
 def rendezvous(environment: Mapping[str, str]) -> tuple[str, ...]:
     """torchrun's options for where the processes meet; static over several nodes, because c10d would put rank 0 on any of them."""
-    nodes = int(environment.get("SLURM_NNODES", 1))
+    nodes = _number(environment, "SLURM_NNODES", 1)
     if nodes == 1:
         return ("--standalone",)
     if "MASTER_ADDR" not in environment:
@@ -78,9 +79,16 @@ def rendezvous(environment: Mapping[str, str]) -> tuple[str, ...]:
             f"SLURM_NNODES={nodes}, but MASTER_ADDR is not set: export the first node's address, "
             "for example the first line of: scontrol show hostnames $SLURM_JOB_NODELIST"
         )
-    port = environment.get("MASTER_PORT", str(20000 + int(environment.get("SLURM_JOB_ID", 0)) % 10000))
+    port = environment.get("MASTER_PORT", str(20000 + _number(environment, "SLURM_JOB_ID", 0) % 10000))
     rank = environment.get("SLURM_NODEID", "0")
     return (f"--nnodes={nodes}", f"--node-rank={rank}", f"--master-addr={environment['MASTER_ADDR']}", f"--master-port={port}")
+
+
+def _number(environment: Mapping[str, str], name: str, default: int) -> int:
+    text = environment.get(name) or str(default)
+    if not text.isdecimal():
+        raise LayoutError(f"{name}={text} is no whole number; set it to a number of processes or nodes, or unset it")
+    return int(text)
 
 
 def worker_environment(processes: int) -> dict[str, str]:
@@ -99,7 +107,7 @@ def worker_environment(processes: int) -> dict[str, str]:
         # the data stage makes its own processes; a tokenizer that forks after using threads warns
         "TOKENIZERS_PARALLELISM": "false",
     }
-    return {name: os.environ.get(name, value) for name, value in defaults.items()}
+    return {name: USER_ENVIRONMENT.get(name, value) for name, value in defaults.items()}
 
 
 def _message(failure: ProcessFailure, rank: int, stage: str) -> str:

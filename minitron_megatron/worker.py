@@ -38,7 +38,7 @@ def run_here(stage: Stage, recipe: Recipe, recipe_path: str, platform: Platform)
     """Runs a stage in this process, with the others that the launcher started where the stage is distributed."""
     _, size = rank_and_size()
     if not stage.distributed and size > 1:
-        raise LayoutError(f"stage {stage.name} is one process, but {size} were started; start it with NPROC=1")
+        raise LayoutError(f"stage {stage.name} is one process, but {size} were started; start it with: minitron {stage.name} {recipe_path}")
     with distributed_world(platform) if stage.distributed else nullcontext(World(platform)) as world:
         return run_stage(stage, recipe, recipe_path, world)
 

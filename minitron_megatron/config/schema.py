@@ -146,7 +146,6 @@ class Evaluate(Section):
 
     tokens: Annotated[int, Field(ge=1)] | Literal["all"] = Field("all", description="tokens of each domain, in whole windows")
     sequence_length: int = Field(4096, ge=2)
-    micro_batch: int = Field(1, ge=1)
     tasks: list[str] = Field([], description="lm-eval task files (.yaml) with local data")
     task_items: Annotated[int, Field(ge=1)] | Literal["all"] = "all"
     prompt: str = "The"

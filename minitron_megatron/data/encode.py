@@ -1,6 +1,6 @@
 """Blocks of documents → token ids, in this process or in several, in order and with bounded memory.
 
-It imports neither torch nor megatron: worker processes load this file and a tokenizer only.
+It needs neither torch nor megatron, only a tokenizer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minitron_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from minitron_megatron.errors import DataError
+from minitron_megatron.errors import ProcessDiedError
 
 BLOCK_CHARACTERS = 4_000_000
 """About a million tokens: a second or two of a worker's time, which is what an interruption costs."""
@@ -91,7 +91,7 @@ def _encode_in_processes(blocks: Iterable[Block], tokenizer: Tokenizer, dtype: s
         while in_flight:
             yield _oldest(in_flight)
     except BrokenProcessPool:
-        raise DataError(
+        raise ProcessDiedError(
             "a tokenizing process died, most often for want of memory; start again with a smaller data.workers: finished blocks are kept"
         ) from None
     finally:

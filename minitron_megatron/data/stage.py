@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from minitron_megatron.data.index import IndexSummary
 
 
+SAMPLE_TEXT = "The quick brown fox, 1789–2026: naïve café — Größe, 東京, Москва. def f(x): return x**2\n"
+"""Letters, digits, punctuation, several scripts and code: two tokenizers that agree on it are the same for our purpose."""
+
+
 def outside_files(recipe: Recipe) -> list[Path]:
     """Every file that this stage reads outside its input artifacts.
 
@@ -38,6 +42,8 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path) -> dict[st
     tokenizer = load_tokenizer(recipe.data.tokenizer or source.path / "tokenizer")
     model_vocab = int(source.result["architecture"]["vocab"])
     check_vocabulary(tokenizer, model_vocab, foreign=recipe.data.tokenizer is not None)
+    if recipe.data.tokenizer:
+        refuse_other_tokenizer(tokenizer, source.path / "tokenizer")
     _require_space(recipe, tokenizer, folder)
     parts = _write_parts(recipe, tokenizer, folder)
     _check_lengths(recipe, {name: part.tokens for name, part in parts.items()})
@@ -63,6 +69,19 @@ def check_vocabulary(tokenizer: Tokenizer, model_vocab: int, *, foreign: bool) -
         raise DataError(
             f"{tokenizer.path}: the tokenizer's vocabulary of {size} is not the model's of {model_vocab}; "
             "set data.tokenizer to the one the model was trained with, or leave it out to use the model's own"
+        )
+
+
+def refuse_other_tokenizer(tokenizer: Tokenizer, own: Path) -> None:
+    """Raises DataError where the recipe's tokenizer gives other ids than the model's own, which is the one it was trained with."""
+    try:
+        expected = load_tokenizer(own)
+    except DataError:  # the source came without one: the recipe's has to be believed
+        return
+    if tokenizer.encode(SAMPLE_TEXT) != expected.encode(SAMPLE_TEXT):
+        raise DataError(
+            f"{tokenizer.path}: this tokenizer gives other ids than the model's own; leave data.tokenizer out, "
+            "or import the model that was trained with it"
         )
 
 

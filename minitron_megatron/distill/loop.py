@@ -83,9 +83,10 @@ class Distillation:
         _, gradient_norm, _ = student.optimizer.step()
         kl, cross_entropy = self._token_means(losses)
         loss = student.loss_settings.forward_kl * kl + student.loss_settings.cross_entropy * cross_entropy
-        if not math.isfinite(loss):
+        if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
             raise TrainingError(
-                f"distill: the loss of step {step + 1} is {loss}; lower distill.learning_rate.peak, or look at the pruned model's perplexity first"
+                f"distill: step {step + 1} has loss {loss} and gradient norm {float(gradient_norm)}; "
+                "lower distill.learning_rate.peak, or look at the pruned model's perplexity first"
             )
         seconds = time.monotonic() - began
         return {

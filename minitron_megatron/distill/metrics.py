@@ -41,8 +41,18 @@ class MetricsLog:
 def keep_until(path: Path, step: int) -> None:
     """Drops what an interrupted run logged after its last checkpoint: those steps come again."""
     if path.is_file():
-        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-        path.write_text("".join(f"{line}\n" for line in kept))
+        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept))
+        temporary.replace(path)
+
+
+def _step_of(line: str) -> float:
+    """Of a line that was not written to its end (a full disk, a killed run): never."""
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:
+        return float("inf")
 
 
 def console_line(record: dict[str, Any], remaining_seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ import torch
 from minitron_megatron.arch.architecture import Architecture, parameter_count
 from minitron_megatron.artifact import Artifact, require_disk_space
 from minitron_megatron.checkpoint.sharded import load_model, model_state, save_state
+from minitron_megatron.checkpoint.torch_dist import MegatronSource, weights_digest
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.data.samples import evaluation_windows
 from minitron_megatron.data.shared import shared_samples
 from minitron_megatron.distill.loop import Distillation
 from minitron_megatron.distill.output_layer import DistillationOutputLayer
 from minitron_megatron.distill.student import make_student
-from minitron_megatron.errors import ArchitectureError
+from minitron_megatron.errors import ArchitectureError, RecipeError
 from minitron_megatron.model.gpt import HiddenStateGPT, build_model
 from minitron_megatron.model.precision import torch_dtype
 from minitron_megatron.parallel.layout import Layout, global_layout
@@ -32,9 +34,13 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
     settings, layout = recipe.distill, global_layout(recipe.parallel, world)
     teacher_arch, student_arch = (Architecture.from_dict(inputs[name].result["architecture"]) for name in ("import", "prune"))
     refuse_other_vocabulary(teacher_arch, student_arch)
+    if settings.wandb and importlib.util.find_spec("wandb") is None:
+        raise RecipeError("distill.wandb: the package wandb is not installed; install it with: pip install 'minitron_megatron[wandb]'")
     dtype = torch_dtype(recipe.precision)
     if world.is_main:
-        require_disk_space(folder, training_bytes(student_arch, dtype, settings.keep_checkpoints + 1), "the training checkpoints")
+        written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        needed = training_bytes(student_arch, dtype, settings.keep_checkpoints + 1)
+        require_disk_space(folder, needed - written, "the training checkpoints")
     teacher = _load(teacher_arch, inputs["import"], layout, world, dtype)
     student = _load(student_arch, inputs["prune"], layout, world, dtype, output_layer=DistillationOutputLayer, trainable=True)
     data = inputs["data"].path
@@ -60,6 +66,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
     )
     last = distillation.run(folder, recipe)
     _publish_weights(student, folder, world)
+    digest = weights_digest(MegatronSource(folder / "checkpoint", student_arch)) if world.is_main else ""
     tokens = settings.steps * settings.global_batch * settings.sequence_length
     return {
         "summary": f"{settings.steps} steps, {tokens:,} tokens, {layout.describe()}, {recipe.precision}; "
@@ -69,6 +76,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
         "steps": settings.steps,
         "tokens": tokens,
         "validation": last,
+        "weights_sha256": digest,
     }
 
 

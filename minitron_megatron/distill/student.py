@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +47,7 @@ def make_student(model: HiddenStateGPT, settings: Distill) -> Student:
     wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model, pg_collection=groups)
     optimizer = get_megatron_optimizer(_optimizer_config(settings, bf16), [wrapped])
     model.config.grad_scale_func = optimizer.scale_loss
-    model.config.finalize_model_grads_func = partial(finalize_model_grads)
+    model.config.finalize_model_grads_func = finalize_model_grads
     loss = LossSettings(
         forward_kl=settings.loss.get("forward_kl", 0.0),
         cross_entropy=settings.loss.get("cross_entropy", 0.0),

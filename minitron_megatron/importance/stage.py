@@ -43,7 +43,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
     if totals is not None:
         origin = {
             "model": inputs["import"].result["weights_sha256"],
-            "data": inputs["data"].id,
+            "data": inputs["data"].result["parts"]["train"]["sha256"],
             "sequence_length": settings.sequence_length,
             "precision": recipe.precision,
         }

@@ -121,7 +121,7 @@ def _gpu(name: str) -> Finding:
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     shown = ", ".join(f"{gpu.name} {gpu.total_memory / GIB:.0f} GiB sm_{gpu.major}{gpu.minor}" for gpu in gpus)
     if min((gpu.major, gpu.minor) for gpu in gpus) < (8, 0):
-        return Finding(name, shown, "no bf16 before sm_80: use dtype=fp32, at a fraction of the speed", ok=False)
+        return Finding(name, shown, "no bf16 before sm_80: use precision=fp32, at a fraction of the speed", ok=False)
     largest = min(gpu.total_memory for gpu in gpus) / (TRAINING_BYTES * 1e9) * 0.8  # the rest: activations
     follows = f"runs over NCCL in bf16; one GPU trains about {largest:.0f}B parameters without sharding the optimizer"
     return Finding(name, f"{len(gpus)}: {shown}", follows, ok=True)
@@ -143,7 +143,7 @@ def _transformer_engine(name: str) -> Finding:
         return Finding(name, version, "megatron-core 0.16.1 wants >=2.9,<2.12; install 2.11.0", ok=False)
     if not torch.cuda.is_available():
         return Finding(name, version, "not used without a GPU: megatron's local layers with our norm", ok=False)
-    return Finding(name, version, "fused layers, context parallel", ok=True)
+    return Finding(name, version, "installed; the layers built here do not use it yet", ok=True)
 
 
 def _apex(name: str) -> Finding:
@@ -169,8 +169,7 @@ def _fp8(name: str) -> Finding:
         return Finding(name, shown, "FP8 is refused before Ada (sm_89) and Hopper (sm_90)", ok=False)
     if importlib.util.find_spec("transformer_engine") is None:
         return Finding(name, shown, "the GPU has FP8, but it needs Transformer Engine", ok=False)
-    blackwell = ", mxfp8" if capability >= (10, 0) else ""
-    return Finding(name, shown, f"FP8 recipes: delayed, tensorwise, blockwise{blackwell}", ok=True)
+    return Finding(name, shown, "the GPU has FP8; training here is bf16 or fp32 so far", ok=True)
 
 
 def _cpu(name: str) -> Finding:
@@ -200,7 +199,7 @@ def _slurm(name: str) -> Finding:
     if shutil.which("sinfo") is None or shutil.which("srun") is None:
         return Finding(name, "absent", "start with launch/torchrun.sh", ok=True)
     shown = f"sinfo: {_first_line('sinfo', '--version')}, srun: {_first_line('srun', '--version')}"
-    return Finding(name, shown, "the scripts in slurm/ can be used", ok=True)
+    return Finding(name, shown, "start launch/torchrun.sh with srun, one task a node", ok=True)
 
 
 def _containers(name: str) -> Finding:

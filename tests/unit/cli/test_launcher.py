@@ -14,19 +14,36 @@ RECIPE = str(Path(__file__).resolve().parents[3] / "configs" / "smollm2_135m_to_
 
 def test_the_recipe_says_how_many_processes_and_nproc_overrules_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher.torch.cuda, "device_count", lambda: 0)
-    assert launcher.processes_here("distill", RECIPE, [], {}) == 2
-    assert launcher.processes_here("distill", RECIPE, ["parallel.data=4"], {}) == 8
-    assert launcher.processes_here("distill", RECIPE, ["parallel.data=4"], {"SLURM_NNODES": "2"}) == 4
-    assert launcher.processes_here("distill", RECIPE, [], {"NPROC": "6"}) == 6
+    assert launcher.processes_here(RECIPE, [], {}) == 2
+    assert launcher.processes_here(RECIPE, ["parallel.data=4"], {}) == 8
+    assert launcher.processes_here(RECIPE, ["parallel.data=4"], {"SLURM_NNODES": "2"}) == 4
+    assert launcher.processes_here(RECIPE, [], {"NPROC": "6"}) == 6
 
 
-def test_a_stage_that_is_not_distributed_is_one_process() -> None:
-    assert launcher.processes_here("prune", RECIPE, [], {"NPROC": "6"}) == 1
+def test_a_number_of_processes_that_is_none_is_refused() -> None:
+    with pytest.raises(LayoutError, match="NPROC=two is no whole number"):
+        launcher.processes_here(RECIPE, [], {"NPROC": "two"})
+
+
+def test_threads_of_a_stage_do_not_depend_on_the_stages_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`minitron run` launches one process, then two: the second must not find the first one's threads in the environment."""
+    monkeypatch.setattr(launcher, "USER_ENVIRONMENT", {})
+    monkeypatch.setattr(launcher.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(launcher.torchrun, "run", lambda arguments: seen.append(launcher.os.environ["OMP_NUM_THREADS"]))
+    seen: list[str] = []
+    for processes in (1, 2, 8, 1):
+        assert launcher.launch("import", RECIPE, [], processes) == 0
+    assert seen == ["8", "4", "1", "8"]
+
+
+def test_what_the_user_set_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "USER_ENVIRONMENT", {"OMP_NUM_THREADS": "3"})
+    assert launcher.worker_environment(2)["OMP_NUM_THREADS"] == "3"
 
 
 def test_a_node_with_gpus_takes_one_process_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher.torch.cuda, "device_count", lambda: 8)
-    assert launcher.processes_here("distill", RECIPE, [], {}) == 8
+    assert launcher.processes_here(RECIPE, [], {}) == 8
 
 
 def test_one_node_finds_its_own_port_and_several_meet_at_the_first(capsys: pytest.CaptureFixture[str]) -> None:

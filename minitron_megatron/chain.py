@@ -68,7 +68,7 @@ def stage_settings(stage: Stage, recipe: Recipe) -> dict[str, Any]:
 def refuse_foreign_inputs(inputs: dict[str, Artifact], recipe: Recipe, recipe_path: str) -> None:
     """Raises ArtifactError for an input made with other settings than the recipe's, or from another model than the other inputs."""
     for name, artifact in inputs.items():
-        if artifact.manifest["settings"] != stage_settings(STAGES[name], recipe):
+        if artifact.manifest.get("settings") != stage_settings(STAGES[name], recipe):
             raise ArtifactError(
                 f"{artifact.path} was made with other settings than this recipe's ({', '.join(STAGES[name].sections)}); "
                 f"make it anew with: minitron {name} {recipe_path}"

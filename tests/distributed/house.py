@@ -13,7 +13,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from minitron_megatron.arch.hf_config import SIZES
 from minitron_megatron.artifact import FORMAT, Artifact, find_artifact
-from minitron_megatron.chain import STAGES, run_stage
+from minitron_megatron.chain import STAGES, run_stage, stage_settings
 from minitron_megatron.config.schema import Data, Distill, Importance, LearningRate, Model, Parallel, Prune, Recipe, Target
 from minitron_megatron.parallel.world import World
 
@@ -62,11 +62,13 @@ def build_house(runs: Path) -> None:
     (folder / "data").mkdir()
     write_corpus(folder / "data" / "train", documents=60, seed=1)
     write_corpus(folder / "data" / "heldout", documents=6, seed=2)
-    put_manifest(folder, "data", {"parts": {"train": {}, "heldout": {}}})
+    put_manifest(folder, "data", {"parts": {"train": {"sha256": "train-1"}, "heldout": {"sha256": "heldout-1"}}})
 
 
 def put_manifest(folder: Path, stage: str, result: dict[str, Any]) -> None:
-    (folder / stage / "manifest.json").write_text(json.dumps({"stage": stage, "id": f"{stage}-1", "format": FORMAT}))
+    settings = stage_settings(STAGES[stage], recipe_for(folder.parent))
+    manifest = {"stage": stage, "id": f"{stage}-1", "format": FORMAT, "settings": settings, "inputs": {}}
+    (folder / stage / "manifest.json").write_text(json.dumps(manifest))
     (folder / stage / "result.json").write_text(json.dumps(result))
 
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from minitron_megatron.artifact import artifact_id, draft, find_artifact, open_artifact, partial_folder, publish, require_disk_space, write_json
-from minitron_megatron.errors import ArtifactError, PlanError
+from minitron_megatron.errors import ArtifactError, PlanError, TrainingError
 
 
 def everything_in(folder: Path) -> set[str]:
@@ -172,3 +172,12 @@ def test_too_little_disk_space_is_told_before_anything_is_written(tmp_path: Path
     require_disk_space(folder, 1_000_000_000, "the model")  # exactly as much as is free
     assert asked == [tmp_path, tmp_path]  # the disk on which the folder would be made
     assert everything_in(tmp_path) == set()
+
+
+def test_a_run_that_went_wrong_keeps_its_work_for_the_next_start(tmp_path: Path) -> None:
+    """A loss that is not finite after hours: the checkpoints before it are what a lower learning rate starts from, or an expert looks at."""
+    with pytest.raises(TrainingError), draft(tmp_path, "distill", "abc") as partial:
+        (partial / "step_1").write_text("weights")
+        raise TrainingError("not finite")
+    with draft(tmp_path, "distill", "abc") as partial:
+        assert (partial / "step_1").read_text() == "weights"

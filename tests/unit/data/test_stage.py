@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -102,3 +103,15 @@ def test_a_models_own_sentencepiece_may_be_smaller_than_its_padded_embeddings(se
     stage.check_vocabulary(tokenizer, 128, foreign=False)
     with pytest.raises(DataError, match="of 80 is not the model's of 128"):
         stage.check_vocabulary(tokenizer, 128, foreign=True)
+
+
+def test_a_tokenizer_that_gives_other_ids_than_the_models_own_is_refused(text_files: list[Path], imported: Artifact, tmp_path: Path) -> None:
+    """A smaller foreign vocabulary fits the embeddings: nothing but its ids tells that every later stage would train on nonsense."""
+    foreign = tmp_path / "foreign"
+    shutil.copytree(imported.path / "tokenizer", foreign)
+    tokenizer = json.loads((foreign / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:3]
+    (foreign / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(DataError, match="gives other ids than the model's own; leave data.tokenizer out"):
+        stage.run(recipe(text_files, tokenizer=str(foreign)), {"import": imported}, tmp_path / "out")
+    stage.refuse_other_tokenizer(load_tokenizer(imported.path / "tokenizer"), imported.path / "tokenizer")

@@ -1,0 +1,39 @@
+"""A stage takes only inputs that were made for the same recipe and from the same model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from minitron_megatron.artifact import Artifact
+from minitron_megatron.chain import STAGES, refuse_foreign_inputs, stage_settings
+from minitron_megatron.config.schema import Data, Distill, Model, Prune, Recipe, Target
+from minitron_megatron.errors import ArtifactError
+
+
+def recipe_of(model: str = "a", ffn: int = 8) -> Recipe:
+    return Recipe(name="tiny", model=Model(path=model), data=Data(train=["x"]), prune=Prune(target=Target(ffn=ffn)), distill=Distill(steps=2))
+
+
+def artifact(stage: str, recipe: Recipe, identity: str, **inputs: str) -> Artifact:
+    return Artifact(Path("runs/tiny") / stage, {"id": identity, "settings": stage_settings(STAGES[stage], recipe), "inputs": inputs})
+
+
+def test_inputs_of_one_recipe_and_one_model_are_taken() -> None:
+    recipe = recipe_of()
+    original = artifact("import", recipe, "i1")
+    refuse_foreign_inputs({"import": original, "prune": artifact("prune", recipe, "p1", **{"import": "i1"})}, recipe, "r.yaml")
+
+
+def test_a_student_that_was_cut_from_another_teacher_is_refused() -> None:
+    recipe = recipe_of()
+    inputs = {"import": artifact("import", recipe, "i2"), "prune": artifact("prune", recipe, "p1", **{"import": "i1"})}
+    with pytest.raises(ArtifactError, match=r"prune was made from another import than .*make it anew with: minitron prune r.yaml"):
+        refuse_foreign_inputs(inputs, recipe, "r.yaml")
+
+
+@pytest.mark.parametrize(("stage", "other"), [("import", recipe_of(model="b")), ("prune", recipe_of(ffn=4))])
+def test_an_input_of_another_recipe_is_refused_with_the_command_that_mends_it(stage: str, other: Recipe) -> None:
+    with pytest.raises(ArtifactError, match=f"made with other settings than this recipe's .*; make it anew with: minitron {stage} r.yaml"):
+        refuse_foreign_inputs({stage: artifact(stage, other, "x")}, recipe_of(), "r.yaml")

@@ -112,6 +112,6 @@ def test_a_tokenizer_that_gives_other_ids_than_the_models_own_is_refused(text_fi
     tokenizer = json.loads((foreign / "tokenizer.json").read_text())
     tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:3]
     (foreign / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(DataError, match="gives other ids than the model's own; leave data.tokenizer out"):
+    with pytest.raises(DataError, match=r"gives other ids than the model's own; leave data.tokenizer out"):
         stage.run(recipe(text_files, tokenizer=str(foreign)), {"import": imported}, tmp_path / "out")
     stage.refuse_other_tokenizer(load_tokenizer(imported.path / "tokenizer"), imported.path / "tokenizer")

@@ -126,7 +126,7 @@ def test_an_error_of_ours_is_a_traceback_and_exit_code_1(project: Any, worker: R
 
 def test_a_stage_of_one_process_refuses_several(project: Any, worker: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert_one_line(worker("import", project.recipe), "stage import is one process, but 2 were started; start it with NPROC=1", project)
+    assert_one_line(worker("import", project.recipe), "stage import is one process, but 2 were started; start it with: minitron import", project)
 
 
 def test_an_unknown_stage_is_refused_with_the_list(project: Any, worker: Run) -> None:

@@ -52,7 +52,7 @@ def run_layout(runs: Path, pipeline: int, data: int, *, scores_of: Path | None) 
 
 
 def digest(path: Path) -> str:
-    """Of the tensors alone: the header names the data artifact, which is another one in each folder."""
+    """Of the tensors alone: what the header says beside them is no claim of this benchmark."""
     from safetensors.torch import load_file
 
     hashed = hashlib.sha256()

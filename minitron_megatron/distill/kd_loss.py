@@ -72,6 +72,7 @@ class FusedDistillationLoss(torch.autograd.Function):
         buffer: GradientBuffer,
         needs_grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """The losses and, while a chunk's logits exist, the gradients that backward delivers."""
         grad_hidden = torch.empty_like(hidden_ND) if needs_grad else None
         grad_weight = buffer.take(weight_vD) if needs_grad else None
         sums = torch.zeros(2, device=hidden_ND.device)

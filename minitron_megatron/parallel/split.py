@@ -6,18 +6,17 @@ from minitron_megatron.arch.architecture import Architecture, layer_cost, output
 from minitron_megatron.errors import LayoutError
 
 
-def split_layers(arch: Architecture, stages: int, rule: str = "cost", *, output_weight: float = 1.0) -> tuple[int, ...]:
+def split_layers(arch: Architecture, stages: int, rule: str = "cost") -> tuple[int, ...]:
     """Layers of each pipeline stage, the first stage first.
 
     rule "even": equal numbers, the remainder on the first stages. rule "cost": the largest cost of a stage is as small as
-    possible; the last stage also carries the output layer, `output_weight` times its matrix (2 for a student that computes
-    the teacher's logits beside its own). A pruned depth rarely divides, so neither rule asks that it does.
+    possible; the last stage also carries the output layer. A pruned depth rarely divides, so neither rule asks that it does.
     """
     if stages > arch.layers:
         raise LayoutError(f"parallel.pipeline={stages} is more than the model's {arch.layers} layers; at most {arch.layers}")
     if rule == "even":
         return _even(arch.layers, stages)
-    return _balanced(arch.layers, stages, extra_layers=output_weight * output_cost(arch) / layer_cost(arch))
+    return _balanced(arch.layers, stages, extra_layers=output_cost(arch) / layer_cost(arch))
 
 
 def _even(layers: int, stages: int) -> tuple[int, ...]:

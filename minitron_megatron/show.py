@@ -17,7 +17,7 @@ from minitron_megatron.arch.architecture import (
     parameters_by_part,
 )
 from minitron_megatron.config.schema import Recipe
-from minitron_megatron.parallel.split import split_layers
+from minitron_megatron.parallel.split import distillation_work, hidden_state_work, split_layers
 
 SIZES = (
     ("layers", "layers"),
@@ -35,10 +35,13 @@ def show_recipe(recipe: Recipe, source: Architecture, target: Architecture, cons
     resolved = yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False, width=120)
     console.print(Syntax(resolved, "yaml", background_color="default"))
     console.print(architecture_table(source, target, recipe.distill.sequence_length))
-    stages = recipe.parallel.pipeline
+    stages, rule = recipe.parallel.pipeline * recipe.parallel.virtual, recipe.parallel.layers_per_stage
     if stages > 1:
-        rule = recipe.parallel.layers_per_stage
-        splits = " → ".join(" + ".join(map(str, split_layers(arch, stages, rule))) for arch in (source, target))
+        works = {
+            "importance": (source, hidden_state_work(source)),
+            "distill": (target, distillation_work(target, source)),
+        }
+        splits = ", ".join(f"{stage} {' + '.join(map(str, split_layers(arch.layers, stages, rule, ends)))}" for stage, (arch, ends) in works.items())
         console.print(f"Layers per pipeline stage ({rule}): {splits}")
     console.print(f"Artifacts: {Path(recipe.runs) / recipe.name}")
 

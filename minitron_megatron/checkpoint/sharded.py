@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +13,7 @@ from minitron_megatron.errors import CheckpointError
 from minitron_megatron.platform.versions import require_readable
 
 
-class MegatronModel(Protocol):
+class MegatronChunk(Protocol):
     """What a GPTModel gives to be saved and loaded."""
 
     pg_collection: Any
@@ -22,14 +23,26 @@ class MegatronModel(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> Any: ...
 
 
+class MegatronModel(Protocol):
+    """A process's part of a model: a chunk for each virtual pipeline stage."""
+
+    @property
+    def chunks(self) -> Sequence[MegatronChunk]: ...
+
+
 # one key per layer, not stacked [L, …] keys: pruning layers or neurons of one changes no other tensor
 METADATA = {"non_homogeneous_layers": True}
 
 
 def model_state(model: MegatronModel) -> dict[str, Any]:
-    """A model's sharded state without the empty `_extra_state` entries, which our streams do not write."""
-    metadata = {**METADATA, "dp_cp_group": model.pg_collection.dp_cp}
-    state = model.sharded_state_dict(metadata=metadata)
+    """Each chunk's sharded state, as model0, model1, …; on disk the tensors' own global names are the keys."""
+    return {f"model{number}": chunk_state(chunk) for number, chunk in enumerate(model.chunks)}
+
+
+def chunk_state(chunk: MegatronChunk) -> dict[str, Any]:
+    """A chunk's sharded state without the empty `_extra_state` entries, which our streams do not write."""
+    metadata = {**METADATA, "dp_cp_group": chunk.pg_collection.dp_cp}
+    state = chunk.sharded_state_dict(metadata=metadata)
     return {key: entry for key, entry in state.items() if not (isinstance(entry, ShardedObject) and _is_empty(entry))}
 
 
@@ -38,9 +51,14 @@ def load_model(model: MegatronModel, folder: Path) -> None:
     if not (folder / "metadata.json").is_file():
         raise CheckpointError(f"{folder}: no torch_dist checkpoint (its metadata.json is missing); make it anew")
     require_readable(folder)
-    state = dist_checkpointing.load({"model": model_state(model)}, str(folder))
-    # _extra_state of modules without any is filled by hooks: strict finds every other name that is missing
-    model.load_state_dict(state["model"], strict=True)
+    set_model_state(model, dist_checkpointing.load(model_state(model), str(folder)))
+
+
+def set_model_state(model: MegatronModel, state: dict[str, Any]) -> None:
+    """Loaded tensors into the chunks; the inverse of model_state."""
+    for number, chunk in enumerate(model.chunks):
+        # _extra_state of modules without any is filled by hooks: strict finds every other name that is missing
+        chunk.load_state_dict(state[f"model{number}"], strict=True)
 
 
 def save_state(state: dict[str, Any], folder: Path) -> None:

@@ -93,13 +93,18 @@ class MegatronSource:
         key, _ = self._find(row)
         return self._reader.tensors[key].properties.dtype
 
-    def read(self, row: TensorRow) -> Tensor:
-        """The Megatron tensor of a row, vocabulary not padded, on the CPU, in the checkpoint's own type."""
+    def read(self, row: TensorRow, rows: range | None = None) -> Tensor:
+        """The Megatron tensor of a row of the table, vocabulary not padded, on the CPU, in the checkpoint's own type.
+
+        rows: only these of its first dimension.
+        """
         key, layer = self._find(row)
         shape = row.shape(self.arch)
+        rows = range(shape[0]) if rows is None else rows
+        offsets, shape = (rows.start, *(0 for _ in shape[1:])), (len(rows), *shape[1:])
         if layer is None:
-            return self._reader.read(key, (0,) * len(shape), shape)
-        return self._reader.read(key, (layer, *(0 for _ in shape)), (1, *shape))[0]
+            return self._reader.read(key, offsets, shape)
+        return self._reader.read(key, (layer, *offsets), (1, *shape))[0]
 
     def _find(self, row: TensorRow) -> tuple[str, int | None]:
         """The checkpoint's key, and the layer's place in it where the key is stacked."""

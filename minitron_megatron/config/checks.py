@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from minitron_megatron.arch.architecture import Architecture, nearest_multiples
-from minitron_megatron.config.schema import Parallel, Recipe
+from minitron_megatron.config.schema import Parallel, Recipe, Rule, TeacherParallel
 from minitron_megatron.errors import RecipeError
 
 
@@ -42,6 +42,9 @@ def check_recipe(recipe: Recipe, source: Architecture) -> Architecture:
     problems += _layout_problems(recipe.parallel, source, "the source model")
     if target != source:
         problems += _layout_problems(recipe.parallel, target, "the pruned model")
+    stages, rule = recipe.parallel.pipeline * recipe.parallel.virtual, recipe.parallel.layers_per_stage
+    problems += _list_problems("parallel", stages, rule, {source.layers, target.layers})
+    problems += _shape_problems(recipe) + _teacher_problems(recipe, source)
     problems += _length_problems(recipe, source)
     problems += _batch_problems(recipe)
     if problems:
@@ -50,17 +53,80 @@ def check_recipe(recipe: Recipe, source: Architecture) -> Architecture:
 
 
 def _layout_problems(parallel: Parallel, arch: Architecture, whose: str) -> list[str]:
-    problems = []
-    for field, size in (("heads", arch.heads), ("key/value groups", arch.kv_groups), ("ffn", arch.ffn)):
-        if size % parallel.tensor:
-            problems.append(
-                f"parallel.tensor={parallel.tensor} does not divide {whose}'s {size} {field}; tensor sizes that do: {_common_divisors(arch)}"
-            )
-    if parallel.pipeline > arch.layers:
-        problems.append(f"parallel.pipeline={parallel.pipeline} is more than {whose}'s {arch.layers} layers; at most {arch.layers}")
+    problems = _tensor_problems("parallel", parallel.tensor, arch, whose)
+    problems += _stage_problems("parallel", parallel.pipeline * parallel.virtual, arch, whose)
     if parallel.sequence and parallel.tensor == 1:
         problems.append("parallel.sequence=true needs parallel.tensor of 2 or more; set parallel.sequence=false")
     return problems
+
+
+def _shape_problems(recipe: Recipe) -> list[str]:
+    """Of sizes that no model could have."""
+    parallel, problems = recipe.parallel, []
+    if parallel.virtual > 1 and parallel.pipeline == 1:
+        problems.append(f"parallel.virtual={parallel.virtual} needs parallel.pipeline of 2 or more; set parallel.virtual=1")
+    if parallel.context > 1:
+        problems.append(
+            f"parallel.context={parallel.context}: megatron-core's context parallelism needs Transformer Engine's attention on a GPU, "
+            "which this layer spec does not use; set parallel.context=1"
+        )
+    micro_batches = recipe.distill.global_batch // (recipe.distill.micro_batch * parallel.data)
+    if parallel.virtual > 1 and micro_batches % parallel.pipeline:
+        problems.append(
+            f"parallel.virtual={parallel.virtual} needs a multiple of parallel.pipeline={parallel.pipeline} micro-batches a step, but "
+            f"distill.global_batch / (micro_batch × parallel.data) = {micro_batches}; nearest: {nearest_multiples(micro_batches, parallel.pipeline)}"
+        )
+    return problems
+
+
+def _teacher_problems(recipe: Recipe, source: Architecture) -> list[str]:
+    parallel, teacher = recipe.parallel, recipe.parallel.teacher
+    if not isinstance(teacher, TeacherParallel):
+        return []
+    problems = _tensor_problems("parallel.teacher", teacher.tensor, source, "the source model")
+    problems += _stage_problems("parallel.teacher", teacher.pipeline, source, "the source model")
+    problems += _list_problems("parallel.teacher", teacher.pipeline, teacher.layers_per_stage, {source.layers})
+    model_processes = teacher.tensor * teacher.pipeline
+    if parallel.processes % model_processes:
+        problems.append(
+            f"parallel.teacher: tensor {teacher.tensor} × pipeline {teacher.pipeline} = {model_processes} does not divide the "
+            f"{parallel.processes} processes of parallel; choose sizes whose product does"
+        )
+    if teacher.sequence and teacher.tensor == 1:
+        problems.append("parallel.teacher.sequence=true needs parallel.teacher.tensor of 2 or more; set it to false")
+    length = recipe.distill.sequence_length
+    if teacher.sequence and length % teacher.tensor:
+        problems.append(
+            f"distill.sequence_length={length} is not divisible by parallel.teacher.tensor={teacher.tensor} (sequence parallel); "
+            f"nearest: {nearest_multiples(length, teacher.tensor)}"
+        )
+    return problems
+
+
+def _tensor_problems(key: str, tensor: int, arch: Architecture, whose: str) -> list[str]:
+    # with fewer key/value groups than tensor ranks a group would have to be copied to several ranks, and its gradient summed over them
+    return [
+        f"{key}.tensor={tensor} does not divide {whose}'s {size} {field}; tensor sizes that do: {_common_divisors(arch)}"
+        for field, size in (("heads", arch.heads), ("key/value groups", arch.kv_groups), ("ffn", arch.ffn))
+        if size % tensor
+    ]
+
+
+def _stage_problems(key: str, stages: int, arch: Architecture, whose: str) -> list[str]:
+    if stages <= arch.layers:
+        return []
+    return [f"{key}.pipeline × virtual = {stages} is more than {whose}'s {arch.layers} layers; at most {arch.layers}"]
+
+
+def _list_problems(key: str, stages: int, rule: Rule, layers: set[int]) -> list[str]:
+    """A list is for one number of layers; a model of another number is split by cost."""
+    if isinstance(rule, str) or (len(rule) == stages and sum(rule) in layers):
+        return []
+    models = " or ".join(map(str, sorted(layers)))
+    return [
+        f"{key}.layers_per_stage={list(rule)} has {len(rule)} entries and {sum(rule)} layers; "
+        f"it needs {stages} entries (pipeline × virtual) that add up to {models} layers, or use cost"
+    ]
 
 
 def _common_divisors(arch: Architecture) -> str:

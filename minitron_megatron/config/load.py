@@ -54,7 +54,7 @@ def _replace_mappings(merged: Any, overrides: list[str]) -> None:
 
 
 def _problem(item: Any) -> str:
-    where = [part for part in item["loc"] if part != "[key]"]
+    where = [part for part in item["loc"] if not str(part).startswith("[")]  # tags, not keys
     key = ".".join(str(part) for part in where)
     if item["type"] == "extra_forbidden":
         return _unknown_key(where)
@@ -83,11 +83,18 @@ def _section_at(where: list[Any]) -> type[BaseModel] | None:
     section: type[BaseModel] = Recipe
     for part in where:
         field = section.model_fields.get(str(part))
-        inner = [kind for kind in (field.annotation, *get_args(field.annotation)) if _is_section(kind)] if field else []
+        inner = _sections_in(field.annotation) if field else []
         if not inner:
             return None
         section = inner[0]
     return section
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a field may hold, out of unions and annotations."""
+    if _is_section(annotation):
+        return [annotation]
+    return [section for inner in get_args(annotation) for section in _sections_in(inner)]
 
 
 def _is_section(kind: Any) -> bool:

@@ -5,9 +5,10 @@ Sources: P1 = arXiv 2407.14679, P2 = arXiv 2408.11796.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator
 
 Aggregation = Literal["mean", "l2", "variance"]
 
@@ -42,20 +43,54 @@ class Data(Section):
     workers: int = Field(2, ge=1, description="processes that tokenize")
 
 
-class Parallel(Section):
-    """Sizes of the process groups; their product is the number of processes."""
+Rule = str | Sequence[int]
+"""How layers are dealt to pipeline stages: cost, even, or the layers of each stage."""
+
+
+def _rule_or_list(value: Any) -> Any:
+    listed = isinstance(value, list | tuple) and len(value) > 0 and all(type(item) is int and item >= 1 for item in value)
+    if value not in ("cost", "even") and not listed:
+        raise ValueError("input should be cost, even or a list of whole numbers of 1 or more")
+    return value
+
+
+LayersPerStage = Annotated[Literal["cost", "even"] | list[int], BeforeValidator(_rule_or_list)]
+
+
+class TeacherParallel(Section):
+    """The teacher's own layout in a distillation; its data-parallel size is what the processes leave."""
 
     tensor: int = Field(1, ge=1)
     pipeline: int = Field(1, ge=1)
+    sequence: bool = False
+    layers_per_stage: LayersPerStage = Field("cost", description="cost, even, or a list")
+
+
+TeacherLayout = Annotated[
+    Annotated[TeacherParallel, Tag("[own]")] | Annotated[Literal["auto", "student"], Tag("[name]")],
+    Discriminator(lambda value: "[name]" if isinstance(value, str) else "[own]"),
+]
+
+
+class Parallel(Section):
+    """Sizes of the process groups; their product is the number of processes. The source, the pruned model and the student use it."""
+
+    tensor: int = Field(1, ge=1)
+    pipeline: int = Field(1, ge=1)
+    virtual: int = Field(1, ge=1, description="virtual pipeline stages of each process (interleaved 1F1B)")
     data: int = Field(1, ge=1)
+    context: int = Field(1, ge=1, description="context parallel: Transformer Engine on a GPU only")
     sequence: bool = Field(False, description="sequence parallel: activations between tensor-parallel regions are sharded along the sequence")
-    layers_per_stage: Literal["cost", "even"] = Field(
-        "cost", description="cost: stages of equal work, the output layer counted; even: equal numbers of layers"
+    layers_per_stage: LayersPerStage = Field(
+        "cost", description="cost: stages of equal work, embedding and output layer counted; even: equal numbers; a list: layers of each stage"
+    )
+    teacher: TeacherLayout = Field(
+        "auto", description="layout of the teacher; auto: without a pipeline where its weights fit beside the student's; student: the same sizes"
     )
 
     @property
     def processes(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.context * self.pipeline * self.data
 
 
 class ImportanceAggregation(Section):
@@ -131,6 +166,7 @@ class Distill(Section):
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept while training")
     validate_every_steps: int = Field(100, ge=1)
     validation_samples: int = Field(32, ge=1)
+    handover_device_gib: float = Field(4.0, ge=0, description="the teacher's states of a step kept on the device; beyond it in host memory")
     loss_chunk_tokens: int = Field(256, ge=1, description="tokens whose logits exist at one time")
     seed: int = Field(1234, ge=0, description="order of the training samples")
     wandb: Wandb | None = None

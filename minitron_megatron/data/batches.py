@@ -6,7 +6,7 @@ Legend: S sequence, B batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import torch
@@ -51,14 +51,29 @@ def collate(dataset: TokenDataset, sample_ids: Sequence[int]) -> Batch:
     )
 
 
-def step_sample_ids(step: int, *, global_batch: int, micro_batch: int, data_rank: int, data_size: int) -> list[list[int]]:
-    """Sample ids of each micro-batch of one data-parallel rank at a step.
+FILLING = -1
+"""Sample id of what runs through a model only to keep schedules in step, and counts for nothing."""
 
-    Step s covers ids s·global_batch … (s+1)·global_batch − 1 for every data_size; a micro-batch takes the next
-    micro_batch × data_size of them, rank after rank. Raises DataError where these do not divide the global batch.
+
+def filler(batch: Batch) -> Batch:
+    """The same shapes, counting for nothing."""
+    return replace(batch, loss_mask_BS=torch.zeros_like(batch.loss_mask_BS), sample_ids_B=torch.full_like(batch.sample_ids_B, FILLING))
+
+
+MicroBatches = list[tuple[int, ...]]
+"""Sample ids of each micro-batch of a global batch, in order."""
+
+
+def micro_batches(first_sample: int, *, global_batch: int, micro_batch: int) -> MicroBatches:
+    """The global batch that begins at a sample: the same samples in the same micro-batches whatever the layout.
+
+    Raises DataError where micro_batch does not divide the global batch.
     """
-    together = micro_batch * data_size
-    if global_batch % together:
-        raise DataError(f"distill.global_batch={global_batch} is not divisible by micro_batch × parallel.data = {together}")
-    first = step * global_batch + data_rank * micro_batch
-    return [list(range(begin, begin + micro_batch)) for begin in range(first, first + global_batch, together)]
+    if global_batch % micro_batch:
+        raise DataError(f"distill.global_batch={global_batch} is not divisible by distill.micro_batch={micro_batch}")
+    return [tuple(range(begin, begin + micro_batch)) for begin in range(first_sample, first_sample + global_batch, micro_batch)]
+
+
+def of_data_rank(groups: MicroBatches, data_rank: int, data_size: int) -> MicroBatches:
+    """What a data-parallel rank takes: micro-batches are dealt round."""
+    return groups[data_rank::data_size]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minitron_megatron.config.schema import Distill, Recipe
-from minitron_megatron.data.batches import Batch, TokenDataset, collate, step_sample_ids
+from minitron_megatron.data.batches import Batch, MicroBatches, TokenDataset, collate, micro_batches, of_data_rank
 from minitron_megatron.distill.metrics import MetricsLog, console_line, validation_line
 from minitron_megatron.distill.student import Student, learning_rate_schedule
-from minitron_megatron.distill.teacher import TeacherStates
+from minitron_megatron.distill.teacher import Teacher
 from minitron_megatron.distill.training_checkpoint import load_training, save_training
 from minitron_megatron.errors import TrainingError
-from minitron_megatron.model.gpt import HiddenStateGPT
 from minitron_megatron.model.run import forward_backward, forward_only
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.parallel.world import World
@@ -33,7 +33,7 @@ class Distillation:
     settings: Distill
     layout: Layout
     world: World
-    teacher: HiddenStateGPT
+    teacher: Teacher
     student: Student
     training: TokenDataset
     heldout: TokenDataset
@@ -62,9 +62,10 @@ class Distillation:
 
     def validate(self) -> dict[str, float]:
         """KL to the teacher and perplexity on held-out windows, equal on every process."""
-        ids = range(self.layout.data_rank, len(self.heldout), self.layout.data)
-        batches = [collate(self.heldout, [window]).to(self.world.platform.device) for window in ids]
-        teacher = TeacherStates(self.teacher, batches)
+        windows: MicroBatches = [(window,) for window in range(len(self.heldout))]
+        load = self._loader(self.heldout)
+        teacher = self.teacher.states(windows, load)
+        batches = [load(ids) for ids in of_data_rank(windows, self.layout.data_rank, self.layout.data)]
         self.student.model.eval()
         losses = forward_only(self.student.model, batches, consume=lambda hidden, batch: self.student.loss(teacher, hidden, batch)[2])
         self.student.model.train()
@@ -74,10 +75,13 @@ class Distillation:
     def _step(self, step: int) -> dict[str, Any]:
         """One optimizer step over the global batch; the record of it."""
         began, student = time.monotonic(), self.student
-        batches = self._batches(step)
-        student.wrapped.zero_grad_buffer()
+        first, load = step * self.settings.global_batch, self._loader(self.training)
+        groups = micro_batches(first, global_batch=self.settings.global_batch, micro_batch=self.settings.micro_batch)
+        for chunk in student.wrapped:
+            chunk.zero_grad_buffer()
         student.optimizer.zero_grad()
-        teacher = TeacherStates(self.teacher, batches)
+        teacher = self.teacher.states(groups, load)
+        batches = [load(ids) for ids in of_data_rank(groups, self.layout.data_rank, self.layout.data)]
         losses = forward_backward(student.model, student.wrapped, batches, partial(student.loss, teacher))
         rate = student.optimizer.param_groups[0]["lr"]
         _, gradient_norm, _ = student.optimizer.step()
@@ -102,15 +106,9 @@ class Distillation:
             "seconds": seconds,
         }
 
-    def _batches(self, step: int) -> list[Batch]:
-        groups = step_sample_ids(
-            step,
-            global_batch=self.settings.global_batch,
-            micro_batch=self.settings.micro_batch,
-            data_rank=self.layout.data_rank,
-            data_size=self.layout.data,
-        )
-        return [collate(self.training, ids).to(self.world.platform.device) for ids in groups]
+    def _loader(self, dataset: TokenDataset) -> Callable[[tuple[int, ...]], Batch]:
+        """Sample ids → batch on the device; teacher and student of a step share those that both want."""
+        return cache(lambda ids: collate(dataset, ids).to(self.world.platform.device))
 
     def _token_means(self, losses: list[dict[str, Tensor]]) -> tuple[float, float]:
         """KL and cross-entropy per token over all processes; the last stage's tensor ranks hold equal sums, one speaks."""

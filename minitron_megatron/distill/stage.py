@@ -8,21 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from minitron_megatron.arch.architecture import Architecture, parameter_count
 from minitron_megatron.artifact import Artifact, require_disk_space
 from minitron_megatron.checkpoint.sharded import load_model, model_state, save_state
 from minitron_megatron.checkpoint.torch_dist import MegatronSource, weights_digest
-from minitron_megatron.config.schema import Recipe
+from minitron_megatron.config.schema import Parallel, Recipe, TeacherParallel
 from minitron_megatron.data.samples import evaluation_windows
 from minitron_megatron.data.shared import shared_samples
 from minitron_megatron.distill.loop import Distillation
 from minitron_megatron.distill.output_layer import DistillationOutputLayer
 from minitron_megatron.distill.student import make_student
+from minitron_megatron.distill.teacher import load_teacher
 from minitron_megatron.errors import ArchitectureError, RecipeError
-from minitron_megatron.model.gpt import HiddenStateGPT, build_model
+from minitron_megatron.model.gpt import StageModel, build_model
 from minitron_megatron.model.precision import torch_dtype
-from minitron_megatron.parallel.layout import Layout, global_layout
+from minitron_megatron.parallel.layout import global_layout, teacher_layout
+from minitron_megatron.parallel.split import distillation_work
 from minitron_megatron.parallel.world import World
 
 SCRATCH = ("training", "cache")
@@ -41,8 +44,26 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
         written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         needed = training_bytes(student_arch, dtype, settings.keep_checkpoints + 1)
         require_disk_space(folder, needed - written, "the training checkpoints")
-    teacher = _load(teacher_arch, inputs["import"], layout, world, dtype)
-    student = _load(student_arch, inputs["prune"], layout, world, dtype, output_layer=DistillationOutputLayer, trainable=True)
+    original = inputs["import"].path / "checkpoint"
+    teacher = load_teacher(
+        MegatronSource(original, teacher_arch),
+        original,
+        teacher_layout(settle_teacher(recipe.parallel, teacher_arch, student_arch, dtype, world), world, layout),
+        layout,
+        world.platform,
+        dtype,
+        budget_bytes=settings.handover_device_gib * 2**30,
+    )
+    student = build_model(
+        student_arch,
+        layout,
+        world.platform,
+        dtype,
+        output_layer=DistillationOutputLayer,
+        ends=distillation_work(student_arch, teacher_arch),
+        trainable=True,
+    )
+    load_model(student, inputs["prune"].path / "checkpoint")
     data = inputs["data"].path
     distillation = Distillation(
         settings=settings,
@@ -69,7 +90,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
     digest = weights_digest(MegatronSource(folder / "checkpoint", student_arch)) if world.is_main else ""
     tokens = settings.steps * settings.global_batch * settings.sequence_length
     return {
-        "summary": f"{settings.steps} steps, {tokens:,} tokens, {layout.describe()}, {recipe.precision}; "
+        "summary": f"{settings.steps} steps, {tokens:,} tokens, {layout.describe()} (teacher {teacher.model.layout.describe()}), {recipe.precision}; "
         f"held-out kl {last['forward_kl']:.3f}, perplexity {last['perplexity']:.2f}",
         "architecture": student_arch.to_dict(),
         "parameters": parameter_count(student_arch),
@@ -94,13 +115,21 @@ def training_bytes(arch: Architecture, dtype: torch.dtype, checkpoints: int) -> 
     return checkpoints * per_parameter * parameter_count(arch)
 
 
-def _load(arch: Architecture, artifact: Artifact, layout: Layout, world: World, dtype: torch.dtype, **options: Any) -> HiddenStateGPT:
-    model = build_model(arch, layout, world.platform, dtype, **options)
-    load_model(model, artifact.path / "checkpoint")
-    return model
+def settle_teacher(parallel: Parallel, teacher: Architecture, student: Architecture, dtype: torch.dtype, world: World) -> TeacherParallel:
+    """The teacher's layout; `auto` is one without a pipeline, and so without its bubbles, where both models take at most half of the
+    memory that is free on every process. It changes no bit of the teacher's states."""
+    if isinstance(parallel.teacher, TeacherParallel):
+        return parallel.teacher
+    as_student = TeacherParallel(tensor=parallel.tensor, pipeline=parallel.pipeline, sequence=parallel.sequence)
+    if parallel.teacher == "student" or parallel.pipeline == 1:
+        return as_student
+    free = torch.tensor(world.platform.free_memory_bytes(), device=world.platform.device)
+    dist.all_reduce(free, op=dist.ReduceOp.MIN)
+    needed = dtype.itemsize * parameter_count(teacher) / parallel.tensor + training_bytes(student, dtype, 1) / (parallel.tensor * parallel.pipeline)
+    return as_student.model_copy(update={"pipeline": 1}) if needed <= int(free) / 2 else as_student
 
 
-def _publish_weights(student: HiddenStateGPT, folder: Path, world: World) -> None:
+def _publish_weights(student: StageModel, folder: Path, world: World) -> None:
     """The student's weights alone, without the optimizer's state."""
     if world.is_main:
         (folder / "checkpoint").mkdir(exist_ok=True)

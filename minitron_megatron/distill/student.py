@@ -16,15 +16,16 @@ from minitron_megatron.config.schema import Distill
 from minitron_megatron.data.batches import Batch
 from minitron_megatron.distill.kd_loss import LossSettings
 from minitron_megatron.distill.teacher import TeacherStates
-from minitron_megatron.model.gpt import HiddenStateGPT
+from minitron_megatron.model.gpt import StageModel
 
 
 @dataclass
 class Student:
     """What one process trains."""
 
-    model: HiddenStateGPT
-    wrapped: DistributedDataParallel
+    model: StageModel
+    wrapped: list[DistributedDataParallel]
+    """One for each chunk of the model."""
     optimizer: MegatronOptimizer
     loss_settings: LossSettings
 
@@ -33,19 +34,21 @@ class Student:
 
         The sum and the count stay apart: a mean per micro-batch would depend on micro-batch size and data parallelism.
         """
-        tied = self.model.output_weight() if self.model.output_layer.weight is None else None
-        total, kl, cross_entropy = self.model.output_layer(
-            hidden_SBD, tied, target=teacher.target(batch), settings=self.loss_settings, rows=self.model.valid_rows()
+        last = self.model.last
+        tied = last.output_weight() if last.output_layer.weight is None else None
+        total, kl, cross_entropy = last.output_layer(
+            hidden_SBD, tied, target=teacher.target(batch), settings=self.loss_settings, rows=last.valid_rows()
         )
         tokens = (batch.loss_mask_BS > 0).sum().int()  # fractional weights go into the sum alone
         return total, tokens, {"forward_kl": kl, "cross_entropy": cross_entropy, "tokens": tokens.clone()}
 
 
-def make_student(model: HiddenStateGPT, settings: Distill) -> Student:
+def make_student(model: StageModel, settings: Distill) -> Student:
     """Wraps a loaded model for training; parameters of bf16 models have an fp32 main copy, gradients are fp32."""
     groups, bf16 = model.layout.groups, model.config.params_dtype == torch.bfloat16
-    wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model, pg_collection=groups)
-    optimizer = get_megatron_optimizer(_optimizer_config(settings, bf16), [wrapped])
+    config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+    wrapped = [DistributedDataParallel(model.config, config, chunk, pg_collection=groups) for chunk in model.chunks]
+    optimizer = get_megatron_optimizer(_optimizer_config(settings, bf16), wrapped)
     model.config.grad_scale_func = optimizer.scale_loss
     model.config.finalize_model_grads_func = finalize_model_grads
     loss = LossSettings(

@@ -2,43 +2,129 @@
 
 It is never pulled from inside the student's schedule: ranks of one teacher group stand at different student micro-batches
 there, and would wait for each other for ever.
+
+Legend: S sequence, s this rank's part of it, B samples of a micro-batch, N tokens of a micro-batch, v this rank's rows of the
+vocabulary, E teacher's hidden.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from minitron_megatron.data.batches import Batch
+from minitron_megatron.checkpoint.sharded import load_model
+from minitron_megatron.checkpoint.tensors import tensor_table
+from minitron_megatron.checkpoint.torch_dist import MegatronSource
+from minitron_megatron.data.batches import Batch, MicroBatches, of_data_rank
+from minitron_megatron.distill.exchange import Exchange, Route, StateShape
+from minitron_megatron.distill.handover import HandoverStore, Held
 from minitron_megatron.distill.kd_loss import TeacherTarget
-from minitron_megatron.model.gpt import HiddenStateGPT
+from minitron_megatron.model.gpt import StageModel, build_model, padded_vocab
 from minitron_megatron.model.run import forward_only
-from minitron_megatron.model.sequence import whole_sequence
+from minitron_megatron.parallel.collectives import gather_first
+from minitron_megatron.parallel.layout import Layout
+from minitron_megatron.platform import Platform
+
+FINAL = "final"
+"""The last hidden states, behind the final norm."""
+
+
+@dataclass
+class Teacher:
+    """The frozen model in its own layout, and its output weight where the student's loss is made."""
+
+    model: StageModel
+    student: Layout
+    output_weight_vE: Tensor | None
+    """On the student's last stage, in the student's partition of the vocabulary; the model itself builds none."""
+    exchange: Exchange
+    budget_bytes: float
+    platform: Platform
+
+    def states(self, groups: MicroBatches, load: Callable[[tuple[int, ...]], Batch]) -> TeacherStates:
+        """Runs all micro-batches of a global batch and brings their states to the student's ranks; every process calls this.
+
+        load: sample ids → batch on the device.
+        """
+        layout = self.model.layout
+        made, wanted = (HandoverStore(self.budget_bytes, self.platform.device) for _ in range(2))
+        mine = of_data_rank(groups, layout.data_rank, layout.data)
+
+        def hold(hidden_sBE: Tensor, batch: Batch) -> None:
+            made.put((FINAL, ids_of(batch)), Held(hidden_sBE.detach(), layout.sequence_parallel))
+
+        batches = [load(ids) for ids in mine]
+        forward_only(self.model, batches, consume=hold)
+        if groups:
+            example = load(groups[0])
+            samples, sequence = example.tokens_BS.shape
+            config = self.model.config
+            shape = StateShape(sequence, samples, config.hidden_size, config.params_dtype)
+            routes = [Route(FINAL, layout.pipeline - 1, self.student.pipeline - 1)]
+            self.exchange.run(routes, groups, made, wanted, shape)
+        return TeacherStates(self, wanted)
 
 
 class TeacherStates:
-    """Final hidden states of the teacher, found by the global sample ids of a micro-batch; on the last stage."""
+    """The teacher's states of one global batch on this rank, found by the sample ids of a micro-batch."""
 
-    def __init__(self, teacher: HiddenStateGPT, batches: list[Batch]) -> None:
-        self._teacher = teacher
-        hidden = forward_only(teacher, batches)
-        self._hidden = {_key(batch): states for batch, states in zip(batches, hidden, strict=False)}
+    def __init__(self, teacher: Teacher, held: HandoverStore) -> None:
+        self._teacher, self._held = teacher, held
 
     def target(self, batch: Batch) -> TeacherTarget:
         """What the student of this micro-batch is held against; the states are handed out once and forgotten."""
-        hidden_SBE = whole_sequence(self._hidden.pop(_key(batch)), self._teacher)
+        if self._teacher.output_weight_vE is None:
+            raise RuntimeError("the teacher's output weight is only on the student's last stage")
         return TeacherTarget(
-            hidden_NE=hidden_SBE.flatten(0, 1),
-            weight_vE=_required(self._teacher.output_weight()),
+            hidden_NE=self.whole(FINAL, batch).flatten(0, 1),
+            weight_vE=self._teacher.output_weight_vE,
             labels_N=batch.labels_BS.t().flatten(),
             token_weights_N=batch.loss_mask_BS.t().flatten(),
         )
 
+    def whole(self, name: str, batch: Batch) -> Tensor:
+        """[S, B, E] on every tensor rank of the student."""
+        held = self._held.take((name, ids_of(batch)))
+        if not held.sharded:
+            return held.states
+        gathered = gather_first(held.states, self._teacher.student.groups.tp)
+        return gathered.flatten(0, 1)[: batch.tokens_BS.shape[1]]
 
-def _key(batch: Batch) -> tuple[int, ...]:
+
+def ids_of(batch: Batch) -> tuple[int, ...]:
     return tuple(batch.sample_ids_B.tolist())
 
 
-def _required(weight: Tensor | None) -> Tensor:
-    if weight is None:
-        raise RuntimeError("the teacher's output weight is only on the last stage")
+def load_teacher(
+    source: MegatronSource, checkpoint: Path, layout: Layout, student: Layout, platform: Platform, dtype: torch.dtype, *, budget_bytes: float
+) -> Teacher:
+    """Builds and fills the teacher; every process calls this, because a group for the exchange is made."""
+    model = build_model(source.arch, layout, platform, dtype, output_layer=None)
+    load_model(model, checkpoint)
+    group = dist.new_group()
+    weight = output_weight(source, model, student, dtype) if student.is_last_stage else None
+    return Teacher(model, student, weight, Exchange(layout, student, group, platform.device), budget_bytes, platform)
+
+
+def output_weight(source: MegatronSource, teacher: StageModel, student: Layout, dtype: torch.dtype) -> Tensor:
+    """[v, E] the teacher's output weight in the student's partition and padding of the vocabulary, read once from its checkpoint.
+
+    Tied embeddings that this rank holds in the same partition are shared, not copied.
+    """
+    first, layout = teacher.chunks[0], teacher.layout
+    same_part = (layout.tensor, layout.tensor_rank) == (student.tensor, student.tensor_rank)
+    if source.arch.tied_embeddings and first.pre_process and same_part:
+        return first.embedding.word_embeddings.weight
+    row = [row for row in tensor_table(source.arch) if row.axes == ("V", "D")][-1]  # the embeddings' where they are tied
+    rows = padded_vocab(source.arch.vocab, student.tensor) // student.tensor
+    start = student.tensor_rank * rows
+    weight = torch.zeros(rows, source.arch.hidden, dtype=dtype, device=next(teacher.parameters()).device)
+    real = range(start, min(start + rows, source.arch.vocab))
+    if real:
+        weight[: len(real)] = source.read(row, real)
     return weight

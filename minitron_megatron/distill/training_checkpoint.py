@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron.core import dist_checkpointing
 
-from minitron_megatron.checkpoint.sharded import model_state, save_state
+from minitron_megatron.checkpoint.sharded import model_state, save_state, set_model_state
 from minitron_megatron.distill.student import Student
 from minitron_megatron.parallel.world import World
 
@@ -37,7 +37,7 @@ def load_training(folder: Path, student: Student) -> int:
     model = model_state(student.model)
     wanted = {"model": model, "optimizer": student.optimizer.sharded_state_dict(model, is_loading=True)}
     state = dist_checkpointing.load(wanted, str(folder / f"step_{steps[-1]:08d}"))
-    student.model.load_state_dict(state["model"])
+    set_model_state(student.model, state["model"])
     student.optimizer.load_state_dict(state["optimizer"])
     return int(state["step"])
 

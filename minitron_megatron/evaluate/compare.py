@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minitron_megatron.data.batches import Batch, TokenDataset, collate
 from minitron_megatron.model.divergence import divergence, global_argmax, label_logits, log_normalisers
-from minitron_megatron.model.gpt import HiddenStateGPT
+from minitron_megatron.model.gpt import StageModel
 from minitron_megatron.model.run import forward_only
 from minitron_megatron.model.sequence import whole_sequence
 from minitron_megatron.parallel.collectives import sum_over
@@ -36,7 +36,7 @@ class WindowSums(NamedTuple):
     agreed: Tensor
 
 
-def compare(models: dict[str, HiddenStateGPT], windows: TokenDataset, world: World, *, what: str) -> dict[str, Tensor]:
+def compare(models: dict[str, StageModel], windows: TokenDataset, world: World, *, what: str) -> dict[str, Tensor]:
     """[W, 3] per model, WindowSums of every window, fp64 and equal on every process; the first model is the teacher."""
     layout = next(iter(models.values())).layout
     sums = {name: torch.zeros(len(windows), 3, dtype=torch.float64, device=world.platform.device) for name in models}
@@ -80,10 +80,10 @@ def mean_and_error(values: Tensor) -> Figure:
     return {"value": float(values.mean()), "stderr": error}
 
 
-def _window(hidden: dict[str, Tensor], models: dict[str, HiddenStateGPT], batch: Batch) -> dict[str, WindowSums]:
+def _window(hidden: dict[str, Tensor], models: dict[str, StageModel], batch: Batch) -> dict[str, WindowSums]:
     """Chunk by chunk: the teacher's logits are made once and serve every model."""
     labels_N = batch.labels_BS.t().flatten()
-    states = {name: whole_sequence(value, models[name]).flatten(0, 1) for name, value in hidden.items()}
+    states = {name: whole_sequence(value, models[name].layout).flatten(0, 1) for name, value in hidden.items()}
     sums = {name: torch.zeros(3, device=labels_N.device) for name in models}
     for start in range(0, len(labels_N), CHUNK_TOKENS):
         chunk = slice(start, start + CHUNK_TOKENS)
@@ -92,7 +92,7 @@ def _window(hidden: dict[str, Tensor], models: dict[str, HiddenStateGPT], batch:
     return {name: WindowSums(*values) for name, values in sums.items()}
 
 
-def _chunk(states: dict[str, Tensor], models: dict[str, HiddenStateGPT], labels_n: Tensor) -> dict[str, Tensor]:
+def _chunk(states: dict[str, Tensor], models: dict[str, StageModel], labels_n: Tensor) -> dict[str, Tensor]:
     (teacher_name, teacher), *others = models.items()
     group, first_row = teacher.layout.groups.tp, teacher.first_row()
     teacher_nv = real_logits(teacher, states[teacher_name])
@@ -109,7 +109,7 @@ def _chunk(states: dict[str, Tensor], models: dict[str, HiddenStateGPT], labels_
     return found
 
 
-def real_logits(model: HiddenStateGPT, hidden_nD: Tensor) -> Tensor:
+def real_logits(model: StageModel, hidden_nD: Tensor) -> Tensor:
     """[n, v] fp32 logits of this rank's real rows of the vocabulary."""
     weight = model.output_weight()
     if weight is None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from minitron_megatron.data.batches import Batch
 from minitron_megatron.evaluate.compare import real_logits
 from minitron_megatron.model.divergence import global_argmax, label_logits, log_normalisers
-from minitron_megatron.model.gpt import HiddenStateGPT
+from minitron_megatron.model.gpt import StageModel
 from minitron_megatron.model.run import forward_only
 from minitron_megatron.model.sequence import whole_sequence
 from minitron_megatron.parallel.collectives import sum_over
@@ -22,7 +22,7 @@ Request = tuple[list[int], list[int]]
 BATCH_TOKENS = 1024
 
 
-def loglikelihoods(model: HiddenStateGPT, requests: list[Request]) -> list[tuple[float, bool]]:
+def loglikelihoods(model: StageModel, requests: list[Request]) -> list[tuple[float, bool]]:
     """Of each request, the sum of the continuation's log-probabilities in nats and whether it is the greedy one.
 
     Every process of the model calls this with the same requests and gets the same answer.
@@ -34,7 +34,7 @@ def loglikelihoods(model: HiddenStateGPT, requests: list[Request]) -> list[tuple
     batches = [_batch(group, requests, layout.tensor).to(device) for group in mine]
 
     def consume(hidden: Tensor, batch: Batch) -> None:
-        whole = whole_sequence(hidden, model)  # a collective: every tensor rank takes part
+        whole = whole_sequence(hidden, model.layout)  # a collective: every tensor rank takes part
         values = _score(model, whole, batch)
         if layout.tensor_rank == 0:
             answers[batch.sample_ids_B] = values
@@ -44,7 +44,7 @@ def loglikelihoods(model: HiddenStateGPT, requests: list[Request]) -> list[tuple
     return [(total, wrong == 0) for total, wrong in answers.tolist()]
 
 
-def greedy_continuation(model: HiddenStateGPT, prompt: list[int], *, tokens: int, eod: int) -> list[int]:
+def greedy_continuation(model: StageModel, prompt: list[int], *, tokens: int, eod: int) -> list[int]:
     """The most likely next token again and again, up to eod; the same on every process."""
     sequence = list(prompt)
     for _ in range(tokens):
@@ -55,13 +55,13 @@ def greedy_continuation(model: HiddenStateGPT, prompt: list[int], *, tokens: int
     return sequence[len(prompt) :]
 
 
-def _next_token(model: HiddenStateGPT, sequence: list[int]) -> int:
+def _next_token(model: StageModel, sequence: list[int]) -> int:
     """The most likely token after a sequence; one rank of the last stage speaks for all."""
     layout, device = model.layout, next(model.parameters()).device
     chosen = torch.zeros(1, dtype=torch.int64, device=device)
 
     def consume(hidden: Tensor, batch: Batch) -> None:
-        last = whole_sequence(hidden, model)[len(sequence) - 1]
+        last = whole_sequence(hidden, model.layout)[len(sequence) - 1]
         top = global_argmax(real_logits(model, last), first_row=model.first_row(), group=layout.groups.tp)
         if layout.tensor_rank == 0 and layout.data_rank == 0:
             chosen.copy_(top)
@@ -71,7 +71,7 @@ def _next_token(model: HiddenStateGPT, sequence: list[int]) -> int:
     return int(chosen)
 
 
-def _score(model: HiddenStateGPT, hidden_SBD: Tensor, batch: Batch) -> Tensor:
+def _score(model: StageModel, hidden_SBD: Tensor, batch: Batch) -> Tensor:
     """[B, 2] fp64: sum of log-probabilities of the tokens that count, number of them that are not the greedy choice."""
     group = model.layout.groups.tp
     counts_SB = batch.loss_mask_BS.t().bool()

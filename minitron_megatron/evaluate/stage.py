@@ -17,7 +17,7 @@ from minitron_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_megatron.evaluate.compare import compare, domain_figures, real_logits
 from minitron_megatron.evaluate.scoring import Request, greedy_continuation, loglikelihoods
 from minitron_megatron.evaluate.tasks import task_accuracies, task_files_outside
-from minitron_megatron.model.gpt import HiddenStateGPT, build_model
+from minitron_megatron.model.gpt import StageModel, build_model
 from minitron_megatron.model.precision import torch_dtype
 from minitron_megatron.model.run import forward_only
 from minitron_megatron.parallel.layout import global_layout
@@ -64,7 +64,7 @@ def outside_files(recipe: Recipe) -> list[Path]:
     return task_files_outside(recipe.evaluate.tasks)
 
 
-def tokens_per_second(model: HiddenStateGPT, windows: TokenDataset, world: World) -> float:
+def tokens_per_second(model: StageModel, windows: TokenDataset, world: World) -> float:
     """Forward pass with logits over a few windows, after one that warms up; all data-parallel ranks do the same work."""
     device = world.platform.device
     batches = [collate(windows, [window % len(windows)]).to(device) for window in range(THROUGHPUT_WINDOWS)]
@@ -82,8 +82,9 @@ def tokens_per_second(model: HiddenStateGPT, windows: TokenDataset, world: World
     return tokens / (time.monotonic() - began)
 
 
-def _load_models(recipe: Recipe, inputs: Mapping[str, Artifact], world: World) -> dict[str, HiddenStateGPT]:
-    layout, models = global_layout(recipe.parallel, world), {}
+def _load_models(recipe: Recipe, inputs: Mapping[str, Artifact], world: World) -> dict[str, StageModel]:
+    # tasks have requests of many lengths, which an interleaved pipeline does not take; weights are the same under every layout
+    layout, models = global_layout(recipe.parallel.model_copy(update={"virtual": 1}), world), {}
     for name, stage in STAGE_OF_MODEL.items():
         arch = Architecture.from_dict(inputs[stage].result["architecture"])
         models[name] = build_model(arch, layout, world.platform, torch_dtype(recipe.precision), variable_lengths=True)
@@ -99,7 +100,7 @@ def _windows(settings: Evaluate, data: Artifact) -> dict[str, TokenDataset]:
     }
 
 
-def _tasks(model: HiddenStateGPT, settings: Evaluate, tokenizer: Tokenizer, world: World) -> dict[str, Any]:
+def _tasks(model: StageModel, settings: Evaluate, tokenizer: Tokenizer, world: World) -> dict[str, Any]:
     """The main process runs lm-eval and asks; the others answer with it until it is done."""
     if not settings.tasks:
         return {}
@@ -123,7 +124,7 @@ def _tasks(model: HiddenStateGPT, settings: Evaluate, tokenizer: Tokenizer, worl
         world.from_main(None)  # lets the others go on, also when a task file turns out to be unusable
 
 
-def _continuation(model: HiddenStateGPT, settings: Evaluate, tokenizer: Tokenizer) -> str:
+def _continuation(model: StageModel, settings: Evaluate, tokenizer: Tokenizer) -> str:
     prompt = tokenizer.encode(settings.prompt) or [tokenizer.eod]
     return tokenizer.decode(greedy_continuation(model, prompt, tokens=settings.generate_tokens, eod=tokenizer.eod))
 

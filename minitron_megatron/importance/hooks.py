@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minitron_megatron.model.gpt import HiddenStateGPT
+from minitron_megatron.model.gpt import StageModel
 
 
 class MicroBatchSums:
@@ -29,10 +29,10 @@ class MicroBatchSums:
 
 
 @contextmanager
-def collecting(model: HiddenStateGPT) -> Iterator[MicroBatchSums]:
+def collecting(model: StageModel) -> Iterator[MicroBatchSums]:
     """Hooks on every layer of this process while the context is open."""
     found = MicroBatchSums()
-    handles = [handle for layer in model.decoder.layers for handle in _hook_layer(layer, found)]
+    handles = [handle for layer in model.layers() for handle in _hook_layer(layer, found)]
     try:
         yield found
     finally:

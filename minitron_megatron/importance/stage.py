@@ -10,12 +10,12 @@ from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.artifact import Artifact, write_json
 from minitron_megatron.checkpoint.sharded import load_model
 from minitron_megatron.config.schema import Importance, ImportanceAggregation, Recipe
-from minitron_megatron.data.batches import Batch, collate
+from minitron_megatron.data.batches import FILLING, Batch, collate
 from minitron_megatron.data.shared import shared_samples
 from minitron_megatron.importance.accumulate import BlockSums, blocks_of, samples_of_rank
 from minitron_megatron.importance.hooks import MicroBatchSums, collecting
 from minitron_megatron.importance.reduce import complete_over_sequence, reduce_statistics
-from minitron_megatron.model.gpt import HiddenStateGPT, build_model
+from minitron_megatron.model.gpt import StageModel, build_model
 from minitron_megatron.model.precision import torch_dtype
 from minitron_megatron.model.run import forward_only
 from minitron_megatron.parallel.layout import Layout, global_layout
@@ -34,7 +34,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
     arch = Architecture.from_dict(inputs["import"].result["architecture"])
     # the last micro-batch of a block may be smaller, which pipeline stages have to tell each other
     uneven = settings.micro_batch > 1
-    model = build_model(arch, layout, world.platform, torch_dtype(recipe.precision), variable_lengths=uneven)
+    model = build_model(arch, layout, world.platform, torch_dtype(recipe.precision), output_layer=None, variable_lengths=uneven)
     load_model(model, inputs["import"].path / "checkpoint")
     batches = _calibration_batches(settings, inputs["data"], folder, layout, world)
     sums = measure(model, batches, blocks_of(settings.samples), world)
@@ -58,24 +58,19 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
     }
 
 
-def measure(model: HiddenStateGPT, batches: list[Batch], blocks: int, world: World) -> BlockSums:
+def measure(model: StageModel, batches: list[Batch], blocks: int, world: World) -> BlockSums:
     """The forward pass: this process's layers, units and samples."""
     sums = BlockSums(blocks)
-    with collecting(model) as found, progress("importance", len(batches), world) as advance:
+    with collecting(model) as found, progress("importance", len(batches) * len(model.chunks), world) as advance:
 
-        def finish(previous: Batch | None) -> None:
-            if previous is not None:
-                _accumulate(sums, found, previous, model.layout)
-                advance()
+        def after(batch: Batch) -> None:
+            if FILLING in batch.sample_ids_B:
+                found.clear()
+                return
+            _accumulate(sums, found, batch, model.layout)
+            advance()
 
-        last: list[Batch] = []
-
-        def before(batch: Batch) -> None:
-            finish(last.pop() if last else None)
-            last.append(batch)
-
-        forward_only(model, batches, before=before, consume=lambda hidden, batch: None)
-        finish(last.pop() if last else None)
+        forward_only(model, batches, after=after, consume=lambda hidden, batch: None)
     return sums
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,7 +19,7 @@ from torch.nn import functional as F
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.model.modules import block_spec
 from minitron_megatron.parallel.layout import Layout
-from minitron_megatron.parallel.split import split_layers
+from minitron_megatron.parallel.split import EndWork, hidden_state_work, logits_work, split_layers
 from minitron_megatron.platform import Platform
 from minitron_megatron.platform.activate import megatron_flags
 
@@ -23,30 +27,38 @@ OutputLayer = type[ColumnParallelLinear]
 
 
 class HiddenStateGPT(GPTModel):
-    """GPTModel whose forward ends before the output layer: [S, B, D], under sequence parallelism sharded along S."""
+    """One (virtual) pipeline stage of a GPTModel whose forward ends before the output layer.
 
-    def __init__(self, arch: Architecture, layout: Layout, config: TransformerConfig, output_layer: OutputLayer) -> None:
+    The result is [S, B, D], under sequence parallelism sharded along S; final-normed on the last stage.
+    output_layer None: the last stage has no output weight.
+    """
+
+    def __init__(self, arch: Architecture, layout: Layout, config: TransformerConfig, output_layer: OutputLayer | None, virtual_stage: int) -> None:
         self.architecture = arch
         self.layout = layout
         self._output_layer_class = output_layer
         super().__init__(
             config,
-            block_spec(config, layers_of_stage(arch, layout)),
+            block_spec(config, layers_of_stage(config, layout, virtual_stage)),
             vocab_size=padded_vocab(arch.vocab, layout.tensor),
             max_sequence_length=arch.max_positions,
-            pre_process=layout.is_first_stage,
-            post_process=layout.is_last_stage,
+            pre_process=layout.is_first_stage and virtual_stage == 0,
+            post_process=layout.is_last_stage and virtual_stage == layout.virtual - 1,
             share_embeddings_and_output_weights=arch.tied_embeddings,
             position_embedding_type="rope",
             rotary_base=arch.rope_theta,
             rope_scaling=arch.rope_scaling is not None,
             rope_scaling_factor=arch.rope_scaling.factor if arch.rope_scaling else 1.0,
             pg_collection=layout.groups,
+            vp_stage=virtual_stage,
         )
 
     def setup_embeddings_and_output_layer(self) -> None:
         """Puts the output layer's class in place before megatron marks and ties its weight."""
-        if self.post_process:
+        if self._output_layer_class is None:
+            self._drop_output_layer()
+            return
+        if self.post_process:  # type: ignore[has-type]
             stock: ColumnParallelLinear = self.output_layer  # type: ignore[has-type]
             self.output_layer = self._output_layer_class(
                 self.config.hidden_size,
@@ -59,6 +71,12 @@ class HiddenStateGPT(GPTModel):
             )
             self.output_layer.weight = stock.weight
         super().setup_embeddings_and_output_layer()
+
+    def _drop_output_layer(self) -> None:
+        """Nothing to save, load or tie: for megatron this is then a stage before the last; the final norm stays, in the decoder."""
+        if self.post_process:  # type: ignore[has-type]
+            del self.output_layer
+        self.post_process = self.share_embeddings_and_output_weights = False
 
     def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden_states
@@ -79,28 +97,81 @@ class HiddenStateGPT(GPTModel):
         return min(max(self.architecture.vocab - self.first_row(), 0), rows)
 
 
+@dataclass(frozen=True)
+class StageModel:
+    """This process's part of a model: a chunk for each of its virtual pipeline stages, in the order of the model's depth."""
+
+    architecture: Architecture
+    layout: Layout
+    chunks: list[HiddenStateGPT]
+
+    @property
+    def config(self) -> TransformerConfig:
+        return self.chunks[0].config
+
+    @property
+    def last(self) -> HiddenStateGPT:
+        """The chunk that holds the output layer, where this is the last stage."""
+        return self.chunks[-1]
+
+    def layers(self) -> Iterator[Any]:
+        """This process's TransformerLayers; `layer_number` counts over the whole model, from 1."""
+        for chunk in self.chunks:
+            yield from chunk.decoder.layers
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        for chunk in self.chunks:
+            yield from chunk.parameters()
+
+    def output_weight(self) -> Tensor | None:
+        return self.last.output_weight()
+
+    def first_row(self) -> int:
+        return self.last.first_row()
+
+    def valid_rows(self) -> int:
+        return self.last.valid_rows()
+
+    def train(self, mode: bool = True) -> StageModel:
+        for chunk in self.chunks:
+            chunk.train(mode)
+        return self
+
+    def eval(self) -> StageModel:
+        return self.train(False)
+
+    def frozen(self) -> StageModel:
+        for chunk in self.chunks:
+            chunk.requires_grad_(False).eval()
+        return self
+
+
 def build_model(
     arch: Architecture,
     layout: Layout,
     platform: Platform,
     dtype: torch.dtype,
     *,
-    output_layer: OutputLayer = ColumnParallelLinear,
+    output_layer: OutputLayer | None = ColumnParallelLinear,
+    ends: EndWork | None = None,
     trainable: bool = False,
     variable_lengths: bool = False,
-) -> HiddenStateGPT:
+) -> StageModel:
     """This process's part of a model, weights zero until they are loaded.
 
-    variable_lengths: micro-batches of one schedule may differ in shape (evaluation of tasks).
+    output_layer: its class; None where only hidden states are wanted. ends: work of the first and last pipeline stage beyond their
+    layers, by default that of a forward pass. variable_lengths: micro-batches of one schedule may differ in shape (evaluation of tasks).
     """
-    config = transformer_config(arch, layout, platform, dtype, variable_lengths=variable_lengths)
-    model = HiddenStateGPT(arch, layout, config, output_layer).to(platform.device)
-    for weight in (model.embedding.word_embeddings.weight,) if model.pre_process else ():
-        weight.data.zero_()  # padded rows are loaded from nowhere
-    if model.output_weight() is not None:
-        model.output_weight().data.zero_()
-    mark_shards(model)
-    return model if trainable else model.requires_grad_(False).eval()
+    ends = ends or (logits_work(arch) if output_layer else hidden_state_work(arch))
+    config = transformer_config(arch, layout, platform, dtype, ends=ends, variable_lengths=variable_lengths)
+    chunks = [HiddenStateGPT(arch, layout, config, output_layer, stage).to(platform.device) for stage in range(layout.virtual)]
+    for chunk in chunks:
+        for weight in (chunk.embedding.word_embeddings.weight if chunk.pre_process else None, chunk.output_weight()):
+            if weight is not None:
+                weight.data.zero_()  # padded rows are loaded from nowhere
+        mark_shards(chunk)
+    model = StageModel(arch, layout, chunks)
+    return model if trainable else model.frozen()
 
 
 def mark_shards(model: nn.Module) -> None:
@@ -117,9 +188,13 @@ def mark_shards(model: nn.Module) -> None:
 
 
 def transformer_config(
-    arch: Architecture, layout: Layout, platform: Platform, dtype: torch.dtype, *, variable_lengths: bool = False
+    arch: Architecture, layout: Layout, platform: Platform, dtype: torch.dtype, *, ends: EndWork, variable_lengths: bool = False
 ) -> TransformerConfig:
     """Architecture × Layout → megatron's config; what depends on the machine comes from the platform."""
+    flags = megatron_flags(platform)
+    if layout.virtual > 1:
+        # batched sends and receives make the gradients of two stages with a virtual pipeline silently wrong
+        flags["batch_p2p_comm"] = False
     return TransformerConfig(
         num_layers=arch.layers,
         hidden_size=arch.hidden,
@@ -138,7 +213,7 @@ def transformer_config(
         hidden_dropout=0.0,
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
-        pipeline_model_parallel_layout=_pipeline_layout(arch, layout),
+        pipeline_model_parallel_layout=_pipeline_layout(arch, layout, ends),
         sequence_parallel=layout.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -149,7 +224,7 @@ def transformer_config(
         perform_initialization=False,
         # only this dispatcher allows micro-batches of several shapes; without experts nothing is dispatched
         moe_token_dispatcher_type="alltoall",
-        **megatron_flags(platform),
+        **flags,
     )
 
 
@@ -158,14 +233,34 @@ def padded_vocab(vocab: int, tensor: int) -> int:
     return -(-vocab // tensor) * tensor
 
 
-def layers_of_stage(arch: Architecture, layout: Layout) -> int:
-    return split_layers(arch, layout.pipeline, layout.split_rule)[layout.stage]
+def layers_of_stage(config: TransformerConfig, layout: Layout, virtual_stage: int) -> int:
+    stages = config.pipeline_model_parallel_layout
+    return config.num_layers if stages is None else stages.get_num_layers_to_build(vp_stage=virtual_stage)
 
 
-def _pipeline_layout(arch: Architecture, layout: Layout) -> list[list[str]] | None:
+class StagesOfLayout(PipelineParallelLayerLayout):
+    """megatron's list of stages, asked for this process's own stage by default.
+
+    megatron's default is the stage in the *global* groups, which are the student's: a teacher with another pipeline would number its
+    layers by the student's stages.
+    """
+
+    def __init__(self, stages: list[list[str]], layout: Layout) -> None:
+        super().__init__(stages, layout.pipeline)
+        self._stage = layout.stage
+
+    def get_layer_offset(self, layer_type: LayerType = LayerType.decoder, vp_stage: int | None = None, pp_rank: int | None = None) -> int:
+        return super().get_layer_offset(layer_type, vp_stage, self._stage if pp_rank is None else pp_rank)
+
+    def get_num_layers_to_build(self, layer_type: LayerType = LayerType.decoder, vp_stage: int | None = None, pp_rank: int | None = None) -> int:
+        return super().get_num_layers_to_build(layer_type, vp_stage, self._stage if pp_rank is None else pp_rank)
+
+
+def _pipeline_layout(arch: Architecture, layout: Layout, ends: EndWork) -> StagesOfLayout | None:
     if layout.pipeline == 1:
         return None
-    stages = [["decoder"] * layers for layers in split_layers(arch, layout.pipeline, layout.split_rule)]
+    split = split_layers(arch.layers, layout.pipeline * layout.virtual, layout.split_rule, ends)
+    stages = [["decoder"] * layers for layers in split]
     stages[0].insert(0, "embedding")
     stages[-1].append("loss")
-    return stages
+    return StagesOfLayout(stages, layout)

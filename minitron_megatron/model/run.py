@@ -5,7 +5,7 @@ Legend: S sequence, B samples of a micro-batch, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,12 +13,14 @@ import torch
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import (
     forward_backward_no_pipelining,
+    forward_backward_pipelining_with_interleaving,
     forward_backward_pipelining_without_interleaving,
 )
 from torch import Tensor, nn
 
-from minitron_megatron.data.batches import Batch
-from minitron_megatron.model.gpt import HiddenStateGPT
+from minitron_megatron.data.batches import Batch, filler
+from minitron_megatron.errors import LayoutError
+from minitron_megatron.model.gpt import StageModel
 
 LossFunction = Callable[[Tensor, Batch], tuple[Tensor, Tensor, dict[str, Tensor]]]
 """(hidden states, batch) → (sum of weighted token losses, integer token count, detached values for the log)."""
@@ -26,56 +28,90 @@ LossFunction = Callable[[Tensor, Batch], tuple[Tensor, Tensor, dict[str, Tensor]
 
 @torch.no_grad()
 def forward_only(
-    model: HiddenStateGPT,
+    model: StageModel,
     batches: list[Batch],
     *,
     consume: Callable[[Tensor, Batch], Any] | None = None,
-    before: Callable[[Batch], None] | None = None,
+    after: Callable[[Batch], None] | None = None,
+    filling: Sequence[Batch] = (),
 ) -> list[Any]:
     """Sends every micro-batch through the pipeline; what consume makes of the final hidden states, in order, on the last stage.
 
-    consume: (hidden [S, B, D], batch) → anything; default: the hidden states. before: called on every stage ahead of a micro-batch.
+    consume: (hidden [S, B, D], batch) → anything; default: the hidden states. after: called when a micro-batch has gone through a
+    chunk of this process. filling: batches that run behind the others only to keep every process's number equal (expert parallel);
+    their results are dropped. What an interleaved schedule needs beyond that is filled with batches of sample id −1.
     Returns an empty list on the other stages.
     """
+    whole = [*batches, *filling]
+    whole += [filler(batch) for batch in whole[-1:]] * _missing(model, len(whole))
 
-    def step(iterator: Iterable[Batch], stage: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-        batch = next(iter(iterator))
-        if before:
-            before(batch)
-        hidden = stage(batch.tokens_BS, batch.position_ids_BS, None)
+    def step(iterator: Iterator[tuple[int, Batch]], chunk: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        position, batch = next(iterator)
+        hidden = chunk(batch.tokens_BS, batch.position_ids_BS, None)
+        if after:
+            after(batch)
+        if position >= len(batches):
+            return hidden, lambda output, non_loss_data=True: None
         return hidden, lambda output, non_loss_data=True: consume(output, batch) if consume else output.detach()
 
-    if not batches:
+    if not whole:
         return []
-    return _schedule(model, model)(step, iter(batches), forward_only=True, collect_non_loss_data=True, **_sizes(batches))
+    return _schedule(model, model.chunks)(step, whole, forward_only=True, collect_non_loss_data=True)[: len(batches)]
 
 
-def forward_backward(model: HiddenStateGPT, wrapped: nn.Module, batches: list[Batch], loss: LossFunction) -> list[dict[str, Tensor]]:
-    """One step's micro-batches forward and backward; gradients lie in the wrapped (data-parallel) model afterwards.
+def forward_backward(
+    model: StageModel,
+    wrapped: list[nn.Module],
+    batches: list[Batch],
+    loss: LossFunction,
+    *,
+    before: Callable[[Batch], None] | None = None,
+) -> list[dict[str, Tensor]]:
+    """One step's micro-batches forward and backward; gradients lie in the wrapped (data-parallel) chunks afterwards.
 
-    Returns the logged values of each micro-batch on the last stage, an empty list on the others.
+    before: called ahead of a micro-batch's forward pass through a chunk. Returns the logged values of each micro-batch on the last
+    stage, an empty list on the others.
     """
+    if _missing(model, len(batches)):
+        raise LayoutError(
+            f"a virtual pipeline on {model.layout.pipeline} stages needs a multiple of {model.layout.pipeline} micro-batches a step, "
+            f"but there are {len(batches)}; choose distill.global_batch accordingly, or parallel.virtual=1"
+        )
 
-    def step(iterator: Iterable[Batch], stage: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-        batch = next(iter(iterator))
-        return stage(batch.tokens_BS, batch.position_ids_BS, None), lambda hidden: loss(hidden, batch)
+    def step(iterator: Iterator[tuple[int, Batch]], chunk: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        _, batch = next(iterator)
+        if before:
+            before(batch)
+        return chunk(batch.tokens_BS, batch.position_ids_BS, None), lambda hidden: loss(hidden, batch)
 
-    return _schedule(model, wrapped)(step, iter(batches), forward_only=False, **_sizes(batches))
+    return _schedule(model, wrapped)(step, batches, forward_only=False)
 
 
-def _schedule(model: HiddenStateGPT, wrapped: nn.Module) -> Callable[..., list[Any]]:
+def _missing(model: StageModel, micro_batches: int) -> int:
+    """How many micro-batches the interleaved schedule wants beyond these: it takes them in groups of the pipeline's size."""
+    return -micro_batches % model.layout.pipeline if model.layout.virtual > 1 else 0
+
+
+def _schedule(model: StageModel, chunks: Sequence[nn.Module]) -> Callable[..., list[Any]]:
     """megatron's schedule for the model's own groups: never the global ones by default."""
     groups = model.layout.groups
     if model.layout.pipeline == 1:
-        return partial(_call, forward_backward_no_pipelining, wrapped, pg_collection=groups)
+        return partial(_call, forward_backward_no_pipelining, chunks, pg_collection=groups)
     communicator = P2PCommunicator(groups.pp, model.config)
-    return partial(_call, forward_backward_pipelining_without_interleaving, wrapped, pg_collection=groups, p2p_communicator=communicator)
+    schedule = forward_backward_pipelining_with_interleaving if len(chunks) > 1 else forward_backward_pipelining_without_interleaving
+    return partial(_call, schedule, chunks, pg_collection=groups, p2p_communicator=communicator)
 
 
-def _call(schedule: Callable[..., list[Any]], model: nn.Module, step: Any, iterator: Any, **arguments: Any) -> list[Any]:
-    return schedule(forward_step_func=step, data_iterator=iterator, model=[model], **arguments)
-
-
-def _sizes(batches: list[Batch]) -> dict[str, int]:
+def _call(schedule: Callable[..., list[Any]], chunks: Sequence[nn.Module], step: Any, batches: list[Batch], **arguments: Any) -> list[Any]:
+    """Every chunk draws each batch once, with its position."""
+    iterators: Any = [iter(enumerate(batches)) for _ in chunks]
     samples, sequence = batches[0].tokens_BS.shape
-    return {"num_microbatches": len(batches), "seq_length": sequence, "micro_batch_size": samples}
+    return schedule(
+        forward_step_func=step,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=list(chunks),
+        num_microbatches=len(batches),
+        seq_length=sequence,
+        micro_batch_size=samples,
+        **arguments,
+    )

@@ -5,11 +5,11 @@ from __future__ import annotations
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from minitron_megatron.model.gpt import HiddenStateGPT
+from minitron_megatron.parallel.layout import Layout
 
 
-def whole_sequence(hidden_SBD: Tensor, model: HiddenStateGPT) -> Tensor:
+def whole_sequence(hidden_SBD: Tensor, layout: Layout) -> Tensor:
     """[S, B, D] with all of S on every tensor rank."""
-    if not model.config.sequence_parallel:
+    if not layout.sequence_parallel:
         return hidden_SBD
-    return gather_from_sequence_parallel_region(hidden_SBD, group=model.layout.groups.tp)
+    return gather_from_sequence_parallel_region(hidden_SBD, group=layout.groups.tp)

@@ -1,27 +1,41 @@
-"""Layout: the sizes of a model's process groups, and the groups themselves."""
+"""Layout: the sizes of a model's process groups, and the groups themselves.
+
+Ranks are dealt as megatron deals them: tensor is the fastest, then data, then pipeline.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from minitron_megatron.config.schema import Parallel
+from minitron_megatron.config.schema import Parallel, Rule, TeacherParallel
 from minitron_megatron.errors import LayoutError
 from minitron_megatron.parallel.world import World
 
 
+class Place(NamedTuple):
+    """Where a rank stands in a layout."""
+
+    tensor: int
+    data: int
+    stage: int
+
+
 @dataclass(frozen=True)
 class Layout:
-    """Where this process stands in a model's tensor, pipeline and data-parallel groups."""
+    """Sizes of a model's tensor, pipeline and data-parallel groups, and this process's groups."""
 
     tensor: int
     pipeline: int
     data: int
     sequence_parallel: bool
-    split_rule: str
-    groups: ProcessGroupCollection
+    split_rule: Rule
+    groups: ProcessGroupCollection = field(repr=False)
+    virtual: int = 1
 
     @property
     def tensor_rank(self) -> int:
@@ -36,6 +50,10 @@ class Layout:
         return self.groups.dp.rank()
 
     @property
+    def place(self) -> Place:
+        return Place(self.tensor_rank, self.data_rank, self.stage)
+
+    @property
     def is_first_stage(self) -> bool:
         return self.stage == 0
 
@@ -43,9 +61,18 @@ class Layout:
     def is_last_stage(self) -> bool:
         return self.stage == self.pipeline - 1
 
+    def rank_of(self, place: Place) -> int:
+        return place.tensor + self.tensor * (place.data + self.data * place.stage)
+
+    def same_sizes(self, other: Layout) -> bool:
+        """Whether every rank holds the same part of a model in both; virtual stages and the layers of a stage may differ."""
+        mine, theirs = ((x.tensor, x.pipeline, x.data, x.sequence_parallel) for x in (self, other))
+        return mine == theirs
+
     def describe(self) -> str:
+        virtual = f" × virtual {self.virtual}" if self.virtual > 1 else ""
         sequence = " + sequence parallel" if self.sequence_parallel else ""
-        return f"tensor {self.tensor} × pipeline {self.pipeline} × data {self.data}{sequence}"
+        return f"tensor {self.tensor} × pipeline {self.pipeline}{virtual} × data {self.data}{sequence}"
 
 
 def global_layout(parallel: Parallel, world: World, *, seed: int = 1234) -> Layout:
@@ -53,13 +80,17 @@ def global_layout(parallel: Parallel, world: World, *, seed: int = 1234) -> Layo
 
     Raises LayoutError where the sizes do not make up the number of processes that were started.
     """
-    model_processes = parallel.tensor * parallel.pipeline
-    if world.size != model_processes * parallel.data:
+    if world.size != parallel.processes:
+        others = parallel.processes // parallel.data
         raise LayoutError(
             f"parallel: tensor {parallel.tensor} × pipeline {parallel.pipeline} × data {parallel.data} = {parallel.processes} processes, "
-            f"but {world.size} were started; set parallel.data={world.size // model_processes or 1} or start {parallel.processes}"
+            f"but {world.size} were started; set parallel.data={world.size // others or 1} or start {parallel.processes}"
         )
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=parallel.tensor, pipeline_model_parallel_size=parallel.pipeline)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
+    )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return Layout(
         tensor=parallel.tensor,
@@ -68,9 +99,53 @@ def global_layout(parallel: Parallel, world: World, *, seed: int = 1234) -> Layo
         sequence_parallel=parallel.sequence,
         split_rule=parallel.layers_per_stage,
         groups=ProcessGroupCollection.use_mpu_process_groups(),
+        virtual=parallel.virtual,
     )
+
+
+def teacher_layout(teacher: TeacherParallel, world: World, student: Layout) -> Layout:
+    """The teacher's own groups on the same ranks; the student's groups where the sizes are the same.
+
+    Every process calls this. Raises LayoutError where tensor × pipeline does not divide the number of processes.
+    """
+    model_processes = teacher.tensor * teacher.pipeline
+    if world.size % model_processes:
+        raise LayoutError(
+            f"parallel.teacher: tensor {teacher.tensor} × pipeline {teacher.pipeline} = {model_processes} does not divide the "
+            f"{world.size} processes; choose sizes whose product does"
+        )
+    data = world.size // model_processes
+    layout = Layout(teacher.tensor, teacher.pipeline, data, teacher.sequence, teacher.layers_per_stage, student.groups)
+    if layout.same_sizes(student):
+        return layout
+    return Layout(layout.tensor, layout.pipeline, data, layout.sequence_parallel, layout.split_rule, _grid_groups(layout))
 
 
 def destroy_layout() -> None:
     """Forgets megatron's global groups, so that another layout can be made in the same processes (tests)."""
     parallel_state.destroy_model_parallel()
+
+
+_GRID_GROUPS = {
+    "tp": "tp",
+    "cp": "cp",
+    "dp": "dp",
+    "pp": "pp",
+    "mp": ["tp", "pp"],
+    "tp_cp": ["tp", "cp"],
+    "dp_cp": ["cp", "dp"],
+    "tp_dp_cp": ["tp", "cp", "dp"],
+}
+"""Field of ProcessGroupCollection → dimensions of the grid."""
+
+
+def _grid_groups(layout: Layout) -> ProcessGroupCollection:
+    """Groups of a dense model that runs beside the one that megatron's global groups belong to."""
+    grid = HyperCommGrid([layout.tensor, 1, layout.data, layout.pipeline], ["tp", "cp", "dp", "pp"])
+    groups = ProcessGroupCollection()
+    for name, dims in _GRID_GROUPS.items():
+        setattr(groups, name, grid.create_pg(dims))
+    # a frozen model without its own output weight ties nothing between its first and last stage
+    groups.embd = groups.pos_embd = None
+    groups.ep, groups.expt_tp, groups.tp_ep, groups.tp_ep_pp, groups.expt_dp = groups.cp, groups.tp, groups.tp, groups.mp, groups.dp
+    return groups

@@ -2,30 +2,70 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from minitron_megatron.arch.architecture import Architecture, layer_cost, output_cost
+from minitron_megatron.config.schema import Rule
 from minitron_megatron.errors import LayoutError
 
 
-def split_layers(arch: Architecture, stages: int, rule: str = "cost") -> tuple[int, ...]:
-    """Layers of each pipeline stage, the first stage first.
+@dataclass(frozen=True)
+class EndWork:
+    """What a pipeline's first and last stage do beyond their layers, in the unit of one layer's work."""
 
-    rule "even": equal numbers, the remainder on the first stages. rule "cost": the largest cost of a stage is as small as
-    possible; the last stage also carries the output layer. A pruned depth rarely divides, so neither rule asks that it does.
+    first: float = 0.0
+    last: float = 0.0
+
+
+def hidden_state_work(arch: Architecture) -> EndWork:
+    """Forward up to the final hidden states, as the importance pass and the teacher of a distillation run."""
+    return EndWork(first=arch.hidden / layer_cost(arch))  # one row of the embedding a token
+
+
+def logits_work(arch: Architecture) -> EndWork:
+    """Forward up to the logits."""
+    return EndWork(hidden_state_work(arch).first, output_cost(arch) / layer_cost(arch))
+
+
+def distillation_work(student: Architecture, teacher: Architecture) -> EndWork:
+    """Training: three matrix products for each weight of the student, one more for the teacher's output layer on the same stage."""
+    outputs = 3 * output_cost(student) + output_cost(teacher)
+    return EndWork(hidden_state_work(student).first, outputs / (3 * layer_cost(student)))
+
+
+def split_layers(layers: int, stages: int, rule: Rule = "cost", ends: EndWork = EndWork()) -> tuple[int, ...]:
+    """Layers of each pipeline stage in the order of the model's depth; with a virtual pipeline, of each virtual stage.
+
+    "even": equal numbers, the remainder on the first stages. "cost": the largest work of a stage is as small as possible, the work of
+    both ends counted. A list is for models of as many layers as it deals out; others, such as the unpruned one, are split by cost.
+    A pruned depth rarely divides, so no rule asks that it does.
+    Raises LayoutError for more stages than layers and for a list of another number of stages.
     """
-    if stages > arch.layers:
-        raise LayoutError(f"parallel.pipeline={stages} is more than the model's {arch.layers} layers; at most {arch.layers}")
-    if rule == "even":
-        return _even(arch.layers, stages)
-    return _balanced(arch.layers, stages, extra_layers=output_cost(arch) / layer_cost(arch))
+    if stages > layers:
+        raise LayoutError(f"parallel.pipeline × parallel.virtual = {stages} is more than the model's {layers} layers; at most {layers}")
+    if not isinstance(rule, str) and len(rule) != stages:
+        raise LayoutError(f"parallel.layers_per_stage={list(rule)} has {len(rule)} entries for {stages} stages (pipeline × virtual)")
+    if not isinstance(rule, str) and sum(rule) == layers:
+        return tuple(rule)
+    return _even(layers, stages) if rule == "even" else _balanced(layers, stages, ends)
 
 
 def _even(layers: int, stages: int) -> tuple[int, ...]:
     return tuple(layers // stages + (stage < layers % stages) for stage in range(stages))
 
 
-def _balanced(layers: int, stages: int, *, extra_layers: float) -> tuple[int, ...]:
-    """Tries every size of the last stage; the others are even, so each try is optimal for its last stage."""
+def _balanced(layers: int, stages: int, ends: EndWork) -> tuple[int, ...]:
+    """Tries every size of the two ends; the stages between are even, so each try is optimal for its ends."""
     if stages == 1:
         return (layers,)
-    candidates = [(*_even(layers - last, stages - 1), last) for last in range(1, layers - stages + 2)]
-    return min(candidates, key=lambda split: (max(split[0], split[-1] + extra_layers), -split[-1]))
+    if stages == 2:
+        candidates: list[tuple[int, ...]] = [(layers - last, last) for last in range(1, layers)]
+    else:
+        inner = stages - 2
+        ends_of = [(first, last) for first in range(1, layers) for last in range(1, layers) if layers - first - last >= inner]
+        candidates = [(first, *_even(layers - first - last, inner), last) for first, last in ends_of]
+    return min(candidates, key=lambda split: (_largest_work(split, ends), max(split) - min(split), -split[-1]))
+
+
+def _largest_work(split: tuple[int, ...], ends: EndWork) -> float:
+    return max(split[0] + ends.first, split[-1] + ends.last, *split[1:2])

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 
 from minitron_megatron.errors import PlatformError
@@ -36,6 +37,12 @@ class Platform:
         if self.kind == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux reports KiB
+
+    def free_memory_bytes(self) -> int:
+        """What this process can still take: of its GPU, or its part of the host's memory."""
+        if self.kind == "cuda":
+            return torch.cuda.mem_get_info(self.device)[0]
+        return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
     def supports_bf16_matmul(self) -> bool:
         """Whether bf16 is faster than fp32 here; without the instructions a CPU emulates it, many times slower."""

@@ -57,7 +57,7 @@ def load_run_save(world: World, parallel: Parallel, arch: Architecture, source: 
     load_model(model, source)
 
     def logits(hidden: Tensor, _: Batch) -> tuple[Tensor, Tensor]:
-        whole = whole_sequence(hidden, model)
+        whole = whole_sequence(hidden, layout)
         weight = model.output_weight()[: model.valid_rows()]  # type: ignore[index]
         return whole.transpose(0, 1), (whole @ weight.T).transpose(0, 1)
 

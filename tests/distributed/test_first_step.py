@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
 
-from minitron_megatron.arch.architecture import Architecture
-from minitron_megatron.checkpoint.sharded import load_model, model_state, save_state
-from minitron_megatron.config.schema import Distill, Parallel
-from minitron_megatron.data.batches import Batch, collate, step_sample_ids
-from minitron_megatron.distill.output_layer import DistillationOutputLayer
-from minitron_megatron.distill.student import Student, make_student
-from minitron_megatron.distill.teacher import TeacherStates
-from minitron_megatron.model.gpt import HiddenStateGPT, build_model
-from minitron_megatron.model.run import forward_backward, forward_only
-from minitron_megatron.parallel.layout import Layout, global_layout
+from minitron_megatron.config.schema import Parallel, TeacherParallel
+from minitron_megatron.data.batches import of_data_rank
+from minitron_megatron.model.run import forward_only
+from minitron_megatron.parallel.split import hidden_state_work, split_layers
 from minitron_megatron.parallel.world import World
 
 from .conftest import Record
-from .plain_model import PlainModel, cross_entropy, kd_loss
+from .first_step import GLOBAL_BATCH, FirstStep, Pair, first_step, load_batch, load_pair, plain_first_step, run_first_step, settings, step_groups
 from .pool import Pool
 from .tiny import (
     DP2,
@@ -33,126 +22,38 @@ from .tiny import (
     ONE,
     PP2,
     PP2_EVEN,
+    PP2_VPP2,
+    PP4_LISTED,
     QWEN2_TIED,
     QWEN3,
+    SEQUENCE,
     TP2,
     TP2_PP2,
     TP2_SP,
-    RandomSamples,
+    WIDE,
     layout_name,
     name_of,
-    read_all,
     relative_difference,
-    teacher_of,
+    with_teacher,
     worst_difference,
     write_random,
 )
 
-GLOBAL_BATCH, MICRO_BATCH = 8, 2
-STUDENTS = {"llama": LLAMA, "qwen2_tied": QWEN2_TIED, "qwen3": QWEN3}
-LAYOUTS = [("llama", layout) for layout in (TP2, TP2_SP, PP2, DP2, TP2_PP2)]
-LAYOUTS += [("qwen2_tied", layout) for layout in (TP2, TP2_SP, PP2_EVEN, DP2, TP2_PP2)] + [("qwen3", TP2_SP)]
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Teacher and student on disk."""
-
-    student: Architecture
-    folder: Path
-
-    @property
-    def teacher(self) -> Architecture:
-        return teacher_of(self.student)
-
-
-@dataclass(frozen=True)
-class FirstStep:
-    """Means over all tokens that count, the norm that the optimizer sees, and where the gradients were written."""
-
-    kl: float
-    cross_entropy: float
-    tokens: int
-    gradient_norm: float
-    gradients: dict[str, Tensor]
-
-
-def settings(**changes: object) -> Distill:
-    return Distill(
-        **{"steps": 10, "sequence_length": 16, "global_batch": GLOBAL_BATCH, "micro_batch": MICRO_BATCH, "loss_chunk_tokens": 7, **changes}
-    )
-
-
-def token_weights() -> Tensor:
-    """[samples, S] zeros and ones, another number of ones in each sample, so that a mean of means would show."""
-    generator = torch.Generator().manual_seed(5)
-    return torch.stack([(torch.rand(16, generator=generator) > sample / 10).float() for sample in range(GLOBAL_BATCH)])
-
-
-def step_batches(layout: Layout, distill: Distill) -> list[Batch]:
-    samples, weights = RandomSamples(GLOBAL_BATCH), token_weights()
-    groups = step_sample_ids(0, global_batch=GLOBAL_BATCH, micro_batch=distill.micro_batch, data_rank=layout.data_rank, data_size=layout.data)
-    return [dataclasses.replace(collate(samples, ids), loss_mask_BS=weights[ids]) for ids in groups]
-
-
-class Answer(NamedTuple):
-    """What one process saw."""
-
-    sums: Tensor
-    """Of KL, cross-entropy and tokens that count, on the last stage."""
-    norm: float
-    vocabulary: Tensor | None
-    """[v, D] gradient of this stage's output weight, or of its embedding."""
-    padding: float
-    """Largest gradient in rows behind the vocabulary."""
-
-
-def load_pair(layout: Layout, world: World, pair: Pair, distill: Distill) -> tuple[HiddenStateGPT, Student]:
-    teacher = build_model(pair.teacher, layout, world.platform, torch.float32)
-    load_model(teacher, pair.folder / "teacher")
-    model = build_model(pair.student, layout, world.platform, torch.float32, output_layer=DistillationOutputLayer, trainable=True)
-    load_model(model, pair.folder / "student")
-    return teacher, make_student(model, distill)
-
-
-def first_step(world: World, parallel: Parallel, pair: Pair, distill: Distill, written: Path) -> Answer:
-    """Forward, backward, reduction of the gradients; these go to disk as if they were a model."""
-    layout = global_layout(parallel, world)
-    teacher, student = load_pair(layout, world, pair, distill)
-    model = student.model
-    student.wrapped.zero_grad_buffer()
-    batches = step_batches(layout, distill)
-    logged = forward_backward(model, student.wrapped, batches, partial(student.loss, TeacherStates(teacher, batches)))
-    sums = torch.zeros(3, dtype=torch.float64)
-    for item in logged:
-        sums += torch.stack([item[name].double() for name in ("forward_kl", "cross_entropy", "tokens")])
-    gradients = {name: parameter.main_grad.clone() for name, parameter in model.named_parameters()}
-    student.optimizer.prepare_grads()
-    norm = float(student.optimizer.get_grad_norm())
-    write_as_model(student, gradients, written, world)
-    vocabulary = gradients.get("output_layer.weight", gradients.get("embedding.word_embeddings.weight"))
-    padding = vocabulary[model.valid_rows() :] if vocabulary is not None else torch.zeros(0)
-    return Answer(sums, norm, vocabulary, float(padding.abs().sum()))
-
-
-def write_as_model(student: Student, gradients: dict[str, Tensor], folder: Path, world: World) -> None:
-    """The gradients in the weights' places: a checkpoint gathers shards by global name, and they are read back by the table."""
-    with torch.no_grad():
-        for name, parameter in student.model.named_parameters():
-            parameter.copy_(gradients[name])
-    if world.is_main:
-        folder.mkdir()
-    world.barrier()
-    save_state(model_state(student.model), folder)
-
-
-def run_first_step(pool: Pool, parallel: Parallel, pair: Pair, distill: Distill, written: Path) -> FirstStep:
-    answers = pool.run(first_step, parallel, pair, distill, written, processes=parallel.processes)
-    # one tensor rank of the last stage of every data-parallel rank speaks
-    last = [answers[rank] for rank in ([0, 1] if parallel.data == 2 else [parallel.processes - 1])]
-    kl, ce, tokens = sum(answer.sums for answer in last).tolist()
-    assert [answer.padding for answer in answers] == [0.0] * parallel.processes
-    return FirstStep(kl / tokens, ce / tokens, int(tokens), last[0].norm, read_all(written, pair.student))
+STUDENTS = {"llama": LLAMA, "qwen2_tied": QWEN2_TIED, "qwen3": QWEN3, "wide": WIDE}
+LAYOUTS = [("llama", layout) for layout in (TP2, TP2_SP, PP2, DP2, TP2_PP2, PP2_VPP2, PP4_LISTED)]
+LAYOUTS += [("qwen2_tied", layout) for layout in (TP2, TP2_SP, PP2_EVEN, DP2, TP2_PP2, PP2_VPP2)] + [("qwen3", TP2_SP)]
+TEACHER_TP2, TEACHER_TP2_SP, TEACHER_PP2 = TeacherParallel(tensor=2), TeacherParallel(tensor=2, sequence=True), TeacherParallel(pipeline=2)
+MIXED = [
+    ("llama", with_teacher(PP2, TEACHER_TP2)),
+    ("qwen2_tied", with_teacher(TP2_SP, TEACHER_PP2)),
+    ("qwen2_tied", with_teacher(DP2, TEACHER_TP2_SP)),
+    ("wide", with_teacher(TP2_PP2, TeacherParallel(tensor=4))),
+    ("llama", with_teacher(Parallel(pipeline=2, data=2), TEACHER_TP2_SP)),
+    ("llama", with_teacher(Parallel(tensor=2, data=2), TeacherParallel(pipeline=4, layers_per_stage=[1, 3, 1, 1]))),
+    ("qwen2_tied", with_teacher(PP2_VPP2, TeacherParallel())),
+    ("wide", with_teacher(Parallel(tensor=4, sequence=True), TeacherParallel(tensor=2, pipeline=2))),
+    ("llama", with_teacher(PP2, TeacherParallel())),
+]
 
 
 @pytest.fixture(scope="module")
@@ -162,19 +63,6 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
         write_random(pair.folder / "teacher", pair.teacher, seed=1, scale=0.2)
         write_random(pair.folder / "student", pair.student, seed=2, scale=0.2)
     return found
-
-
-def plain_first_step(pair: Pair, distill: Distill) -> FirstStep:
-    """All samples at once, whole logits, F.kl_div, autograd, fp64."""
-    student, teacher = PlainModel(pair.folder / "student", pair.student), PlainModel(pair.folder / "teacher", pair.teacher)
-    tokens, weights = RandomSamples(GLOBAL_BATCH).tokens, token_weights().double()
-    count = weights.sum()
-    kl = kd_loss(student, teacher, tokens[:, :-1], weights, distill.temperature) / count
-    ce = cross_entropy(student, tokens[:, :-1], tokens[:, 1:], weights) / count
-    (distill.loss.get("forward_kl", 0) * kl + distill.loss.get("cross_entropy", 0) * ce).backward()
-    gradients = {name: weight.grad for name, weight in student.weights.items() if weight.grad is not None}
-    norm = float(torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum().sqrt())
-    return FirstStep(kl.item(), ce.item(), int(count), norm, gradients)
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +85,7 @@ def check(found: FirstStep, reference: FirstStep, record: Record, layout: str, c
     assert record(f"{claim}: gradient norm", layout, relative_difference(found.gradient_norm, reference.gradient_norm)) <= 1e-6
 
 
-@pytest.mark.parametrize(("shape", "parallel"), LAYOUTS, ids=name_of)
+@pytest.mark.parametrize(("shape", "parallel"), LAYOUTS + MIXED, ids=name_of)
 def test_loss_and_every_gradient_of_the_first_step_equal_a_plain_computation_and_one_process(
     pool: Pool,
     measured: Record,
@@ -244,12 +132,11 @@ def test_both_stages_of_a_tied_embedding_hold_the_whole_gradient(
 
 def loss_without_gradients(world: World, pair: Pair) -> tuple[float, bool]:
     """The summed KL of a forward-only pass, and whether the output layer made a buffer for the weight's gradient."""
-    layout = global_layout(ONE, world)
-    teacher, student = load_pair(layout, world, pair, settings())
-    batches = step_batches(layout, settings())
-    states = TeacherStates(teacher, batches)
+    teacher, student = load_pair(world, ONE, pair, settings())
+    groups = step_groups(settings())
+    states, batches = teacher.states(groups, load_batch), [load_batch(ids) for ids in of_data_rank(groups, 0, 1)]
     logged = forward_only(student.model, batches, consume=lambda hidden, batch: student.loss(states, hidden, batch)[2])
-    return sum(float(item["forward_kl"]) for item in logged), student.model.output_layer.gradient_buffer._buffer is not None
+    return sum(float(item["forward_kl"]) for item in logged), student.model.last.output_layer.gradient_buffer._buffer is not None
 
 
 def test_validation_has_the_same_loss_and_computes_no_gradient(pool: Pool, pairs: dict[str, Pair], expected: dict[str, FirstStep]) -> None:
@@ -258,3 +145,48 @@ def test_validation_has_the_same_loss_and_computes_no_gradient(pool: Pool, pairs
     reference = expected["llama"]
     assert relative_difference(kl / reference.tokens, reference.kl) <= 1e-6  # fp32 against fp64
     assert not made_a_buffer
+
+
+def test_a_hand_over_moves_each_state_exactly_once_and_nothing_in_one_layout(pool: Pool, pairs: dict[str, Pair], tmp_path: Path) -> None:
+    """Counted in bytes of [S, B, D] fp32 states, kept ones too; what lies on the right rank is not sent."""
+    whole = GLOBAL_BATCH * SEQUENCE * pairs["llama"].teacher.hidden * 4
+    expected_sent = {
+        TP2_SP: 0,
+        PP2: 0,  # the teacher's auto layout has no pipeline: DP2, and half of the micro-batches are made on the other rank
+        with_teacher(PP2, "student"): 0,
+        with_teacher(PP2, TEACHER_TP2): 0,  # both ranks hold whole states, the last stage is one of them
+        with_teacher(DP2, TEACHER_TP2_SP): whole // 2,  # each rank needs its samples' other half of the sequence
+        with_teacher(TP2, TEACHER_PP2): whole // 2,  # the first tensor rank's half of every state
+    }
+    expected_sent[PP2] = whole // 2
+    for number, (parallel, sent) in enumerate(expected_sent.items()):
+        answers = run_first_step(pool, parallel, pairs["llama"], settings(), tmp_path / str(number)).answers
+        assert sum(answer.bytes_sent for answer in answers) == sent, parallel
+        assert sum(answer.bytes_sent + answer.bytes_kept for answer in answers) == whole, parallel
+
+
+@pytest.mark.parametrize("parallel", [PP2, TP2_SP, with_teacher(PP2, "student"), *(mixed for _, mixed in MIXED)], ids=name_of)
+def test_each_rank_holds_its_shard_of_the_teacher_and_one_output_weight_on_the_students_last_stage(
+    pool: Pool, pairs: dict[str, Pair], tmp_path: Path, parallel: Parallel
+) -> None:
+    """By hand: matrices are cut over tensor ranks, norms are whole, the vocabulary is padded; stages are the slowest part of a rank."""
+    pair = pairs["wide" if parallel.tensor == 4 or getattr(parallel.teacher, "tensor", 0) == 4 else "llama"]
+    arch, own = pair.teacher, teacher_sizes(parallel)
+    split = split_layers(arch.layers, own.pipeline, own.layers_per_stage, hidden_state_work(arch))
+    attention = (2 * arch.heads + 2 * arch.kv_groups) * arch.head_channels * arch.hidden
+    layer = (attention + 3 * arch.ffn * arch.hidden) // own.tensor + 2 * arch.hidden
+    answers = run_first_step(pool, parallel, pair, settings(), tmp_path / "gradients").answers
+    for rank, answer in enumerate(answers):
+        stage = rank // (parallel.processes // own.pipeline)
+        embedding = -(-arch.vocab // own.tensor) * arch.hidden if stage == 0 else 0
+        norm = arch.hidden if stage == own.pipeline - 1 else 0
+        assert answer.teacher_parameters == split[stage] * layer + embedding + norm
+        is_last = rank // (parallel.processes // parallel.pipeline) == parallel.pipeline - 1
+        assert answer.teacher_output == (-(-arch.vocab // parallel.tensor) * arch.hidden if is_last else 0)
+
+
+def teacher_sizes(parallel: Parallel) -> TeacherParallel:
+    if isinstance(parallel.teacher, TeacherParallel):
+        return parallel.teacher
+    pipeline = parallel.pipeline if parallel.teacher == "student" else 1  # a tiny model fits everywhere
+    return TeacherParallel(tensor=parallel.tensor, pipeline=pipeline, sequence=parallel.sequence)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,13 +11,15 @@ from torch import Tensor
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.checkpoint.tensors import TensorRow, tensor_table
 from minitron_megatron.checkpoint.torch_dist import MegatronSource, write_torch_dist
-from minitron_megatron.config.schema import Parallel
+from minitron_megatron.config.schema import Parallel, TeacherParallel
 
 VOCAB, SEQUENCE = 131, 16  # 131 rows are uneven on two tensor ranks
 
 # 4 heads in each of 2 groups, head channels that are not hidden / heads, layers that no stage number divides
 LLAMA = Architecture("llama", 5, 24, 8, 2, 6, 40, VOCAB, False, 64, 1e-5, 10000.0)
 QWEN2_TIED = Architecture("qwen2", 5, 24, 8, 2, 6, 40, VOCAB, True, 64, 1e-6, 1000.0)
+# 3 heads in each of 4 groups, for four tensor ranks
+WIDE = Architecture("llama", 5, 24, 12, 4, 6, 40, VOCAB, False, 64, 1e-5, 10000.0)
 QWEN3 = Architecture("qwen3", 3, 24, 8, 2, 6, 40, VOCAB, False, 64, 1e-6, 1000.0)
 
 ONE = Parallel()
@@ -27,16 +29,28 @@ PP2 = Parallel(pipeline=2)
 PP2_EVEN = Parallel(pipeline=2, layers_per_stage="even")
 DP2 = Parallel(data=2)
 TP2_PP2 = Parallel(tensor=2, pipeline=2, sequence=True)
+PP2_VPP2 = Parallel(pipeline=2, virtual=2)
+PP4_LISTED = Parallel(pipeline=4, layers_per_stage=[1, 2, 1, 1], teacher=TeacherParallel(pipeline=4, layers_per_stage=[2, 1, 2, 1]))
 
 
-def layout_name(parallel: Parallel) -> str:
-    sizes = [f"{short}{size}" for short, size in (("tp", parallel.tensor), ("pp", parallel.pipeline), ("dp", parallel.data)) if size > 1]
-    return "_".join([*sizes, *(["sp"] if parallel.sequence else []), *(["even"] if parallel.layers_per_stage == "even" else [])]) or "one"
+def with_teacher(student: Parallel, teacher: TeacherParallel | Literal["auto", "student"]) -> Parallel:
+    return student.model_copy(update={"teacher": teacher})
+
+
+def layout_name(parallel: Parallel | TeacherParallel) -> str:
+    shorts = {"tp": "tensor", "pp": "pipeline", "vpp": "virtual", "dp": "data"}
+    sizes = [f"{short}{getattr(parallel, name)}" for short, name in shorts.items() if getattr(parallel, name, 1) > 1]
+    marks = ["sp"] if parallel.sequence else []
+    if parallel.layers_per_stage != "cost":
+        marks.append("even" if parallel.layers_per_stage == "even" else "listed")
+    name = "_".join([*sizes, *marks]) or "one"
+    teacher = getattr(parallel, "teacher", "auto")
+    return name if teacher == "auto" else f"{name}-teacher_{teacher if isinstance(teacher, str) else layout_name(teacher)}"
 
 
 def name_of(value: Any) -> str:
     """Name of a test's parameter."""
-    return layout_name(value) if isinstance(value, Parallel) else str(value)
+    return layout_name(value) if isinstance(value, Parallel | TeacherParallel) else str(value)
 
 
 def teacher_of(student: Architecture) -> Architecture:

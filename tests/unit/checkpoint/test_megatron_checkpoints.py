@@ -34,7 +34,7 @@ def write_megatron_lm(folder: Path, tensors: dict[str, Tensor], arch: Architectu
     from minitron_megatron.model.gpt import build_model
     from minitron_megatron.platform import activate
 
-    model = build_model(arch.resized(vocab=PADDED), layout, activate("cpu"), torch.float32)
+    [model] = build_model(arch.resized(vocab=PADDED), layout, activate("cpu"), torch.float32).chunks
     plain = {row.name: row.plain_name or row.name for row in tensor_table(arch)}
     weights = {name: weight.data for name, weight in model.named_parameters()}
     for name, tensor in tensors.items():

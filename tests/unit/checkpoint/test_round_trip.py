@@ -125,7 +125,7 @@ def test_tensors_are_read_once_each_in_the_order_of_the_table(tiny_hf_model: Cal
 @torch.no_grad()
 def logits_of_ours(model: Any, tokens: Tensor) -> Tensor:
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    hidden_SBD = model(tokens, positions, None)
+    hidden_SBD = model.last(tokens, positions, None)
     return (hidden_SBD @ model.output_weight()[: model.valid_rows()].t()).transpose(0, 1)
 
 

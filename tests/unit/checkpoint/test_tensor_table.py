@@ -22,12 +22,13 @@ def test_the_table_names_every_tensor_of_the_folder_with_its_shape(every_family:
 
 def test_names_of_rows_are_those_of_megatrons_own_model(every_family: Path, layout: object) -> None:
     """The keys of the sharded state that megatron-core would save, shapes included."""
-    from minitron_megatron.checkpoint.sharded import model_state
+    from minitron_megatron.checkpoint.sharded import chunk_state
     from minitron_megatron.model.gpt import build_model
     from minitron_megatron.platform import activate
 
     arch = source_architecture(str(every_family))
-    state = model_state(build_model(arch, layout, activate("cpu"), torch.float32))  # type: ignore[arg-type]
+    [chunk] = build_model(arch, layout, activate("cpu"), torch.float32).chunks  # type: ignore[arg-type]
+    state = chunk_state(chunk)
     shapes = {entry.key: tuple(entry.global_shape) for name, entry in state.items() if not hasattr(entry, "build_fn")}
     fused = {entry.key: tuple(entry.data.shape) for entry in state.values() if hasattr(entry, "build_fn")}  # one process: local is global
     assert {row.name: row.shape(arch) for row in tensor_table(arch)} == {**shapes, **fused}

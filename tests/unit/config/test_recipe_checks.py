@@ -54,8 +54,20 @@ CASES = {
         "parallel.tensor=6 does not divide the pruned model's 16 ffn; tensor sizes that do: 1, 2, 4",
     ],
     "parallel.pipeline=7": [
-        "parallel.pipeline=7 is more than the source model's 6 layers; at most 6",
-        "parallel.pipeline=7 is more than the pruned model's 6 layers; at most 6",
+        "parallel.pipeline × virtual = 7 is more than the source model's 6 layers; at most 6",
+        "parallel.pipeline × virtual = 7 is more than the pruned model's 6 layers; at most 6",
+    ],
+    "parallel.virtual=2": ["parallel.virtual=2 needs parallel.pipeline of 2 or more; set parallel.virtual=1"],
+    "parallel.context=2": [
+        "parallel.context=2: megatron-core's context parallelism needs Transformer Engine's attention on a GPU, "
+        "which this layer spec does not use; set parallel.context=1"
+    ],
+    "parallel.layers_per_stage=[3,3]": [
+        "parallel.layers_per_stage=[3, 3] has 2 entries and 6 layers; it needs 1 entries (pipeline × virtual) that add up to 6 layers, or use cost"
+    ],
+    "parallel.teacher={tensor: 3}": [
+        "parallel.teacher.tensor=3 does not divide the source model's 4 key/value groups; tensor sizes that do: 1, 2, 4",
+        "parallel.teacher: tensor 3 × pipeline 1 = 3 does not divide the 1 processes of parallel; choose sizes whose product does",
     ],
     "parallel.sequence=true": ["parallel.sequence=true needs parallel.tensor of 2 or more; set parallel.sequence=false"],
     "importance.sequence_length=129": ["importance.sequence_length=129 is beyond the model's 128 positions; at most 128"],
@@ -82,7 +94,9 @@ def test_tensor_parallel_must_divide_the_pruned_ffn_even_where_it_divides_the_so
 
 
 def test_pipeline_must_fit_the_pruned_depth(problems: Callable[..., list[str]]) -> None:
-    assert problems("parallel.pipeline=4", "prune.target.layers=3") == ["parallel.pipeline=4 is more than the pruned model's 3 layers; at most 3"]
+    assert problems("parallel.pipeline=4", "prune.target.layers=3") == [
+        "parallel.pipeline × virtual = 4 is more than the pruned model's 3 layers; at most 3"
+    ]
 
 
 def test_lengths_stop_at_the_attention_window(problems: Callable[..., list[str]]) -> None:

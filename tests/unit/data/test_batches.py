@@ -5,31 +5,26 @@ from __future__ import annotations
 import pytest
 import torch
 
-from minitron_megatron.data.batches import collate, step_sample_ids
+from minitron_megatron.data.batches import collate, micro_batches, of_data_rank
 from minitron_megatron.errors import DataError
 
 
-@pytest.mark.parametrize("data_size", [1, 2, 4])
+@pytest.mark.parametrize("data_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("micro_batch", [1, 2])
-def test_a_step_takes_each_of_its_samples_once_over_all_ranks(data_size: int, micro_batch: int) -> None:
-    for step in range(3):
-        taken = [
-            sample_id
-            for rank in range(data_size)
-            for batch in step_sample_ids(step, global_batch=8, micro_batch=micro_batch, data_rank=rank, data_size=data_size)
-            for sample_id in batch
-        ]
-        assert sorted(taken) == list(range(step * 8, step * 8 + 8))
+def test_a_global_batch_takes_each_of_its_samples_once_over_all_ranks(data_size: int, micro_batch: int) -> None:
+    groups = micro_batches(16, global_batch=8, micro_batch=micro_batch)
+    taken = [sample for rank in range(data_size) for ids in of_data_rank(groups, rank, data_size) for sample in ids]
+    assert sorted(taken) == list(range(16, 24))
 
 
 def test_micro_batches_go_round_the_ranks() -> None:
-    ids = step_sample_ids(1, global_batch=8, micro_batch=2, data_rank=1, data_size=2)
-    assert ids == [[10, 11], [14, 15]]
+    groups = micro_batches(8, global_batch=8, micro_batch=2)
+    assert of_data_rank(groups, 1, 2) == [(10, 11), (14, 15)]
 
 
 def test_a_global_batch_that_does_not_divide_is_a_data_error() -> None:
-    with pytest.raises(DataError, match=r"global_batch=6 is not divisible .* = 4"):
-        step_sample_ids(0, global_batch=6, micro_batch=2, data_rank=0, data_size=2)
+    with pytest.raises(DataError, match=r"global_batch=7 is not divisible by distill\.micro_batch=2"):
+        micro_batches(0, global_batch=7, micro_batch=2)
 
 
 def test_labels_are_the_next_tokens_and_every_label_counts() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from minitron_megatron.arch.architecture import Architecture, layer_cost, output_cost
 from minitron_megatron.errors import LayoutError
-from minitron_megatron.parallel.split import split_layers
+from minitron_megatron.parallel.split import EndWork, distillation_work, hidden_state_work, logits_work, split_layers
 
 
 def model(layers: int, vocab: int) -> Architecture:
@@ -20,34 +20,52 @@ def every_split(layers: int, stages: int) -> list[tuple[int, ...]]:
     return [tuple(b - a for a, b in zip((0, *cut), (*cut, layers), strict=True)) for cut in cuts]
 
 
-def slowest(split: tuple[int, ...], arch: Architecture) -> float:
-    costs = [layers * layer_cost(arch) for layers in split]
-    costs[-1] += output_cost(arch)
-    return max(costs)
+def slowest(split: tuple[int, ...], ends: EndWork) -> float:
+    work = list(map(float, split))
+    work[0] += ends.first
+    work[-1] += ends.last
+    return max(work)
 
 
-@pytest.mark.parametrize("vocab", [64, 800, 1600, 4000, 16000])
-@pytest.mark.parametrize(("layers", "stages"), [(7, 1), (7, 2), (9, 3), (10, 4), (5, 5)])
-def test_the_cost_rule_finds_the_smallest_slowest_stage(layers: int, stages: int, vocab: int) -> None:
-    arch = model(layers, vocab)
-    found = split_layers(arch, stages, "cost")
+@pytest.mark.parametrize("ends", [EndWork(), EndWork(0.3, 0.7), EndWork(0, 2.4), EndWork(1.9, 0), EndWork(2.2, 6.1), EndWork(0.01, 30)])
+@pytest.mark.parametrize(("layers", "stages"), [(7, 1), (7, 2), (9, 3), (10, 4), (11, 6), (5, 5)])
+def test_the_cost_rule_finds_the_smallest_slowest_stage(layers: int, stages: int, ends: EndWork) -> None:
+    found = split_layers(layers, stages, "cost", ends)
     assert (sum(found), len(found), min(found) >= 1) == (layers, stages, True)
-    best = min(slowest(split, arch) for split in every_split(layers, stages))
-    assert slowest(found, arch) == best
+    assert slowest(found, ends) == min(slowest(split, ends) for split in every_split(layers, stages))
 
 
 def test_the_even_rule_deals_the_remainder_to_the_first_stages() -> None:
-    assert split_layers(model(26, 64), 4, "even") == (7, 7, 6, 6)
-    assert split_layers(model(8, 64), 4, "even") == (2, 2, 2, 2)
+    assert split_layers(26, 4, "even") == (7, 7, 6, 6)
+    assert split_layers(8, 4, "even") == (2, 2, 2, 2)
 
 
-def test_a_heavy_output_layer_takes_layers_off_the_last_stage() -> None:
-    light, heavy = model(8, 16), model(8, 4000)
-    assert split_layers(light, 2) == (4, 4)
-    assert split_layers(heavy, 2)[-1] == 1
+def test_a_list_is_for_models_of_as_many_layers_and_others_are_split_by_cost() -> None:
+    assert split_layers(7, 3, [1, 4, 2]) == (1, 4, 2)
+    assert split_layers(9, 3, [1, 4, 2]) == (3, 3, 3)
+
+
+def test_a_list_for_another_number_of_stages_is_refused() -> None:
+    with pytest.raises(LayoutError, match=r"layers_per_stage=\[3, 4\] has 2 entries for 3 stages"):
+        split_layers(7, 3, [3, 4])
+
+
+def test_forward_work_counts_the_output_layer_in_layers() -> None:
+    arch = model(8, 4000)
+    assert logits_work(arch).last == output_cost(arch) / layer_cost(arch)
+    assert hidden_state_work(arch).last == 0
+    assert split_layers(8, 2, "cost", logits_work(arch))[-1] == 1
+    assert split_layers(8, 2, "cost", hidden_state_work(arch)) == (4, 4)
+
+
+def test_distillation_counts_the_students_output_three_times_and_the_teachers_once() -> None:
+    """In units of a student's layer, whose forward and backward are three products of its weights."""
+    student, teacher = model(8, 800), model(12, 800).resized(hidden=96)
+    expected = (3 * 800 * 48 + 800 * 96) / (3 * layer_cost(student))
+    assert distillation_work(student, teacher).last == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("rule", ["even", "cost"])
 def test_more_stages_than_layers_are_refused(rule: str) -> None:
-    with pytest.raises(LayoutError, match=r"parallel\.pipeline=4 is more than the model's 3 layers; at most 3"):
-        split_layers(model(3, 64), 4, rule)
+    with pytest.raises(LayoutError, match=r"parallel\.pipeline × parallel\.virtual = 4 is more than the model's 3 layers; at most 3"):
+        split_layers(3, 4, rule)

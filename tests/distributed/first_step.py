@@ -1,0 +1,171 @@
+"""The first distillation step, in any pair of layouts and as a plain fp64 computation: loss, every gradient, what moved."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minitron_megatron.arch.architecture import Architecture
+from minitron_megatron.checkpoint.sharded import load_model, model_state, save_state
+from minitron_megatron.checkpoint.torch_dist import MegatronSource
+from minitron_megatron.config.schema import Distill, Parallel
+from minitron_megatron.data.batches import Batch, MicroBatches, collate, micro_batches, of_data_rank
+from minitron_megatron.distill.output_layer import DistillationOutputLayer
+from minitron_megatron.distill.stage import settle_teacher
+from minitron_megatron.distill.student import Student, make_student
+from minitron_megatron.distill.teacher import Teacher, load_teacher
+from minitron_megatron.model.gpt import build_model
+from minitron_megatron.model.run import forward_backward
+from minitron_megatron.parallel.layout import global_layout, teacher_layout
+from minitron_megatron.parallel.split import distillation_work
+from minitron_megatron.parallel.world import World
+
+from .plain_model import PlainModel, cross_entropy, kd_loss
+from .pool import Pool
+from .tiny import RandomSamples, read_all, teacher_of
+
+GLOBAL_BATCH, MICRO_BATCH = 8, 2
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Teacher and student on disk."""
+
+    student: Architecture
+    folder: Path
+
+    @property
+    def teacher(self) -> Architecture:
+        return teacher_of(self.student)
+
+
+@dataclass(frozen=True)
+class FirstStep:
+    """Means over all tokens that count, the norm that the optimizer sees, and where the gradients were written."""
+
+    kl: float
+    cross_entropy: float
+    tokens: int
+    gradient_norm: float
+    gradients: dict[str, Tensor]
+    answers: list[Answer] = dataclasses.field(default_factory=list)
+
+
+class Answer(NamedTuple):
+    """What one process saw."""
+
+    sums: Tensor
+    """Of KL, cross-entropy and tokens that count, on the last stage's first tensor rank."""
+    norm: float
+    vocabulary: Tensor | None
+    """[v, D] gradient of this stage's output weight, or of its embedding."""
+    padding: float
+    """Largest gradient in rows behind the vocabulary."""
+    teacher_parameters: int
+    """Of the teacher's model on this rank."""
+    teacher_output: int
+    """Elements of the teacher's output weight on this rank that are not the embedding's storage."""
+    bytes_sent: int
+    bytes_kept: int
+
+
+def settings(**changes: object) -> Distill:
+    return Distill(
+        **{"steps": 10, "sequence_length": 16, "global_batch": GLOBAL_BATCH, "micro_batch": MICRO_BATCH, "loss_chunk_tokens": 7, **changes}
+    )
+
+
+def token_weights() -> Tensor:
+    """[samples, S] zeros and ones, another number of ones in each sample, so that a mean of means would show."""
+    generator = torch.Generator().manual_seed(5)
+    return torch.stack([(torch.rand(16, generator=generator) > sample / 10).float() for sample in range(GLOBAL_BATCH)])
+
+
+def step_groups(distill: Distill) -> MicroBatches:
+    return micro_batches(0, global_batch=GLOBAL_BATCH, micro_batch=distill.micro_batch)
+
+
+def load_batch(ids: tuple[int, ...]) -> Batch:
+    return dataclasses.replace(collate(RandomSamples(GLOBAL_BATCH), ids), loss_mask_BS=token_weights()[list(ids)])
+
+
+def load_pair(world: World, parallel: Parallel, pair: Pair, distill: Distill) -> tuple[Teacher, Student]:
+    layout = global_layout(parallel, world)
+    folder, fp32 = pair.folder / "teacher", torch.float32
+    wanted = settle_teacher(parallel, pair.teacher, pair.student, fp32, world)
+    own = teacher_layout(wanted, world, layout)
+    budget = distill.handover_device_gib * 2**30
+    teacher = load_teacher(MegatronSource(folder, pair.teacher), folder, own, layout, world.platform, fp32, budget_bytes=budget)
+    ends = distillation_work(pair.student, pair.teacher)
+    model = build_model(pair.student, layout, world.platform, fp32, output_layer=DistillationOutputLayer, ends=ends, trainable=True)
+    load_model(model, pair.folder / "student")
+    return teacher, make_student(model, distill)
+
+
+def first_step(world: World, parallel: Parallel, pair: Pair, distill: Distill, written: Path) -> Answer:
+    """Forward, backward, reduction of the gradients; these go to disk as if they were a model."""
+    teacher, student = load_pair(world, parallel, pair, distill)
+    model, groups = student.model, step_groups(distill)
+    for chunk in student.wrapped:
+        chunk.zero_grad_buffer()
+    states = teacher.states(groups, load_batch)
+    batches = [load_batch(ids) for ids in of_data_rank(groups, model.layout.data_rank, model.layout.data)]
+    logged = forward_backward(model, student.wrapped, batches, partial(student.loss, states))
+    sums = torch.zeros(3, dtype=torch.float64)
+    for item in logged if model.layout.tensor_rank == 0 else ():
+        sums += torch.stack([item[name].double() for name in ("forward_kl", "cross_entropy", "tokens")])
+    student.optimizer.prepare_grads()
+    norm = float(student.optimizer.get_grad_norm())
+    vocabulary = model.output_weight() if model.layout.is_last_stage else embedding_of(student)
+    rows = model.valid_rows() if model.layout.is_last_stage else None
+    gradient = None if vocabulary is None else vocabulary.main_grad.clone()  # type: ignore[attr-defined]
+    padding = gradient[rows:] if gradient is not None and rows is not None else torch.zeros(0)
+    own = sum(parameter.numel() for parameter in teacher.model.parameters())
+    shared = {parameter.data_ptr() for parameter in teacher.model.parameters()}
+    output = teacher.output_weight_vE
+    separate = output.numel() if output is not None and output.data_ptr() not in shared else 0
+    write_as_model(student, written, world)
+    exchange = teacher.exchange
+    return Answer(sums, norm, gradient, float(padding.abs().sum()), own, separate, exchange.bytes_sent, exchange.bytes_kept)
+
+
+def embedding_of(student: Student) -> Tensor | None:
+    first = student.model.chunks[0]
+    return first.embedding.word_embeddings.weight if first.pre_process else None
+
+
+def write_as_model(student: Student, folder: Path, world: World) -> None:
+    """The gradients in the weights' places: a checkpoint gathers shards by global name, and they are read back by the table."""
+    with torch.no_grad():
+        for parameter in student.model.parameters():
+            parameter.copy_(parameter.main_grad)  # type: ignore[attr-defined]
+    if world.is_main:
+        folder.mkdir()
+    world.barrier()
+    save_state(model_state(student.model), folder)
+
+
+def run_first_step(pool: Pool, parallel: Parallel, pair: Pair, distill: Distill, written: Path) -> FirstStep:
+    answers = pool.run(first_step, parallel, pair, distill, written, processes=parallel.processes)
+    kl, ce, tokens = sum(answer.sums for answer in answers).tolist()
+    assert [answer.padding for answer in answers] == [0.0] * parallel.processes
+    return FirstStep(kl / tokens, ce / tokens, int(tokens), answers[-1].norm, read_all(written, pair.student), answers)
+
+
+def plain_first_step(pair: Pair, distill: Distill) -> FirstStep:
+    """All samples at once, whole logits, F.kl_div, autograd, fp64."""
+    student, teacher = PlainModel(pair.folder / "student", pair.student), PlainModel(pair.folder / "teacher", pair.teacher)
+    tokens, weights = RandomSamples(GLOBAL_BATCH).tokens, token_weights().double()
+    count = weights.sum()
+    kl = kd_loss(student, teacher, tokens[:, :-1], weights, distill.temperature) / count
+    ce = cross_entropy(student, tokens[:, :-1], tokens[:, 1:], weights) / count
+    (distill.loss.get("forward_kl", 0) * kl + distill.loss.get("cross_entropy", 0) * ce).backward()
+    gradients = {name: weight.grad for name, weight in student.weights.items() if weight.grad is not None}
+    norm = float(torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum().sqrt())
+    return FirstStep(kl.item(), ce.item(), int(count), norm, gradients)

@@ -50,14 +50,19 @@ def forward_only(
     return _schedule(model, model)(step, iter(batches), forward_only=True, collect_non_loss_data=True, **_sizes(batches))
 
 
-def forward_backward(model: HiddenStateGPT, wrapped: nn.Module, batches: list[Batch], loss: LossFunction) -> list[dict[str, Tensor]]:
+def forward_backward(
+    model: HiddenStateGPT, wrapped: nn.Module, batches: list[Batch], loss: LossFunction, *, before: Callable[[Batch], None] | None = None
+) -> list[dict[str, Tensor]]:
     """One step's micro-batches forward and backward; gradients lie in the wrapped (data-parallel) model afterwards.
 
+    before: called on every stage ahead of a micro-batch's forward.
     Returns the logged values of each micro-batch on the last stage, an empty list on the others.
     """
 
     def step(iterator: Iterable[Batch], stage: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         batch = next(iter(iterator))
+        if before:
+            before(batch)
         return stage(batch.tokens_BS, batch.position_ids_BS, None), lambda hidden: loss(hidden, batch)
 
     return _schedule(model, wrapped)(step, iter(batches), forward_only=False, **_sizes(batches))

@@ -39,12 +39,13 @@ def check_recipe(recipe: Recipe, source: Architecture) -> Architecture:
         target = target_architecture(recipe, source)
     except RecipeError as error:
         problems += error.problems
+    else:
+        problems += _hidden_problems(recipe, source, target)
     problems += _layout_problems(recipe.parallel, source, "the source model")
     if target != source:
         problems += _layout_problems(recipe.parallel, target, "the pruned model")
     problems += _length_problems(recipe, source)
     problems += _batch_problems(recipe)
-    problems += _hidden_problems(recipe, source, target)
     if problems:
         raise RecipeError(list(dict.fromkeys(problems)))
     return target

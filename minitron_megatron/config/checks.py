@@ -39,6 +39,8 @@ def check_recipe(recipe: Recipe, source: Architecture) -> Architecture:
         target = target_architecture(recipe, source)
     except RecipeError as error:
         problems += error.problems
+    else:
+        problems += _hidden_problems(recipe, source, target)
     problems += _layout_problems(recipe.parallel, source, "the source model")
     if target != source:
         problems += _layout_problems(recipe.parallel, target, "the pruned model")
@@ -163,4 +165,36 @@ def _batch_problems(recipe: Recipe) -> list[str]:
         problems.append("distill.learning_rate.minimum is above its peak")
     if not any(distill.loss.values()) or any(weight < 0 for weight in distill.loss.values()):
         problems.append(f"distill.loss={dict(distill.loss)} needs weights ≥ 0 and one above 0")
+    return problems
+
+
+def _hidden_problems(recipe: Recipe, source: Architecture, target: Architecture) -> list[str]:
+    hidden = recipe.distill.hidden
+    if hidden is None:
+        return []
+    problems = []
+    if isinstance(hidden.pairs, list):
+        problems += _pair_problems(hidden.pairs, source.layers, target.layers)
+        if not hidden.pairs and not hidden.embeddings:
+            problems.append("distill.hidden compares nothing; give distill.hidden.pairs or set embeddings=true, or leave distill.hidden out")
+    elif hidden.pairs == "last_minus_2" and target.layers < 3:
+        problems.append(f"distill.hidden.pairs=last_minus_2 needs 3 layers, the pruned model has {target.layers}; give pairs such as [[0, 0]]")
+    elif hidden.pairs == "proportional" and target.layers < 2:
+        problems.append("distill.hidden.pairs=proportional needs 2 layers, the pruned model has 1; give pairs such as [[0, 0]]")
+    elif hidden.pairs == "kept" and target.layers == source.layers:
+        problems.append("distill.hidden.pairs=kept needs dropped layers, and no layer is pruned; use last_minus_2 or give pairs")
+    if hidden.weight == "dynamic" and not recipe.distill.loss.get("forward_kl"):
+        problems.append("distill.hidden.weight=dynamic follows forward_kl, which distill.loss lacks; give a number as weight, or add forward_kl")
+    return problems
+
+
+def _pair_problems(pairs: list[tuple[int, int]], teacher_layers: int, student_layers: int) -> list[str]:
+    problems = []
+    for teacher, student in dict.fromkeys(pairs):
+        where = f"distill.hidden.pairs: [{teacher}, {student}]"
+        for layer, layers, whose in ((teacher, teacher_layers, "source"), (student, student_layers, "pruned")):
+            if not 0 <= layer < layers:
+                problems.append(f"{where} names layer {layer} of the {whose} model, which has layers 0 to {layers - 1}")
+        if pairs.count((teacher, student)) > 1:
+            problems.append(f"{where} is there {pairs.count((teacher, student))} times; name each pair once")
     return problems

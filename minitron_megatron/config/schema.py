@@ -150,11 +150,49 @@ class Wandb(Section):
     mode: Literal["online", "offline"] = "online"
 
 
+class HiddenLoss(Section):
+    """Hidden states compared as well as logits (P1 section 3); it pays where depth was cut a lot.
+
+    The state of a layer is what its first norm gives to the attention; a learned linear projection takes the student's to the teacher's channels.
+    """
+
+    pairs: list[tuple[int, int]] | Literal["last_minus_2", "proportional", "kept"] = Field(
+        "last_minus_2",
+        description="[teacher layer, student layer], counted from 0; last_minus_2: the one pair of P1; "
+        "proportional: every student layer but the first; kept: the first kept layer after each dropped block",
+    )
+    embeddings: bool = Field(False, description="compares the embeddings too")
+    kind: Literal["cosine", "mse"] = Field("cosine", description="P1 found cosine the better one")
+    projection: Literal["shared", "per_pair"] = Field("shared", description="one for all pairs and the embeddings (P1), or one for each")
+    weight: Literal["dynamic"] | Annotated[float, Field(gt=0)] = Field(
+        "dynamic", description="α in L_logits + α·L_hidden; dynamic: L_logits / L_hidden of the step before (P1)"
+    )
+
+    @field_validator("pairs", mode="before")
+    @classmethod
+    def _pairs_or_rule(cls, value: Any) -> Any:
+        if value in ("last_minus_2", "proportional", "kept") or (isinstance(value, list) and all(_is_pair(pair) for pair in value)):
+            return value
+        raise ValueError("input should be last_minus_2, proportional, kept or a list of [teacher layer, student layer], such as [[29, 13]]")
+
+    @field_validator("weight", mode="before")
+    @classmethod
+    def _dynamic_or_number(cls, value: Any) -> Any:
+        if value != "dynamic" and not (isinstance(value, int | float) and 0 < value < float("inf")):
+            raise ValueError("input should be a number above 0, or dynamic")
+        return value
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(layer, int) and not isinstance(layer, bool) for layer in value)
+
+
 class Distill(Section):
     """The original teaches what is left (P1 section 3): forward KL on the logits alone, temperature 1, by default."""
 
     loss: dict[Literal["forward_kl", "cross_entropy"], float] = Field({"forward_kl": 1.0}, description="weight of each loss; a name alone weighs 1")
     temperature: float = Field(1.0, gt=0)
+    hidden: HiddenLoss | None = Field(None, description="compares hidden states as well; without it the logits alone")
     steps: int = Field(ge=1)
     sequence_length: int = Field(8192, ge=2)
     global_batch: int = Field(1152, ge=1, description="samples a step, over all processes")

@@ -18,20 +18,26 @@ from minitron_megatron.checkpoint.torch_dist import MegatronSource
 
 
 class PlainModel:
-    """Weights by the table's names; `seen` collects what the importance hooks should see, [B, S, units] by (layer, axis)."""
+    """Weights by the table's names; `seen` collects what the importance hooks should see, [B, S, units] by (layer, axis).
+
+    `states`: [B, S, D] hidden states with their graph, by ("layer", number) and ("embedding",).
+    """
 
     def __init__(self, folder: Path, arch: Architecture) -> None:
         source = MegatronSource(folder, arch)
         self.arch = arch
         self.weights = {row.name: source.read(row).double().requires_grad_() for row in tensor_table(arch)}
         self.seen: dict[tuple[int, str], Tensor] = {}
+        self.states: dict[tuple[str | int, ...], Tensor] = {}
 
     def hidden(self, tokens_BS: Tensor) -> Tensor:
         """[B, S, D] after the final norm."""
         x = self.weights["embedding.word_embeddings.weight"][tokens_BS]
+        self.states["embedding",] = x
         for layer in range(self.arch.layers):
             before = x
-            x = x + self._attention(layer, self._norm(f"decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_weight", x))
+            normed = self.states["layer", layer] = self._norm(f"decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_weight", x)
+            x = x + self._attention(layer, normed)
             x = x + self._mlp(layer, self._norm(f"decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight", x))
             product = (before * x).sum(-1) / (before.norm(dim=-1) * x.norm(dim=-1))
             self.seen[layer, "influence"] = product.detach()

@@ -82,6 +82,43 @@ CASES = {
 }
 
 
+HIDDEN = {
+    "pairs: [[6, 0], [5, 4]]": [
+        "distill.hidden.pairs: [6, 0] names layer 6 of the source model, which has layers 0 to 5",
+        "distill.hidden.pairs: [5, 4] names layer 4 of the pruned model, which has layers 0 to 3",
+    ],
+    "pairs: [[-1, 0]]": ["distill.hidden.pairs: [-1, 0] names layer -1 of the source model, which has layers 0 to 5"],
+    "pairs: [[5, 3], [1, 1], [5, 3]]": ["distill.hidden.pairs: [5, 3] is there 2 times; name each pair once"],
+    "pairs: []": ["distill.hidden compares nothing; give distill.hidden.pairs or set embeddings=true, or leave distill.hidden out"],
+}
+SHALLOW = {
+    "last_minus_2": (2, "distill.hidden.pairs=last_minus_2 needs 3 layers, the pruned model has 2; give pairs such as [[0, 0]]"),
+    "proportional": (1, "distill.hidden.pairs=proportional needs 2 layers, the pruned model has 1; give pairs such as [[0, 0]]"),
+    "kept": (6, "distill.hidden.pairs=kept needs dropped layers, and no layer is pruned; use last_minus_2 or give pairs"),
+}
+
+
+@pytest.mark.parametrize("section", HIDDEN)
+def test_hidden_losses_name_layers_that_both_models_have(section: str, problems: Callable[..., list[str]]) -> None:
+    assert problems("prune.target.layers=4", f"distill.hidden={{{section}}}") == HIDDEN[section]
+
+
+@pytest.mark.parametrize("rule", SHALLOW)
+def test_a_rule_for_pairs_needs_the_layers_it_speaks_of(rule: str, problems: Callable[..., list[str]], recipe_file: Recipes) -> None:
+    layers, problem = SHALLOW[rule]
+    assert problems(f"prune.target.layers={layers}", f"distill.hidden.pairs={rule}") == [problem]
+    enough = 5 if rule == "kept" else layers + 1
+    check_recipe(load_recipe(recipe_file(), [f"prune.target.layers={enough}", f"distill.hidden.pairs={rule}"]), MODEL)
+
+
+def test_a_dynamic_weight_needs_the_loss_that_it_follows(problems: Callable[..., list[str]], recipe_file: Recipes) -> None:
+    without = ["distill.loss={cross_entropy: 1}", "distill.hidden.embeddings=true"]
+    assert problems(*without) == [
+        "distill.hidden.weight=dynamic follows forward_kl, which distill.loss lacks; give a number as weight, or add forward_kl"
+    ]
+    check_recipe(load_recipe(recipe_file(), [*without, "distill.hidden.weight=0.5"]), MODEL)
+
+
 @pytest.mark.parametrize("override", CASES)
 def test_each_mistake_is_told_with_its_mend(override: str, problems: Callable[..., list[str]]) -> None:
     assert problems(override) == CASES[override]

@@ -191,3 +191,31 @@ def test_a_loaded_recipe_cannot_be_changed(recipe_file: Recipes) -> None:
     recipe = load_recipe(recipe_file())
     with pytest.raises(pydantic.ValidationError):
         recipe.distill.steps = 3  # type: ignore[misc]
+
+
+def test_hidden_losses_take_a_rule_or_pairs_and_a_number_or_dynamic(recipe_file: Recipes) -> None:
+    assert load_recipe(recipe_file()).distill.hidden is None
+    default = load_recipe(recipe_file(distill={"hidden": {}})).distill.hidden
+    assert default is not None and (default.pairs, default.kind, default.weight) == ("last_minus_2", "cosine", "dynamic")
+    given = load_recipe(recipe_file(), ["distill.hidden={pairs: [[29, 13], [5, 2]], weight: 2, kind: mse}"]).distill.hidden
+    assert given is not None and (given.pairs, given.weight, given.kind) == ([(29, 13), (5, 2)], 2.0, "mse")
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("pairs=last", "distill.hidden.pairs: input should be last_minus_2, proportional, kept or a list of [teacher layer, student layer]"),
+        ("pairs=[29, 13]", "distill.hidden.pairs: input should be last_minus_2, proportional, kept or a list of [teacher layer, student layer]"),
+        ("pairs=[[29, 13, 1]]", "distill.hidden.pairs: input should be last_minus_2"),
+        ("pairs=[[29.5, 13]]", "distill.hidden.pairs: input should be last_minus_2"),
+        ("weight=0", "distill.hidden.weight: input should be a number above 0, or dynamic (found 0)"),
+        ("weight=.inf", "distill.hidden.weight: input should be a number above 0, or dynamic"),
+        ("weight=auto", "distill.hidden.weight: input should be a number above 0, or dynamic (found 'auto')"),
+        ("weight=true", "distill.hidden.weight: input should not be true or false"),
+        ("kind=relation", "distill.hidden.kind: input should be 'cosine' or 'mse'"),
+        ("pair=kept", "distill.hidden.pair: unknown key 'pair'; did you mean 'pairs'?"),
+    ],
+)
+def test_a_mistake_in_the_hidden_losses_is_one_line(recipe_file: Recipes, override: str, told: str) -> None:
+    (found,) = problems(recipe_file(), f"distill.hidden.{override}")
+    assert told in found

@@ -10,7 +10,7 @@ Legend: S sequence, s this rank's part of it, B samples of a micro-batch, E teac
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,15 +20,15 @@ from minitron_megatron.data.batches import MicroBatches
 from minitron_megatron.distill.handover import HandoverStore, Held
 from minitron_megatron.parallel.layout import Layout, Place
 
-StateKey = tuple[str, tuple[int, ...]]
-"""Name of the state, sample ids of the micro-batch."""
+StateKey = tuple[Hashable, tuple[int, ...]]
+"""What the state is, sample ids of the micro-batch."""
 
 
 @dataclass(frozen=True)
 class Route:
     """A kind of state, the teacher's stage that makes it and the student's stage that wants it."""
 
-    name: str
+    name: Hashable
     source_stage: int
     target_stage: int
 

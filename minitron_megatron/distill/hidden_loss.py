@@ -58,8 +58,12 @@ class HiddenLosses:
     everything is divided by the global number of tokens (calculate_per_token_loss).
     """
 
-    def __init__(self, chunk: HiddenStateGPT, terms: Sequence[Term], kind: Kind, alpha: Callable[[], Tensor]) -> None:
-        """chunk: not yet wrapped, with its projections (projection.add_projections). terms: of the whole run; alpha: the loss's weight, [] fp32."""
+    def __init__(self, chunk: HiddenStateGPT, terms: Sequence[Term], kind: Kind, alpha: Callable[[], Tensor], *, stage_number: int = 0) -> None:
+        """chunk: not yet wrapped, with its projections (projection.add_projections). terms: of the whole run; alpha: the loss's weight, [] fp32.
+
+        stage_number: which (virtual) stage of the whole model the chunk is.
+        """
+        self.stage_number = stage_number
         self._chunk, self._terms, self._kind, self._alpha = chunk, terms, kind, alpha
         self._mode: Literal["off", "training", "measuring"] = "off"
         # without sequence parallelism every tensor rank has all tokens: one speaks

@@ -64,14 +64,18 @@ def hidden_terms(settings: HiddenLoss, pairs: Sequence[tuple[int, int]]) -> list
     return [term._replace(projection="shared") for term in terms] if settings.projection == "shared" else terms
 
 
+def stage_of(state: StateName, layers_per_stage: Sequence[int]) -> int:
+    """The (virtual) stage where a state arises; layers_per_stage in the order of the model's depth."""
+    ends = accumulate(layers_per_stage)
+    return 0 if state == EMBEDDING else next(number for number, end in enumerate(ends) if int(state[1]) < end)
+
+
 def projection_holders(terms: Sequence[Term], layers_per_chunk: Sequence[int]) -> dict[str, list[int]]:
     """Projection → the chunks of the student that use it, ascending.
 
     layers_per_chunk: layers of each chunk in the order in which a sample passes them; chunk c stands on pipeline rank c mod pipeline size.
     """
-    ends = list(accumulate(layers_per_chunk))
     found: dict[str, set[int]] = {}
     for term in terms:
-        chunk = 0 if term.student == EMBEDDING else next(number for number, end in enumerate(ends) if int(term.student[1]) < end)
-        found.setdefault(term.projection, set()).add(chunk)
+        found.setdefault(term.projection, set()).add(stage_of(term.student, layers_per_chunk))
     return {name: sorted(chunks) for name, chunks in found.items()}

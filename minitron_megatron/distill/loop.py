@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -16,14 +17,17 @@ from torch import Tensor
 
 from minitron_megatron.config.schema import Distill, Recipe
 from minitron_megatron.data.batches import Batch, MicroBatches, TokenDataset, collate, micro_batches, of_data_rank
+from minitron_megatron.distill.hidden_training import HiddenTraining
 from minitron_megatron.distill.metrics import MetricsLog, console_line, validation_line
 from minitron_megatron.distill.student import Student, learning_rate_schedule
-from minitron_megatron.distill.teacher import Teacher
+from minitron_megatron.distill.teacher import Teacher, TeacherStates
 from minitron_megatron.distill.training_checkpoint import load_training, save_training
 from minitron_megatron.errors import TrainingError
 from minitron_megatron.model.run import forward_backward, forward_only
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.parallel.world import World
+
+Load = Callable[[tuple[int, ...]], Batch]
 
 
 @dataclass
@@ -66,27 +70,33 @@ class Distillation:
         load = self._loader(self.heldout)
         teacher = self.teacher.states(windows, load)
         batches = [load(ids) for ids in of_data_rank(windows, self.layout.data_rank, self.layout.data)]
-        self.student.model.eval()
-        losses = forward_only(self.student.model, batches, consume=lambda hidden, batch: self.student.loss(teacher, hidden, batch)[2])
-        self.student.model.train()
-        kl, cross_entropy = self._token_means(losses)
+        kl, cross_entropy, tokens = self._over_processes(self._forward_only(teacher, batches)).tolist()
+        kl, cross_entropy = kl / tokens, cross_entropy / tokens
         return {"forward_kl": kl, "cross_entropy": cross_entropy, "perplexity": math.exp(min(cross_entropy, 700))}
 
     def _step(self, step: int) -> dict[str, Any]:
         """One optimizer step over the global batch; the record of it."""
-        began, student = time.monotonic(), self.student
+        began, student, hidden = time.monotonic(), self.student, self.student.hidden
         first, load = step * self.settings.global_batch, self._loader(self.training)
         groups = micro_batches(first, global_batch=self.settings.global_batch, micro_batch=self.settings.micro_batch)
+        if hidden and not hidden.balance.is_set:
+            self._measure(hidden, groups, load)
+        alpha = hidden.balance.alpha if hidden else None
         for chunk in student.wrapped:
             chunk.zero_grad_buffer()
         student.optimizer.zero_grad()
-        teacher = self.teacher.states(groups, load)
-        batches = [load(ids) for ids in of_data_rank(groups, self.layout.data_rank, self.layout.data)]
-        losses = forward_backward(student.model, student.wrapped, batches, partial(student.loss, teacher))
+        sums = self._forward_backward(groups, load)
+        if hidden:
+            self._rebalance(hidden, sums)
         rate = student.optimizer.param_groups[0]["lr"]
         _, gradient_norm, _ = student.optimizer.step()
-        kl, cross_entropy = self._token_means(losses)
+        kl, cross_entropy, tokens, *hidden_sums = sums.tolist()
+        kl, cross_entropy = kl / tokens, cross_entropy / tokens
+        losses = {"forward_kl": kl, "cross_entropy": cross_entropy}
         loss = student.loss_settings.forward_kl * kl + student.loss_settings.cross_entropy * cross_entropy
+        if alpha is not None:
+            losses |= {"hidden": sum(hidden_sums) / tokens, "alpha": float(alpha)}
+            loss += losses["alpha"] * losses["hidden"]
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
             raise TrainingError(
                 f"distill: step {step + 1} has loss {loss} and gradient norm {float(gradient_norm)}; "
@@ -97,8 +107,7 @@ class Distillation:
             "step": step + 1,
             "steps": self.settings.steps,
             "loss": loss,
-            "forward_kl": kl,
-            "cross_entropy": cross_entropy,
+            **losses,
             "gradient_norm": float(gradient_norm),
             "learning_rate": rate,
             "tokens_per_second": self.settings.global_batch * self.settings.sequence_length / seconds,
@@ -106,19 +115,51 @@ class Distillation:
             "seconds": seconds,
         }
 
-    def _loader(self, dataset: TokenDataset) -> Callable[[tuple[int, ...]], Batch]:
+    def _forward_backward(self, groups: MicroBatches, load: Load) -> Tensor:
+        """Teacher, then student; [3 + terms] the step's sums, see _over_processes."""
+        student, hidden = self.student, self.student.hidden
+        teacher = self.teacher.states(groups, load, hidden.wanted if hidden else ())
+        batches = [load(ids) for ids in of_data_rank(groups, self.layout.data_rank, self.layout.data)]
+        with hidden.training() if hidden else nullcontext():
+            before = partial(hidden.expect, teacher) if hidden else None
+            logged = forward_backward(student.model, student.wrapped, batches, partial(student.loss, teacher), before=before)
+        return self._over_processes(logged, hidden)
+
+    def _forward_only(self, teacher: TeacherStates, batches: list[Batch], hidden: HiddenTraining | None = None) -> list[dict[str, Tensor]]:
+        """The student's losses without gradients; those of hidden states too where they are asked for."""
+        model = self.student.model.eval()
+        with hidden.measuring() if hidden else nullcontext():
+            before = partial(hidden.expect, teacher) if hidden else None
+            logged = forward_only(model, batches, before=before, consume=lambda states, batch: self.student.loss(teacher, states, batch)[2])
+        model.train()
+        return logged
+
+    def _measure(self, hidden: HiddenTraining, groups: MicroBatches, load: Load) -> None:
+        """The first α: one forward-only micro-batch of each data-parallel rank, as many as an interleaved schedule takes at once."""
+        some = groups[: self.layout.data * (self.layout.pipeline if self.layout.virtual > 1 else 1)]
+        teacher = self.teacher.states(some, load, hidden.wanted)
+        batches = [load(ids) for ids in of_data_rank(some, self.layout.data_rank, self.layout.data)]
+        self._rebalance(hidden, self._over_processes(self._forward_only(teacher, batches, hidden), hidden))
+
+    def _rebalance(self, hidden: HiddenTraining, sums: Tensor) -> None:
+        """α of the next step; tensors only, so that nothing waits for the device."""
+        hidden.balance.update(self.student.loss_settings.forward_kl * sums[0], sums[3:].sum())
+
+    def _loader(self, dataset: TokenDataset) -> Load:
         """Sample ids → batch on the device; teacher and student of a step share those that both want."""
         return cache(lambda ids: collate(dataset, ids).to(self.world.platform.device))
 
-    def _token_means(self, losses: list[dict[str, Tensor]]) -> tuple[float, float]:
-        """KL and cross-entropy per token over all processes; the last stage's tensor ranks hold equal sums, one speaks."""
-        sums = torch.zeros(3, dtype=torch.float64, device=self.world.platform.device)
-        if self.layout.is_last_stage and self.layout.tensor_rank == 0:
-            for item in losses:
-                sums += torch.stack([item["forward_kl"].double(), item["cross_entropy"].double(), item["tokens"].double()])
+    def _over_processes(self, logged: list[dict[str, Tensor]], hidden: HiddenTraining | None = None) -> Tensor:
+        """[3 + terms] fp64: KL, cross-entropy, tokens and hidden-state losses, summed over all tokens and equal on every process."""
+        names = ("forward_kl", "cross_entropy", "tokens")
+        sums = torch.zeros(len(names), dtype=torch.float64, device=self.world.platform.device)
+        if self.layout.is_last_stage and self.layout.tensor_rank == 0:  # its tensor ranks hold equal sums, one speaks
+            for item in logged:
+                sums += torch.stack([item[name].double() for name in names])
+        if hidden:
+            sums = torch.cat([sums, hidden.take_sums()])
         dist.all_reduce(sums)
-        kl, cross_entropy, tokens = sums.tolist()
-        return kl / tokens, cross_entropy / tokens
+        return sums
 
     def _is_due(self, finished: int, every: int) -> bool:
         return finished % every == 0 or finished == self.settings.steps

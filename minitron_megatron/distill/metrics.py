@@ -62,6 +62,7 @@ def console_line(record: dict[str, Any], remaining_seconds: float) -> str:
         f"distill {step}/{steps} {100 * step // steps}%",
         f"kl {record['forward_kl']:.3f}",
         f"lm {record['cross_entropy']:.2f}",
+        *([f"hidden {record['hidden']:.3f}"] if "hidden" in record else []),
         f"|g| {record['gradient_norm']:.2f}",
         f"lr {record['learning_rate']:.1e}",
         f"{_short(record['tokens_per_second'])} tok/s",

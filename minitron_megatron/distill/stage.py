@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ from minitron_megatron.arch.architecture import Architecture, parameter_count
 from minitron_megatron.artifact import Artifact, require_disk_space
 from minitron_megatron.checkpoint.sharded import load_model, model_state, save_state
 from minitron_megatron.checkpoint.torch_dist import MegatronSource, weights_digest
-from minitron_megatron.config.schema import Parallel, Recipe, TeacherParallel
+from minitron_megatron.config.schema import Distill, Parallel, Recipe, TeacherParallel
 from minitron_megatron.data.samples import evaluation_windows
 from minitron_megatron.data.shared import shared_samples
+from minitron_megatron.distill.hidden_training import HiddenTraining, add_hidden_losses
 from minitron_megatron.distill.loop import Distillation
 from minitron_megatron.distill.output_layer import DistillationOutputLayer
+from minitron_megatron.distill.projection import without_projections
 from minitron_megatron.distill.student import make_student
-from minitron_megatron.distill.teacher import load_teacher
+from minitron_megatron.distill.teacher import Teacher, load_teacher
 from minitron_megatron.errors import ArchitectureError, RecipeError
 from minitron_megatron.model.gpt import StageModel, build_model
 from minitron_megatron.model.precision import torch_dtype
@@ -64,13 +67,14 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
         trainable=True,
     )
     load_model(student, inputs["prune"].path / "checkpoint")
+    hidden = _hidden(settings, teacher, student, inputs["prune"])
     data = inputs["data"].path
     distillation = Distillation(
         settings=settings,
         layout=layout,
         world=world,
         teacher=teacher,
-        student=make_student(student, settings),
+        student=make_student(student, settings, hidden),
         training=shared_samples(
             world,
             data / "train",
@@ -115,6 +119,23 @@ def training_bytes(arch: Architecture, dtype: torch.dtype, checkpoints: int) -> 
     return checkpoints * per_parameter * parameter_count(arch)
 
 
+def _hidden(settings: Distill, teacher: Teacher, student: StageModel, pruned: Artifact) -> HiddenTraining | None:
+    """What the recipe's hidden-state losses need on both sides, by the plan that cut the student."""
+    if settings.hidden is None:
+        return None
+    plan, arch = json.loads((pruned.path / "plan.json").read_text()), teacher.model.architecture
+    hidden = add_hidden_losses(
+        student,
+        settings.hidden,
+        teacher_layers=arch.layers,
+        teacher_hidden=arch.hidden,
+        kept_layers=plan["kept_layers"],
+        channels=plan["channels"],
+    )
+    teacher.listen(hidden.wanted)
+    return hidden
+
+
 def settle_teacher(parallel: Parallel, teacher: Architecture, student: Architecture, dtype: torch.dtype, world: World) -> TeacherParallel:
     """The teacher's layout; `auto` is one without a pipeline, and so without its bubbles, where both models take at most half of the
     memory that is free on every process. It changes no bit of the teacher's states."""
@@ -134,5 +155,5 @@ def _publish_weights(student: StageModel, folder: Path, world: World) -> None:
     if world.is_main:
         (folder / "checkpoint").mkdir(exist_ok=True)
     world.barrier()
-    save_state(model_state(student), folder / "checkpoint")
+    save_state({name: without_projections(chunk) for name, chunk in model_state(student).items()}, folder / "checkpoint")
     world.barrier()

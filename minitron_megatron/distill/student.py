@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
 from minitron_megatron.config.schema import Distill
 from minitron_megatron.data.batches import Batch
+from minitron_megatron.distill.hidden_training import HiddenTraining
 from minitron_megatron.distill.kd_loss import LossSettings
 from minitron_megatron.distill.teacher import TeacherStates
 from minitron_megatron.model.gpt import StageModel
@@ -28,6 +30,7 @@ class Student:
     """One for each chunk of the model."""
     optimizer: MegatronOptimizer
     loss_settings: LossSettings
+    hidden: HiddenTraining | None = None
 
     def loss(self, teacher: TeacherStates, hidden_SBD: Tensor, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(sum of weighted token losses, token count, sums for the log), on the last stage.
@@ -43,21 +46,28 @@ class Student:
         return total, tokens, {"forward_kl": kl, "cross_entropy": cross_entropy, "tokens": tokens.clone()}
 
 
-def make_student(model: StageModel, settings: Distill) -> Student:
+def make_student(model: StageModel, settings: Distill, hidden: HiddenTraining | None = None) -> Student:
     """Wraps a loaded model for training; parameters of bf16 models have an fp32 main copy, gradients are fp32."""
     groups, bf16 = model.layout.groups, model.config.params_dtype == torch.bfloat16
     config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
     wrapped = [DistributedDataParallel(model.config, config, chunk, pg_collection=groups) for chunk in model.chunks]
     optimizer = get_megatron_optimizer(_optimizer_config(settings, bf16), wrapped)
     model.config.grad_scale_func = optimizer.scale_loss
-    model.config.finalize_model_grads_func = finalize_model_grads
+    model.config.finalize_model_grads_func = partial(_finalize, hidden)
     loss = LossSettings(
         forward_kl=settings.loss.get("forward_kl", 0.0),
         cross_entropy=settings.loss.get("cross_entropy", 0.0),
         temperature=settings.temperature,
         chunk_tokens=settings.loss_chunk_tokens,
     )
-    return Student(model.train(), wrapped, optimizer, loss)
+    return Student(model.train(), wrapped, optimizer, loss, hidden)
+
+
+def _finalize(hidden: HiddenTraining | None, wrapped: list[nn.Module], *arguments: Any, **keywords: Any) -> None:
+    """megatron's reductions of a step's gradients, then ours."""
+    finalize_model_grads(wrapped, *arguments, **keywords)
+    if hidden:
+        hidden.sum_shared_gradients(wrapped)
 
 
 def learning_rate_schedule(optimizer: Any, settings: Distill, finished_steps: int) -> OptimizerParamScheduler:

@@ -9,9 +9,10 @@ vocabulary, E teacher's hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,8 @@ from minitron_megatron.checkpoint.torch_dist import MegatronSource
 from minitron_megatron.data.batches import Batch, MicroBatches, of_data_rank
 from minitron_megatron.distill.exchange import Exchange, Route, StateShape
 from minitron_megatron.distill.handover import HandoverStore, Held
+from minitron_megatron.distill.hidden_map import StateName, stage_of
+from minitron_megatron.distill.hidden_states import StateCapture
 from minitron_megatron.distill.kd_loss import TeacherTarget
 from minitron_megatron.model.gpt import StageModel, build_model, padded_vocab
 from minitron_megatron.model.run import forward_only
@@ -30,8 +33,15 @@ from minitron_megatron.parallel.collectives import gather_first
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.platform import Platform
 
-FINAL = "final"
+FINAL: StateName = ("final",)
 """The last hidden states, behind the final norm."""
+
+
+class Wanted(NamedTuple):
+    """A state of the teacher and the student's (virtual) stage that is held against it."""
+
+    state: StateName
+    stage: int
 
 
 @dataclass
@@ -45,29 +55,44 @@ class Teacher:
     exchange: Exchange
     budget_bytes: float
     platform: Platform
+    capture: StateCapture | None = None
+    """Of the inner states that hidden-state losses compare."""
 
-    def states(self, groups: MicroBatches, load: Callable[[tuple[int, ...]], Batch]) -> TeacherStates:
+    def listen(self, wanted: Iterable[Wanted]) -> None:
+        """Hooks on the states that hidden-state losses will ask for."""
+        self.capture = StateCapture(self.model.chunks, [item.state for item in wanted])
+
+    def states(self, groups: MicroBatches, load: Callable[[tuple[int, ...]], Batch], wanted: Sequence[Wanted] = ()) -> TeacherStates:
         """Runs all micro-batches of a global batch and brings their states to the student's ranks; every process calls this.
 
-        load: sample ids → batch on the device.
+        load: sample ids → batch on the device. wanted: inner states, the same on every process; the final ones always come.
         """
-        layout = self.model.layout
-        made, wanted = (HandoverStore(self.budget_bytes, self.platform.device) for _ in range(2))
-        mine = of_data_rank(groups, layout.data_rank, layout.data)
+        layout, stores = self.model.layout, [HandoverStore(self.budget_bytes, self.platform.device) for _ in range(2)]
+        made, arrived = stores
+        last = Wanted(FINAL, self.student.pipeline * self.student.virtual - 1)
 
         def hold(hidden_sBE: Tensor, batch: Batch) -> None:
-            made.put((FINAL, ids_of(batch)), Held(hidden_sBE.detach(), layout.sequence_parallel))
+            made.put((last, ids_of(batch)), Held(hidden_sBE.detach(), layout.sequence_parallel))
 
-        batches = [load(ids) for ids in mine]
-        forward_only(self.model, batches, consume=hold)
+        def hold_inner(batch: Batch) -> None:
+            found = self.capture.take() if self.capture else {}
+            for item in wanted:
+                if item.state in found:
+                    made.put((item, ids_of(batch)), Held(found[item.state], layout.sequence_parallel))
+
+        batches = [load(ids) for ids in of_data_rank(groups, layout.data_rank, layout.data)]
+        forward_only(self.model, batches, consume=hold, after=hold_inner)
         if groups:
-            example = load(groups[0])
-            samples, sequence = example.tokens_BS.shape
-            config = self.model.config
-            shape = StateShape(sequence, samples, config.hidden_size, config.params_dtype)
-            routes = [Route(FINAL, layout.pipeline - 1, self.student.pipeline - 1)]
-            self.exchange.run(routes, groups, made, wanted, shape)
-        return TeacherStates(self, wanted)
+            self.exchange.run([self._route(item) for item in (last, *wanted)], groups, made, arrived, self._shape(load(groups[0])))
+        return TeacherStates(self, arrived)
+
+    def _route(self, wanted: Wanted) -> Route:
+        source = self.model.layout.pipeline - 1 if wanted.state == FINAL else stage_of(wanted.state, self.model.layers_per_stage())
+        return Route(wanted, source, wanted.stage % self.student.pipeline)
+
+    def _shape(self, batch: Batch) -> StateShape:
+        samples, sequence = batch.tokens_BS.shape
+        return StateShape(sequence, samples, self.model.config.hidden_size, self.model.config.params_dtype)
 
 
 class TeacherStates:
@@ -75,25 +100,34 @@ class TeacherStates:
 
     def __init__(self, teacher: Teacher, held: HandoverStore) -> None:
         self._teacher, self._held = teacher, held
+        self._last = Wanted(FINAL, teacher.student.pipeline * teacher.student.virtual - 1)
 
     def target(self, batch: Batch) -> TeacherTarget:
         """What the student of this micro-batch is held against; the states are handed out once and forgotten."""
         if self._teacher.output_weight_vE is None:
             raise RuntimeError("the teacher's output weight is only on the student's last stage")
         return TeacherTarget(
-            hidden_NE=self.whole(FINAL, batch).flatten(0, 1),
+            hidden_NE=self.whole(self._last, batch).flatten(0, 1),
             weight_vE=self._teacher.output_weight_vE,
             labels_N=batch.labels_BS.t().flatten(),
             token_weights_N=batch.loss_mask_BS.t().flatten(),
         )
 
-    def whole(self, name: str, batch: Batch) -> Tensor:
+    def whole(self, wanted: Wanted, batch: Batch) -> Tensor:
         """[S, B, E] on every tensor rank of the student."""
-        held = self._held.take((name, ids_of(batch)))
+        held = self._held.take((wanted, ids_of(batch)))
         if not held.sharded:
             return held.states
         gathered = gather_first(held.states, self._teacher.student.groups.tp)
         return gathered.flatten(0, 1)[: batch.tokens_BS.shape[1]]
+
+    def own_part(self, wanted: Wanted, batch: Batch) -> Tensor:
+        """[s, B, E] the part of the sequence that this rank's student works on: all of it without sequence parallelism."""
+        student = self._teacher.student
+        if not student.sequence_parallel:
+            return self.whole(wanted, batch)
+        held = self._held.take((wanted, ids_of(batch)))
+        return held.states if held.sharded else held.states.chunk(student.tensor)[student.tensor_rank]
 
 
 def ids_of(batch: Batch) -> tuple[int, ...]:

@@ -114,6 +114,19 @@ class StageModel:
         """The chunk that holds the output layer, where this is the last stage."""
         return self.chunks[-1]
 
+    def layers_per_stage(self) -> list[int]:
+        """Layers of every (virtual) stage of the whole model, in the order of its depth; stage n stands on pipeline rank n mod pipeline."""
+        stages = self.config.pipeline_model_parallel_layout
+        if stages is None:
+            return [self.architecture.layers]
+        numbers = range(self.layout.pipeline * self.layout.virtual)
+        pipeline = self.layout.pipeline
+        return [stages.get_num_layers_to_build(vp_stage=number // pipeline, pp_rank=number % pipeline) for number in numbers]
+
+    def stage_number(self, chunk: int) -> int:
+        """Which of these stages a chunk of this process is."""
+        return self.layout.stage + chunk * self.layout.pipeline
+
     def layers(self) -> Iterator[Any]:
         """This process's TransformerLayers; `layer_number` counts over the whole model, from 1."""
         for chunk in self.chunks:

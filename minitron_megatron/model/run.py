@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
@@ -22,8 +22,18 @@ from minitron_megatron.data.batches import Batch, filler
 from minitron_megatron.errors import LayoutError
 from minitron_megatron.model.gpt import StageModel
 
+BeforeChunk = Callable[[int, Batch], None]
+"""Called with the number of this process's chunk and the micro-batch, ahead of the micro-batch's forward pass through the chunk."""
 LossFunction = Callable[[Tensor, Batch], tuple[Tensor, Tensor, dict[str, Tensor]]]
 """(hidden states, batch) → (sum of weighted token losses, integer token count, detached values for the log)."""
+
+
+class Turn(NamedTuple):
+    """A micro-batch on its way through one chunk."""
+
+    chunk: int
+    position: int
+    batch: Batch
 
 
 @torch.no_grad()
@@ -32,6 +42,7 @@ def forward_only(
     batches: list[Batch],
     *,
     consume: Callable[[Tensor, Batch], Any] | None = None,
+    before: BeforeChunk | None = None,
     after: Callable[[Batch], None] | None = None,
     filling: Sequence[Batch] = (),
 ) -> list[Any]:
@@ -45,8 +56,10 @@ def forward_only(
     whole = [*batches, *filling]
     whole += [filler(batch) for batch in whole[-1:]] * _missing(model, len(whole))
 
-    def step(iterator: Iterator[tuple[int, Batch]], chunk: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-        position, batch = next(iterator)
+    def step(iterator: Iterator[Turn], chunk: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        number, position, batch = next(iterator)
+        if before:
+            before(number, batch)
         hidden = chunk(batch.tokens_BS, batch.position_ids_BS, None)
         if after:
             after(batch)
@@ -65,12 +78,11 @@ def forward_backward(
     batches: list[Batch],
     loss: LossFunction,
     *,
-    before: Callable[[Batch], None] | None = None,
+    before: BeforeChunk | None = None,
 ) -> list[dict[str, Tensor]]:
     """One step's micro-batches forward and backward; gradients lie in the wrapped (data-parallel) chunks afterwards.
 
-    before: called ahead of a micro-batch's forward pass through a chunk. Returns the logged values of each micro-batch on the last
-    stage, an empty list on the others.
+    Returns the logged values of each micro-batch on the last stage, an empty list on the others.
     """
     if _missing(model, len(batches)):
         raise LayoutError(
@@ -78,10 +90,10 @@ def forward_backward(
             f"but there are {len(batches)}; choose distill.global_batch accordingly, or parallel.virtual=1"
         )
 
-    def step(iterator: Iterator[tuple[int, Batch]], chunk: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-        _, batch = next(iterator)
+    def step(iterator: Iterator[Turn], chunk: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        number, _, batch = next(iterator)
         if before:
-            before(batch)
+            before(number, batch)
         return chunk(batch.tokens_BS, batch.position_ids_BS, None), lambda hidden: loss(hidden, batch)
 
     return _schedule(model, wrapped)(step, batches, forward_only=False)
@@ -103,8 +115,8 @@ def _schedule(model: StageModel, chunks: Sequence[nn.Module]) -> Callable[..., l
 
 
 def _call(schedule: Callable[..., list[Any]], chunks: Sequence[nn.Module], step: Any, batches: list[Batch], **arguments: Any) -> list[Any]:
-    """Every chunk draws each batch once, with its position."""
-    iterators: Any = [iter(enumerate(batches)) for _ in chunks]
+    """Every chunk draws each batch once."""
+    iterators: Any = [iter([Turn(number, position, batch) for position, batch in enumerate(batches)]) for number in range(len(chunks))]
     samples, sequence = batches[0].tokens_BS.shape
     return schedule(
         forward_step_func=step,

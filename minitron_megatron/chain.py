@@ -62,7 +62,13 @@ def stage_id(stage: Stage, recipe: Recipe, inputs: dict[str, Artifact]) -> str:
 
 
 def stage_settings(stage: Stage, recipe: Recipe) -> dict[str, Any]:
-    return {section: getattr(recipe, section).model_dump(mode="json") for section in stage.sections}
+    return {section: getattr(recipe, section).shaping() for section in stage.sections}
+
+
+def stage_inputs(stage: Stage, recipe: Recipe) -> tuple[str, ...]:
+    """The stages whose artifacts it reads under this recipe: pruning by scores from elsewhere needs no importance pass of this run."""
+    spared = ("importance",) if stage.name == "prune" and not recipe.prune.reads_importance else ()
+    return tuple(name for name in stage.inputs if name not in spared)
 
 
 def refuse_foreign_inputs(inputs: dict[str, Artifact], recipe: Recipe, recipe_path: str) -> None:
@@ -82,7 +88,7 @@ def refuse_foreign_inputs(inputs: dict[str, Artifact], recipe: Recipe, recipe_pa
 
 def finished(stage: Stage, recipe: Recipe) -> Artifact | None:
     """The stage's artifact where it is published and its inputs and settings are unchanged."""
-    inputs = {name: find_artifact(run_folder(recipe), name) for name in stage.inputs}
+    inputs = {name: find_artifact(run_folder(recipe), name) for name in stage_inputs(stage, recipe)}
     artifact = find_artifact(run_folder(recipe), stage.name)
     known = {name: found for name, found in inputs.items() if found is not None}
     if artifact is None or len(known) < len(inputs) or artifact.id != stage_id(stage, recipe, known):
@@ -93,7 +99,7 @@ def finished(stage: Stage, recipe: Recipe) -> Artifact | None:
 def run_stage(stage: Stage, recipe: Recipe, recipe_path: str, world: World) -> Artifact | None:
     """Runs a stage in this process (one of world.size) and publishes its artifact; returned on the main process."""
     folder, started = run_folder(recipe), time.monotonic()
-    inputs = {name: open_artifact(folder, name, recipe_path) for name in stage.inputs}
+    inputs = {name: open_artifact(folder, name, recipe_path) for name in stage_inputs(stage, recipe)}
     refuse_foreign_inputs(inputs, recipe, recipe_path)
     identity = stage_id(stage, recipe, inputs)
     with draft(folder, stage.name, identity) if world.is_main else nullcontext(partial_folder(folder, stage.name)) as partial:

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Annotated, NamedTuple
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from minitron_megatron import __version__
 from minitron_megatron.errors import MinitronError
 
+
+class _Verbs(TyperGroup):
+    """Verbs of one word, and of two (`importance merge`) where the first one is a verb with a recipe, too."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        two = " ".join(args[:2])
+        return super().resolve_command(ctx, [two, *args[2:]] if two in self.commands else args)
+
+
 app = typer.Typer(
+    cls=_Verbs,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -32,6 +44,8 @@ class StageHelp(NamedTuple):
     what: str
     writes: str
     example: str = ""
+    beside: str = ""
+    """Where to read on."""
 
 
 STAGE_HELP = {
@@ -49,6 +63,7 @@ STAGE_HELP = {
         "Score layers, FFN neurons, attention heads and embedding channels in one forward pass.",
         "scores.safetensors (sums from which every aggregation follows), summary.json",
         "importance.samples=1024",
+        " · Adding passes over other samples: `minitron importance merge --help`",
     ),
     "prune": StageHelp(
         "Cut the source down to the target architecture, tensor by tensor.",
@@ -78,7 +93,7 @@ def _stage_command(name: str) -> None:
         name,
         short_help=told.what,
         help=f"{told.what}\n\nWrites `runs/NAME/{name}/`: {told.writes}.",
-        epilog=f"Example: `minitron {name} {DEMO} {told.example}`".strip(),
+        epilog=f"Example: `minitron {name} {DEMO} {told.example}`{told.beside}",
         rich_help_panel="Stages, in order",
     )
     def command(recipe: RecipePath, overrides: Overrides = None) -> None:
@@ -116,6 +131,24 @@ def doctor() -> None:
 
 for _name in STAGE_HELP:
     _stage_command(_name)
+
+
+@app.command(
+    "importance merge",
+    short_help="Add the scores of several passes: other data shards, other days.",
+    help="Add the scores of passes over other samples (data shards, days) of one model into the file that one pass over all would give.\n\n"
+    "The passes differ in `data` or in `importance.skip_samples`; `prune.scores_file=FILE` prunes by the result.",
+    epilog="Example: `minitron importance merge runs/monday/importance runs/tuesday/importance --output merged.safetensors`",
+    rich_help_panel="Beside the stages",
+)
+def merge_importance(
+    parts: Annotated[list[Path], typer.Argument(metavar="PART", help="two or more scores.safetensors files, or importance artifacts that hold one")],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="where the merged scores go")] = Path("merged_scores.safetensors"),
+) -> None:
+    from minitron_megatron.scores.merge import merge_files
+
+    merged = merge_files(parts, output)
+    print(f"{output}: {merged.samples} samples of {len(merged.origin['parts'])} parts; prune by them with: prune.scores_file={output}")
 
 
 @app.callback(invoke_without_command=True)

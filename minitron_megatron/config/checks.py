@@ -49,6 +49,8 @@ def check_recipe(recipe: Recipe, source: Architecture) -> Architecture:
     problems += _shape_problems(recipe) + _teacher_problems(recipe, source)
     problems += _length_problems(recipe, source)
     problems += _batch_problems(recipe)
+    if recipe.prune.scores_file and recipe.prune.scores != "activation":
+        problems.append(f"prune.scores_file holds activation scores, but prune.scores={recipe.prune.scores}; leave one of them out")
     if problems:
         raise RecipeError(list(dict.fromkeys(problems)))
     return target

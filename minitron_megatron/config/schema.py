@@ -13,8 +13,17 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 Aggregation = Literal["mean", "l2", "variance"]
 
 
+UNSHAPING = "no part of a result's identity"
+"""Marks a field (Annotated[int, UNSHAPING]) that says how the work is done and leaves what comes out as it is."""
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def shaping(self) -> dict[str, Any]:
+        """The values that shape a stage's result: every field but those marked UNSHAPING."""
+        unshaping = {name for name, field in type(self).model_fields.items() if UNSHAPING in field.metadata}
+        return self.model_dump(mode="json", exclude=unshaping)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -104,9 +113,13 @@ class Importance(Section):
     """One forward pass over calibration samples (P1 section 2.2)."""
 
     samples: int = Field(1024, ge=1, description="packed calibration samples")
+    skip_samples: int = Field(0, ge=0, description="the first sample measured; `minitron importance merge` adds passes over other samples")
     sequence_length: int = Field(4096, ge=2, description="tokens of each sample")
     micro_batch: int = Field(1, ge=1, description="samples in one forward pass")
     seed: int = Field(1234, ge=0, description="order in which documents are packed into samples")
+    save_every_samples: Annotated[int, UNSHAPING] = Field(
+        64, ge=1, description="samples after which an interrupted pass continues; rounded up to 16 for every data-parallel process"
+    )
 
 
 class Target(Section):
@@ -126,8 +139,14 @@ class Prune(Section):
 
     target: Target
     scores: Literal["activation", "magnitude", "random"] = Field("activation", description="magnitude and random are baselines")
+    scores_file: str | None = Field(None, description="scores of a merge or of another run, in place of this run's importance stage")
     aggregation: ImportanceAggregation = ImportanceAggregation()
     seed: int = Field(0, ge=0, description="of the random baseline")
+
+    @property
+    def reads_importance(self) -> bool:
+        """Whether the scores are those of this run's importance stage."""
+        return self.scores == "activation" and self.scores_file is None
 
 
 class LearningRate(Section):

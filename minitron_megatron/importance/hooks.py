@@ -1,19 +1,20 @@
 """Forward hooks that collect token sums of one micro-batch; they do not communicate, reduce or score.
 
+What is scored (P1 section 2.2): a head by its output before the projection, an FFN neuron by the input of the second matrix, an
+embedding channel by the outputs of both norms of every layer; a layer by Block Influence (P2 section 2.2).
+
 Legend: S this rank's tokens of a sample, B samples, C this rank's units, D hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from minitron_megatron.model.gpt import StageModel
 
 
 class MicroBatchSums:
@@ -29,10 +30,10 @@ class MicroBatchSums:
 
 
 @contextmanager
-def collecting(model: StageModel) -> Iterator[MicroBatchSums]:
-    """Hooks on every layer of this process while the context is open."""
+def collecting(layers: Iterable[nn.Module]) -> Iterator[MicroBatchSums]:
+    """Hooks on these layers, all that this process holds, while the context is open."""
     found = MicroBatchSums()
-    handles = [handle for layer in model.layers() for handle in _hook_layer(layer, found)]
+    handles = [handle for layer in layers for handle in _hook_layer(layer, found)]
     try:
         yield found
     finally:

@@ -1,4 +1,4 @@
-"""From the ranks' sums to one set of statistics: sums first, over every group; roots are for whoever reads the file."""
+"""From the ranks' sums to one set of statistics: sums first, over every group; roots are for whoever reads the file (P1 section 2.2)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from minitron_megatron.importance.hooks import MicroBatchSums
 from minitron_megatron.parallel.collectives import sum_over
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.parallel.world import World
-from minitron_megatron.scores.statistics import INFLUENCE
+from minitron_megatron.scores.statistics import INFLUENCE, Key
 
 SEQUENCE_SHARDED = ("attention_norm", "mlp_norm")
 """Axes whose hooks see a part of the sequence under sequence parallelism; the others see all of it and a part of the units."""
@@ -29,43 +29,31 @@ def complete_over_sequence(found: MicroBatchSums, layout: Layout) -> None:
         value.copy_(total.view_as(value))
 
 
-def reduce_statistics(blocks: BlockSums, layout: Layout, world: World) -> dict[tuple[int, str], Tensor] | None:
-    """Every layer's sums over all samples, with all units; on the main process, None elsewhere."""
-    totals = {key: _over_blocks(value, layout) for key, value in _every_key(blocks, layout, world).items()}
-    part = {"tensor_rank": layout.tensor_rank, "totals": {key: value.cpu() for key, value in totals.items()}}
-    mine: Any = part if layout.data_rank == 0 else None
+def gather_blocks(sums: BlockSums, layout: Layout, world: World) -> dict[int, dict[Key, Tensor]]:
+    """Block → every layer's sums with all units, on the main process; nothing elsewhere. Each block comes from the ranks that own it."""
+    mine = layout.tensor_rank, {block: {key: value.cpu() for key, value in values.items()} for block, values in sums.blocks.items()}
     if world.size == 1:
         return _join([mine])
     gathered: list[Any] | None = [None] * world.size if world.is_main else None
     dist.gather_object(mine, gathered, dst=0)
-    return _join([part for part in gathered if part]) if gathered else None
+    return _join(gathered or [])
 
 
-def _every_key(blocks: BlockSums, layout: Layout, world: World) -> dict[tuple[int, str], Tensor]:
-    """A data-parallel rank without samples takes part with zeros; the first one, which always has some, tells the shapes."""
-    if layout.data == 1:
-        return blocks.sums
-    shapes = [{key: value.shape for key, value in blocks.sums.items()}]
-    dist.broadcast_object_list(shapes, group=layout.groups.dp, group_src=0)
-    zeros = {key: torch.zeros(shape, dtype=torch.float64, device=world.platform.device) for key, shape in shapes[0].items()}
-    return {**zeros, **blocks.sums}
+def fold(totals: dict[Key, Tensor], blocks: dict[int, dict[Key, Tensor]]) -> dict[Key, Tensor]:
+    """The totals with blocks added in their order, the only one: every layout and every interrupted pass gives the same bits."""
+    folded = dict(totals)
+    for block in sorted(blocks):
+        for key, value in blocks[block].items():
+            folded[key] = folded[key] + value if key in folded else value
+    return folded
 
 
-def _over_blocks(blocks: Tensor, layout: Layout) -> Tensor:
-    """A block is zero on every data-parallel rank but its owner's, so the reduction is exact; then blocks in order."""
-    complete = sum_over(blocks, layout.groups.dp)
-    total = torch.zeros_like(complete[0])
-    for block in complete:
-        total += block
-    return total
-
-
-def _join(parts: list[dict[str, Any]]) -> dict[tuple[int, str], Tensor]:
+def _join(parts: list[tuple[int, dict[int, dict[Key, Tensor]]]]) -> dict[int, dict[Key, Tensor]]:
     """Units of the tensor ranks side by side; axes that every tensor rank sees whole are taken once."""
-    joined: dict[tuple[int, str], list[Tensor]] = {}
-    for part in sorted(parts, key=lambda part: part["tensor_rank"]):
-        for (layer, axis), value in part["totals"].items():
-            if axis in (*SEQUENCE_SHARDED, INFLUENCE) and part["tensor_rank"] > 0:
-                continue
-            joined.setdefault((layer, axis), []).append(value)
-    return {key: torch.cat(values, dim=-1) if len(values) > 1 else values[0] for key, values in sorted(joined.items())}
+    pieces: dict[int, dict[Key, list[Tensor]]] = {}
+    for tensor_rank, blocks in sorted(parts, key=lambda part: part[0]):
+        for block, sums in blocks.items():
+            for key, value in sums.items():
+                if tensor_rank == 0 or key[1] not in (*SEQUENCE_SHARDED, INFLUENCE):
+                    pieces.setdefault(block, {}).setdefault(key, []).append(value)
+    return {block: {key: torch.cat(values, dim=-1) for key, values in sums.items()} for block, sums in pieces.items()}

@@ -1,56 +1,52 @@
-"""Stage `importance`: calibration samples through the source model, hooks on, scores out."""
+"""Stage `importance`: calibration samples through the source model, hooks on, scores out (P1 section 2.2)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.artifact import Artifact, write_json
 from minitron_megatron.checkpoint.sharded import load_model
-from minitron_megatron.config.schema import Importance, ImportanceAggregation, Recipe
-from minitron_megatron.data.batches import FILLING, Batch, collate
+from minitron_megatron.config.schema import Importance, Recipe
+from minitron_megatron.data.batches import FILLING, Batch, TokenDataset, collate
 from minitron_megatron.data.shared import shared_samples
-from minitron_megatron.importance.accumulate import BlockSums, blocks_of, samples_of_rank
+from minitron_megatron.importance.accumulate import BlockSums, samples_of_rank, segments
 from minitron_megatron.importance.hooks import MicroBatchSums, collecting
-from minitron_megatron.importance.reduce import complete_over_sequence, reduce_statistics
+from minitron_megatron.importance.reduce import complete_over_sequence, fold, gather_blocks
+from minitron_megatron.importance.resume import load_finished, save_finished
 from minitron_megatron.model.gpt import StageModel, build_model
 from minitron_megatron.model.precision import torch_dtype
 from minitron_megatron.model.run import forward_only
 from minitron_megatron.parallel.layout import Layout, global_layout
 from minitron_megatron.parallel.world import World
 from minitron_megatron.progress import progress
+from minitron_megatron.scores.margins import save_scores
 from minitron_megatron.scores.statistics import Statistics
-from minitron_megatron.scores.units import UnitScores, activation_scores
+from minitron_megatron.scores.units import UnitScores
 
-SCRATCH = ("cache",)
-"""Removed once the artifact is published."""
+SCRATCH = ("cache", "finished")
+"""Removed once the artifact is published: until then an interrupted start continues from them."""
 
 
 def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: World) -> dict[str, Any]:
-    """Writes scores.safetensors (sufficient statistics) and summary.json (default scores, for people and the report)."""
+    """Writes scores.safetensors (sufficient statistics, margins) and summary.json (default scores, for people and the report)."""
     settings, layout = recipe.importance, global_layout(recipe.parallel, world)
     arch = Architecture.from_dict(inputs["import"].result["architecture"])
     # the last micro-batch of a block may be smaller, which pipeline stages have to tell each other
     uneven = settings.micro_batch > 1
     model = build_model(arch, layout, world.platform, torch_dtype(recipe.precision), output_layer=None, variable_lengths=uneven)
     load_model(model, inputs["import"].path / "checkpoint")
-    batches = _calibration_batches(settings, inputs["data"], folder, layout, world)
-    sums = measure(model, batches, blocks_of(settings.samples), world)
-    totals = reduce_statistics(sums, layout, world)
+    samples = _calibration_samples(settings, inputs["data"], folder, world)
+    none_yet = Statistics(arch, 0, {}, _origin(recipe, inputs))
+    statistics = measure_all(model, samples, settings, none_yet, folder / "finished", world)
+    if world.is_main:
+        write_json(folder / "summary.json", _summary(save_scores(statistics, folder / "scores.safetensors")))
     tokens = settings.samples * settings.sequence_length
-    if totals is not None:
-        origin = {
-            "model": inputs["import"].result["weights_sha256"],
-            "data": inputs["data"].result["parts"]["train"]["sha256"],
-            "sequence_length": settings.sequence_length,
-            "precision": recipe.precision,
-        }
-        statistics = Statistics(arch, settings.samples, totals, origin)
-        statistics.save(folder / "scores.safetensors")
-        default = ImportanceAggregation()
-        write_json(folder / "summary.json", _summary(activation_scores(statistics, batch=default.batch, sequence=default.sequence)))
     return {
         "summary": f"{settings.samples} × {settings.sequence_length} = {tokens:,} tokens, {layout.describe()}, {recipe.precision}",
         "samples": settings.samples,
@@ -58,13 +54,33 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
     }
 
 
-def measure(model: StageModel, batches: list[Batch], blocks: int, world: World) -> BlockSums:
+def measure_all(model: StageModel, samples: TokenDataset, settings: Importance, none_yet: Statistics, finished: Path, world: World) -> Statistics:
+    """Measures what is not finished yet, segment by segment; whole on the main process.
+
+    finished: folder with the statistics of the segments before an interruption, whatever layout measured them.
+    """
+    statistics = load_finished(finished, none_yet, world)
+    layout, stop = model.layout, settings.skip_samples + settings.samples
+    left = range(settings.skip_samples + statistics.samples, stop)
+    micro_batches = len(samples_of_rank(left, 0, layout.data, settings.micro_batch))
+    with progress("importance", micro_batches * len(model.chunks), world) as advance:
+        for segment in segments(left, settings.save_every_samples, layout.data):
+            groups = samples_of_rank(segment, layout.data_rank, layout.data, settings.micro_batch)
+            sums = measure(model, [_batch(samples, ids, segment.start).to(world.platform.device) for ids in groups], advance)
+            totals = fold(statistics.sums, gather_blocks(sums, layout, world))
+            statistics = replace(statistics, samples=statistics.samples + len(segment), sums=totals)
+            if world.is_main and segment.stop < stop:
+                save_finished(finished, statistics)
+    return statistics
+
+
+def measure(model: StageModel, batches: list[Batch], advance: Callable[[], None]) -> BlockSums:
     """The forward pass: this process's layers, units and samples."""
-    sums = BlockSums(blocks)
-    with collecting(model) as found, progress("importance", len(batches) * len(model.chunks), world) as advance:
+    sums = BlockSums()
+    with collecting(model.layers()) as found:
 
         def after(batch: Batch) -> None:
-            if FILLING in batch.sample_ids_B:
+            if (batch.sample_ids_B == FILLING).all():
                 found.clear()
                 return
             _accumulate(sums, found, batch, model.layout)
@@ -85,18 +101,39 @@ def _accumulate(sums: BlockSums, found: MicroBatchSums, batch: Batch, layout: La
     found.clear()
 
 
-def _calibration_batches(settings: Importance, data: Artifact, folder: Path, layout: Layout, world: World) -> list[Batch]:
-    samples = shared_samples(
+def _calibration_samples(settings: Importance, data: Artifact, folder: Path, world: World) -> TokenDataset:
+    return shared_samples(
         world,
         data.path / "train",
-        samples=settings.samples,
+        samples=settings.skip_samples + settings.samples,
         sequence_length=settings.sequence_length,
         seed=settings.seed,
         cache=folder / "cache",
         repeat=False,
     )
-    groups = samples_of_rank(settings.samples, layout.data_rank, layout.data, settings.micro_batch)
-    return [collate(samples, ids).to(world.platform.device) for ids in groups]
+
+
+def _batch(samples: TokenDataset, ids: Sequence[int], stand_in: int) -> Batch:
+    """A micro-batch; a dummy runs the stand-in's tokens under its own id, which counts for nothing."""
+    batch = collate(samples, [stand_in if sample == FILLING else sample for sample in ids])
+    return replace(batch, sample_ids_B=torch.tensor(ids, dtype=torch.int64))
+
+
+def _origin(recipe: Recipe, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+    """What is measured on what: parts that agree in all but `parts` can be merged."""
+    settings = recipe.importance
+    part = {
+        "data": inputs["data"].result["parts"]["train"]["sha256"],
+        "seed": settings.seed,
+        "first_sample": settings.skip_samples,
+        "samples": settings.samples,
+    }
+    return {
+        "model": inputs["import"].result["weights_sha256"],
+        "sequence_length": settings.sequence_length,
+        "precision": recipe.precision,
+        "parts": [part],
+    }
 
 
 def _summary(scores: UnitScores) -> dict[str, Any]:

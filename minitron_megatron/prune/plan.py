@@ -6,7 +6,7 @@ Legend: D hidden, F ffn, H query heads, G key/value groups.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.errors import PlanError
+from minitron_megatron.scores.margins import margin_at
 from minitron_megatron.scores.units import UnitScores
 
 
@@ -28,6 +29,8 @@ class PrunePlan:
     ffn: dict[int, list[int]]
     heads: dict[int, list[int]]
     channels: list[int]
+    margins: dict[str, Any] = field(default_factory=dict)
+    """Gap at the cut over the axis's largest score: ffn and heads (the closest group's) by source layer, channels, layers; None: nothing is cut."""
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(self.to_dict()) + "\n")
@@ -40,6 +43,7 @@ class PrunePlan:
             "ffn": self.ffn,
             "heads": self.heads,
             "channels": self.channels,
+            "margins": self.margins,
         }
 
     @property
@@ -62,7 +66,19 @@ def make_plan(scores: UnitScores, source: Architecture, target: Architecture) ->
         ffn={layer: top(scores.ffn[layer], target.ffn) for layer in layers},
         heads={layer: top_heads(scores.heads[layer], source.kv_groups, target.heads_per_group) for layer in layers},
         channels=top(scores.channels, target.hidden),
+        margins=margins_of(scores, layers, source, target),
     )
+
+
+def margins_of(scores: UnitScores, layers: list[int], source: Architecture, target: Architecture) -> dict[str, Any]:
+    """How clear the plan's cuts are: a unit whose score is known only to this margin could as well have been kept or cut."""
+    grouped = {layer: scores.heads[layer].view(source.kv_groups, -1) for layer in layers}
+    return {
+        "ffn": {layer: margin_at(scores.ffn[layer], target.ffn) for layer in layers},
+        "heads": {layer: margin_at(heads_GP, target.heads_per_group) for layer, heads_GP in grouped.items()},
+        "channels": margin_at(scores.channels, target.hidden),
+        "layers": margin_at(scores.layers, target.layers),
+    }
 
 
 def top(scores: Tensor, count: int) -> list[int]:

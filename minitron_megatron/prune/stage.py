@@ -45,12 +45,20 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path) -> dict[st
     }
 
 
+def outside_files(recipe: Recipe) -> list[Path]:
+    """The scores file that is not this run's, for the artifact's id; raises ArtifactError where it is missing."""
+    file = recipe.prune.scores_file
+    if file is not None and not Path(file).is_file():
+        raise ArtifactError(f"prune.scores_file={file}: no such file; make it with: minitron importance merge A B --output {file}")
+    return [Path(file)] if file is not None else []
+
+
 def _scores(settings: Prune, inputs: Mapping[str, Artifact], source: MegatronSource) -> UnitScores:
     if settings.scores == "random":
         return random_scores(source.arch, settings.seed)
     if settings.scores == "magnitude":
         return magnitude_scores(((row, source.read(row)) for row in tensor_table(source.arch)), source.arch)
-    path = inputs["importance"].path / "scores.safetensors"
+    path = Path(settings.scores_file) if settings.scores_file else inputs["importance"].path / "scores.safetensors"
     statistics = Statistics.load(path)
     if statistics.origin.get("model") != inputs["import"].result["weights_sha256"]:
         raise ArtifactError(f"{path} was measured on another model than {inputs['import'].path}; make it anew with: minitron importance RECIPE")

@@ -1,4 +1,4 @@
-"""Sufficient statistics of the importance pass: merging, resuming and every aggregation need no new pass.
+"""Sufficient statistics of the importance pass (P1 section 2.2): merging, resuming and every aggregation need no new pass.
 
 For each axis and layer, over samples: Σ a and Σ a² of each sequence aggregate a (mean |x|, L2, variance), fp64.
 """
@@ -6,6 +6,7 @@ For each axis and layer, over samples: Σ a and Σ a² of each sequence aggregat
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,10 @@ AXES = ("ffn", "heads", "attention_norm", "mlp_norm")
 """Input of the second FFN matrix · head outputs before the projection · outputs of the two norms of a layer."""
 INFLUENCE = "influence"
 """Mean over a sample's tokens of cos(layer input, layer output); one unit."""
+Key = tuple[int, str]
+"""(global layer, axis)"""
+MARGINS = "margins."
+"""Start of the names of what is derived from the sums, for people and programs that do not rank: scores/margins.py."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +36,18 @@ class Statistics:
 
     arch: Architecture
     samples: int
-    sums: dict[tuple[int, str], Tensor]
+    sums: dict[Key, Tensor]
     origin: dict[str, Any] = field(default_factory=dict)
-    """What was measured on what: model and data ids, sequence length, precision."""
+    """What was measured on what: model's digest, sequence length, precision; parts: data's digest, seed, first_sample and samples of each."""
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, margins: Mapping[str, Tensor] | None = None) -> None:
+        """Through a temporary file, so that a reader never sees half of it."""
         tensors = {f"layers.{layer}.{axis}": value.contiguous() for (layer, axis), value in self.sums.items()}
+        tensors |= {MARGINS + name: value.contiguous() for name, value in (margins or {}).items()}
         header = {"architecture": self.arch.to_dict(), "samples": self.samples, "origin": self.origin}
-        save_file(tensors, path, metadata={"statistics": json.dumps(header)})
+        temporary = path.with_name(path.name + ".tmp")
+        save_file(tensors, temporary, metadata={"statistics": json.dumps(header)})
+        temporary.replace(path)
 
     @staticmethod
     def load(path: Path) -> Statistics:
@@ -46,13 +55,13 @@ class Statistics:
         try:
             with safe_open(path, framework="pt") as file:
                 header = json.loads(file.metadata()["statistics"])
-                sums = {_key(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+                sums = {_key(name): file.get_tensor(name) for name in file.keys() if not name.startswith(MARGINS)}  # noqa: SIM118 - not a dict
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"{path}: no whole scores file ({error}); make it anew with: minitron importance RECIPE") from None
         return Statistics(Architecture.from_dict(header["architecture"]), header["samples"], sums, header["origin"])
 
 
-def _key(name: str) -> tuple[int, str]:
+def _key(name: str) -> Key:
     _, layer, axis = name.split(".")
     return int(layer), axis
 

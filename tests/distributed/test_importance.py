@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace as replace_field
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from minitron_megatron.data.samples import packed_samples
 from minitron_megatron.importance import stage as importance
 from minitron_megatron.parallel.world import World
 from minitron_megatron.prune.plan import make_plan
+from minitron_megatron.scores.margins import load_margins
 from minitron_megatron.scores.statistics import Statistics
 from minitron_megatron.scores.units import UnitScores, activation_scores
 
@@ -99,17 +101,31 @@ def test_bf16_gives_the_same_bits_on_two_stages_and_is_close_on_two_tensor_ranks
     assert measured("bf16 ffn (l2 of mean), layer 0", "tp2", relative_difference(sums[0].sqrt(), sums[1].sqrt())) <= 1e-2
 
 
-@pytest.mark.parametrize("parallel", [TP2, TP2_SP, TP2_PP2], ids=layout_name)
+@pytest.fixture(scope="module", params=[TP2, TP2_SP, TP2_PP2], ids=layout_name)
+def on_tensor_ranks(request: pytest.FixtureRequest, pool: Pool, house: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Sums]:
+    """A layout's name, and its sums."""
+    name = layout_name(request.param)
+    return name, measure(pool, house, tmp_path_factory.mktemp(name) / "scores", request.param)
+
+
 def test_tensor_and_sequence_parallel_change_only_the_order_of_additions(
-    pool: Pool, house: Path, one_process: Sums, naive: Sums, tmp_path: Path, measured: Record, parallel: Parallel
+    on_tensor_ranks: tuple[str, Sums], one_process: Sums, naive: Sums, measured: Record
 ) -> None:
-    found = measure(pool, house, tmp_path / "scores", parallel)
-    assert measured("importance against one process", layout_name(parallel), worst(found, one_process)) <= FP32
-    assert measured("importance against plain fp64", layout_name(parallel), worst(found, naive)) <= FP32
-    expected, actual = scores_of(one_process), scores_of(found)
+    name, found = on_tensor_ranks
+    assert measured("importance against one process", name, worst(found, one_process)) <= FP32
+    assert measured("importance against plain fp64", name, worst(found, naive)) <= FP32
+
+
+def test_tensor_and_sequence_parallel_keep_the_same_units_but_those_within_the_tolerance_of_the_cut(
+    on_tensor_ranks: tuple[str, Sums], house: Path, one_process: Sums
+) -> None:
+    """By the margins in one process's file: two scores that are each off by the tolerance change places where their gap is below twice of it."""
+    margins = load_margins(house / "tiny" / "importance" / "scores.safetensors")
+    expected, theirs = scores_of(one_process), kept_units(scores_of(on_tensor_ranks[1]))
     for name, kept in kept_units(expected).items():
-        only_one = set(kept) ^ set(kept_units(actual)[name])
-        assert all(distance_to_cut(expected, name, unit, kept) <= FP32 for unit in only_one), name
+        for scores, gaps, ours, units in ranked_together(expected, margins, name, kept):
+            swapped = set(ours) ^ (set(theirs[name]) & units)
+            assert all(gap_to_the_other_side(scores, gaps, len(ours), unit) <= 2 * FP32 for unit in swapped), name
 
 
 @pytest.mark.parametrize(("parallel", "micro_batch"), [(ONE, 4), (PP2, 4), (DP2, 5), (TP2_SP, 16)], ids=name_of)
@@ -140,10 +156,20 @@ def kept_units(scores: UnitScores) -> dict[str, list[int]]:
     return {**kept, "channels": plan.channels, "layers": make_plan(scores, SOURCE, TARGET).kept_layers}
 
 
-def distance_to_cut(scores: UnitScores, name: str, unit: int, kept: list[int]) -> float:
-    """How far a unit's score is from the cut, over the largest score."""
+def ranked_together(
+    scores: UnitScores, margins: dict[str, Tensor], name: str, kept: list[int]
+) -> Iterator[tuple[dict[int, float], list[float], list[int], set[int]]]:
+    """The scores, margins, kept units and all units of what is ranked together: an axis of a layer, or one group of its heads."""
     axis, _, layer = name.partition(" ")
-    values = getattr(scores, axis)[int(layer)] if layer else getattr(scores, axis)
-    dropped = [other for other in range(len(values)) if other not in kept]
-    cut = (values[kept].min() + values[dropped].max()) / 2
-    return float((values[unit] - cut).abs() / values.max())
+    values = (getattr(scores, axis)[int(layer)] if layer else getattr(scores, axis)).tolist()
+    rows = margins[f"{axis}.{layer}" if layer else axis]
+    size = SOURCE.heads_per_group if axis == "heads" else len(values)
+    for group, gaps in enumerate(rows.view(-1, size - 1).tolist()):
+        units = set(range(group * size, (group + 1) * size))
+        yield {unit: values[unit] for unit in units}, gaps, [unit for unit in kept if unit in units], units
+
+
+def gap_to_the_other_side(scores: dict[int, float], gaps: list[float], kept: int, unit: int) -> float:
+    """Relative gap between a kept unit and the best that goes, or a unit that goes and the last that is kept: margins add up."""
+    rank = sorted(scores, key=lambda other: (-scores[other], other)).index(unit)
+    return sum(gaps[rank:kept]) if rank < kept else sum(gaps[kept - 1 : rank])

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from minitron_megatron.artifact import Artifact
-from minitron_megatron.chain import STAGES, refuse_foreign_inputs, stage_settings
-from minitron_megatron.config.schema import Data, Distill, Model, Prune, Recipe, Target
+from minitron_megatron.chain import STAGES, refuse_foreign_inputs, stage_inputs, stage_settings
+from minitron_megatron.config.schema import Data, Distill, Importance, Model, Prune, Recipe, Target
 from minitron_megatron.errors import ArtifactError
 
 
@@ -37,3 +37,24 @@ def test_a_student_that_was_cut_from_another_teacher_is_refused() -> None:
 def test_an_input_of_another_recipe_is_refused_with_the_command_that_mends_it(stage: str, other: Recipe) -> None:
     with pytest.raises(ArtifactError, match=f"made with other settings than this recipe's .*; make it anew with: minitron {stage} r.yaml"):
         refuse_foreign_inputs({stage: artifact(stage, other, "x")}, recipe_of(), "r.yaml")
+
+
+def test_how_often_a_pass_saves_is_no_part_of_its_identity() -> None:
+    """What a field says of the work alone must not throw a finished stage away; the recipe in the manifest still tells it."""
+    stage = STAGES["importance"]
+    often, seldom, other = (
+        recipe_of().model_copy(update={"importance": Importance(**values)}) for values in ({"save_every_samples": 1}, {}, {"seed": 2})
+    )
+    assert stage_settings(stage, often) == stage_settings(stage, seldom) != stage_settings(stage, other)
+    assert stage_settings(stage, often)["importance"].keys() == Importance.model_fields.keys() - {"save_every_samples"}
+    assert often.model_dump()["importance"]["save_every_samples"] == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "needed"),
+    [({}, True), ({"scores": "random"}, False), ({"scores": "magnitude"}, False), ({"scores_file": "x.safetensors"}, False)],
+)
+def test_pruning_needs_an_importance_pass_of_this_run_only_for_its_scores(settings: dict[str, str], needed: bool) -> None:
+    recipe = recipe_of().model_copy(update={"prune": Prune(target=Target(ffn=8), **settings)})  # type: ignore[arg-type]
+    assert stage_inputs(STAGES["prune"], recipe) == (("import", "importance") if needed else ("import",))
+    assert "importance" in stage_inputs(STAGES["report"], recipe)

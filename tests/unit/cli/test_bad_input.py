@@ -35,6 +35,7 @@ MISTAKES = {
     "a target larger than the source": (["prune.target.ffn=29"], "prune.target.ffn=29 is larger than the source's 28"),
     "an override without a value": (["distill.steps"], "is not of the form key=value"),
     "a model that is not there": (["model.path=nowhere"], "nowhere/config.json: not found"),
+    "scores of two kinds": (["prune.scores_file=x", "prune.scores=random"], "prune.scores_file holds activation scores, but prune.scores=random"),
     "a layout that does not divide": (["parallel.tensor=2", "prune.target.ffn=15"], "parallel.tensor=2 does not divide the pruned model's 15 ffn"),
 }
 

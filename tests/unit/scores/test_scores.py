@@ -14,8 +14,9 @@ from minitron_megatron.arch.source import source_architecture
 from minitron_megatron.checkpoint.huggingface import HuggingFaceSource
 from minitron_megatron.checkpoint.tensors import tensor_table
 from minitron_megatron.errors import ArtifactError
-from minitron_megatron.importance.accumulate import BlockSums, blocks_of
+from minitron_megatron.importance.accumulate import BlockSums
 from minitron_megatron.importance.hooks import token_sums
+from minitron_megatron.importance.reduce import fold
 from minitron_megatron.scores.statistics import Statistics, over_samples
 from minitron_megatron.scores.units import activation_scores, block_influence, head_scores, magnitude_scores, random_scores
 
@@ -44,7 +45,7 @@ def activations(layer: int, axis: str) -> Tensor:
 @pytest.fixture(scope="module")
 def statistics() -> Statistics:
     """Through the accumulators as the stage uses them, in micro-batches of 2 that do not divide the samples."""
-    sums = BlockSums(blocks_of(SAMPLES))
+    sums = BlockSums()
     for layer in range(ARCH.layers):
         for axis in WIDTHS:
             x = activations(layer, axis)
@@ -53,7 +54,7 @@ def statistics() -> Statistics:
                 sums.add((layer, axis), token_sums(x[ids].transpose(0, 1)), TOKENS, ids)
         cosines = torch.linspace(-1, 1, SAMPLES) / (layer + 1)
         sums.add_influence(layer, cosines * TOKENS, TOKENS, list(range(SAMPLES)))
-    return Statistics(ARCH, SAMPLES, {key: blocks.sum(0) for key, blocks in sums.sums.items()}, {"model": "x"})
+    return Statistics(ARCH, SAMPLES, fold({}, sums.blocks), {"model": "x"})
 
 
 def naive(layer: int, axis: str, *, batch: str, sequence: str) -> Tensor:

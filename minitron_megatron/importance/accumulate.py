@@ -63,12 +63,12 @@ def segments(samples: range, save_every: int, data_size: int) -> list[range]:
 def samples_of_rank(samples: range, data_rank: int, data_size: int, micro_batch: int, *, equal_passes: bool = False) -> list[list[int]]:
     """Micro-batches of global sample ids of one data-parallel rank: whole blocks, dealt round; none crosses a block.
 
-    equal_passes: filling micro-batches make every rank's number the largest rank's, as expert parallel needs.
+    All have one shape, which a pipeline's stages agree on ahead: the last one of a block is filled up. equal_passes: filling micro-batches make every rank's number the largest rank's, as expert parallel needs.
     """
     of_rank = [_dealt(samples, rank, data_size, micro_batch) for rank in range(data_size)]
     longest = max(len(groups) for groups in of_rank)
     mine = of_rank[data_rank]
-    return mine + [[FILLING]] * (longest - len(mine)) if equal_passes else mine
+    return mine + [[FILLING] * micro_batch] * (longest - len(mine)) if equal_passes else mine
 
 
 def _dealt(samples: range, data_rank: int, data_size: int, micro_batch: int) -> list[list[int]]:
@@ -76,5 +76,9 @@ def _dealt(samples: range, data_rank: int, data_size: int, micro_batch: int) -> 
     groups = []
     for block in range(first + data_rank, behind, data_size):
         ids = list(range(max(block * BLOCK, samples.start), min((block + 1) * BLOCK, samples.stop)))
-        groups += [ids[start : start + micro_batch] for start in range(0, len(ids), micro_batch)]
+        groups += [_filled(ids[start : start + micro_batch], micro_batch) for start in range(0, len(ids), micro_batch)]
     return groups
+
+
+def _filled(ids: list[int], micro_batch: int) -> list[int]:
+    return ids + [FILLING] * (micro_batch - len(ids))

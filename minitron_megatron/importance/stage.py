@@ -37,9 +37,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
     """Writes scores.safetensors (sufficient statistics, margins) and summary.json (default scores, for people and the report)."""
     settings, layout = recipe.importance, global_layout(recipe.parallel, world)
     arch = Architecture.from_dict(inputs["import"].result["architecture"])
-    # the last micro-batch of a block may be smaller, which pipeline stages have to tell each other
-    uneven = settings.micro_batch > 1
-    model = build_model(arch, layout, world.platform, torch_dtype(recipe.precision), output_layer=None, variable_lengths=uneven)
+    model = build_model(arch, layout, world.platform, torch_dtype(recipe.precision), output_layer=None)
     load_model(model, inputs["import"].path / "checkpoint")
     samples = _calibration_samples(settings, inputs["data"], folder, world)
     none_yet = Statistics(arch, 0, {}, _origin(recipe, inputs))

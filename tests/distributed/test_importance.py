@@ -128,7 +128,7 @@ def test_tensor_and_sequence_parallel_keep_the_same_units_but_those_within_the_t
             assert all(gap_to_the_other_side(scores, gaps, len(ours), unit) <= 2 * FP32 for unit in swapped), name
 
 
-@pytest.mark.parametrize(("parallel", "micro_batch"), [(ONE, 4), (PP2, 4), (DP2, 5), (TP2_SP, 16)], ids=name_of)
+@pytest.mark.parametrize(("parallel", "micro_batch"), [(ONE, 4), (PP2, 4), (PP2_VPP2, 4), (DP2, 5), (TP2_SP, 16)], ids=name_of)
 def test_the_size_of_a_micro_batch_does_not_matter_even_when_the_last_one_is_smaller(
     pool: Pool, house: Path, one_process: Sums, tmp_path: Path, measured: Record, parallel: Parallel, micro_batch: int
 ) -> None:

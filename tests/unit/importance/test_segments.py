@@ -18,8 +18,9 @@ def test_every_sample_is_measured_once_in_whole_blocks(samples: range, save_ever
     seen, owners = [], {}
     for segment in segments(samples, save_every, ranks):
         for rank in range(ranks):
-            for ids in samples_of_rank(segment, rank, ranks, micro_batch):
-                assert 0 < len(ids) <= micro_batch
+            for filled in samples_of_rank(segment, rank, ranks, micro_batch):
+                assert len(filled) == micro_batch
+                ids = [sample for sample in filled if sample != FILLING]
                 assert len({sample // BLOCK for sample in ids}) == 1
                 assert owners.setdefault(ids[0] // BLOCK, (segment, rank)) == (segment, rank)  # a block is one rank's, before one save
                 seen += ids
@@ -39,10 +40,10 @@ def test_dummies_make_the_passes_of_all_ranks_equal_and_only_where_they_are_aske
     """35 samples are three blocks: ranks 0 and 2 of three have 16 and 3 samples."""
     asked = [samples_of_rank(range(35), rank, 3, 4, equal_passes=True) for rank in range(3)]
     assert [len(groups) for groups in asked] == [4, 4, 4]
-    assert asked[2] == [[32, 33, 34], [FILLING], [FILLING], [FILLING]]
+    assert asked[2] == [[32, 33, 34, FILLING], *[[FILLING] * 4] * 3]
     assert asked[:2] == [samples_of_rank(range(35), rank, 3, 4) for rank in range(2)]
-    assert samples_of_rank(range(35), 2, 3, 4) == [[32, 33, 34]]
-    assert samples_of_rank(range(10), 1, 2, 4, equal_passes=True) == [[FILLING]] * 3  # a rank without any sample takes part
+    assert samples_of_rank(range(35), 2, 3, 4) == [[32, 33, 34, FILLING]]
+    assert samples_of_rank(range(10), 1, 2, 4, equal_passes=True) == [[FILLING] * 4] * 3  # a rank without any sample takes part
 
 
 def test_a_dummy_leaves_no_trace_in_the_sums() -> None:

@@ -1,0 +1,68 @@
+"""Process groups of teacher and student on the same ranks: who stands where, and who is together."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch.distributed as dist
+
+from minitron_megatron.config.schema import Parallel, TeacherParallel
+from minitron_megatron.parallel.layout import Layout, Place, global_layout, teacher_layout
+from minitron_megatron.parallel.world import World
+
+from .pool import Pool
+from .tiny import name_of, with_teacher
+
+
+class Stand(NamedTuple):
+    """What one process says of a layout."""
+
+    place: Place
+    rank: int
+    tensor: list[int]
+    pipeline: list[int]
+    data: list[int]
+
+
+def stand_in(layout: Layout) -> Stand:
+    groups = layout.groups
+    ranks = [dist.get_process_group_ranks(group) for group in (groups.tp, groups.pp, groups.dp)]
+    return Stand(layout.place, layout.rank_of(layout.place), *ranks)
+
+
+def stand(world: World, parallel: Parallel) -> tuple[Stand, Stand, bool]:
+    student = global_layout(parallel, world)
+    teacher = teacher_layout(parallel.teacher, world, student)  # type: ignore[arg-type]
+    return stand_in(student), stand_in(teacher), teacher.groups is student.groups
+
+
+def expected(rank: int, tensor: int, pipeline: int, data: int) -> Stand:
+    """By hand: tensor is the fastest, then data, then pipeline."""
+    place = Place(rank % tensor, rank // tensor % data, rank // (tensor * data))
+    return Stand(
+        place,
+        rank,
+        [other + tensor * (place.data + data * place.stage) for other in range(tensor)],
+        [place.tensor + tensor * (place.data + data * other) for other in range(pipeline)],
+        [place.tensor + tensor * (other + data * place.stage) for other in range(data)],
+    )
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        with_teacher(Parallel(tensor=2, pipeline=2), TeacherParallel(pipeline=2)),
+        with_teacher(Parallel(pipeline=2, virtual=2, data=2), TeacherParallel(tensor=2)),
+        with_teacher(Parallel(data=4), TeacherParallel(tensor=4)),
+        with_teacher(Parallel(tensor=2, data=2), TeacherParallel(tensor=2)),
+    ],
+    ids=name_of,
+)
+def test_ranks_are_dealt_tensor_first_then_data_then_pipeline_in_both_layouts(pool: Pool, parallel: Parallel) -> None:
+    own = parallel.teacher
+    assert isinstance(own, TeacherParallel)
+    for rank, (student, teacher, shared) in enumerate(pool.run(stand, parallel, processes=4)):
+        assert student == expected(rank, parallel.tensor, parallel.pipeline, parallel.data)
+        assert teacher == expected(rank, own.tensor, own.pipeline, 4 // (own.tensor * own.pipeline))
+        assert shared == ((own.tensor, own.pipeline) == (parallel.tensor, parallel.pipeline))

@@ -18,7 +18,7 @@ from typing import Any
 
 from minitron_megatron.errors import ArtifactError, MinitronError
 
-FORMAT = 1
+FORMAT = 2
 """Raised when a stage's files change their meaning: older artifacts are then made anew."""
 
 

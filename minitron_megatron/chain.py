@@ -30,6 +30,9 @@ class Stage:
     sections: tuple[str, ...]
     """Parts of the recipe that shape the result; layouts do not, so a finished stage serves every layout."""
     distributed: bool
+    """Whether several processes share the work."""
+    streams: bool = False
+    """Whether it moves tensors without building a model: on the CPU, and the recipe's precision is none of its business."""
 
 
 STAGES = {
@@ -38,7 +41,7 @@ STAGES = {
         Stage("import", "convert.import_stage", (), ("model",), False),
         Stage("data", "data.stage", ("import",), ("data",), False),
         Stage("importance", "importance.stage", ("import", "data"), ("importance",), True),
-        Stage("prune", "prune.stage", ("import", "importance"), ("prune",), False),
+        Stage("prune", "prune.stage", ("import", "importance"), ("prune",), True, streams=True),
         Stage("distill", "distill.stage", ("import", "data", "prune"), ("distill",), True),
         Stage("evaluate", "evaluate.stage", ("import", "data", "prune", "distill"), ("evaluate",), True),
         Stage("export", "convert.export_stage", ("import", "prune", "distill"), (), False),
@@ -54,7 +57,7 @@ def run_folder(recipe: Recipe) -> Path:
 def stage_id(stage: Stage, recipe: Recipe, inputs: dict[str, Artifact]) -> str:
     """What the stage's artifact would be called now: equal to the published one's id when nothing changed."""
     settings = stage_settings(stage, recipe)
-    if stage.distributed:
+    if stage.distributed and not stage.streams:
         settings["precision"] = recipe.precision
     module = _module(stage)
     outside = module.outside_files(recipe) if hasattr(module, "outside_files") else []
@@ -128,7 +131,7 @@ def _manifest(stage: Stage, recipe: Recipe, inputs: dict[str, Artifact], identit
         "recipe": recipe.model_dump(mode="json"),
         "settings": stage_settings(stage, recipe),
         "inputs": {name: artifact.id for name, artifact in inputs.items()},
-        "layout": {**recipe.parallel.model_dump(), "processes": world.size} if stage.distributed else {"processes": 1},
+        "layout": {**_sizes(stage, recipe), "processes": world.size},
         "platform": world.platform.kind,
         "versions": {
             "minitron_megatron": __version__,
@@ -138,3 +141,8 @@ def _manifest(stage: Stage, recipe: Recipe, inputs: dict[str, Artifact], identit
         "seconds": seconds,
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _sizes(stage: Stage, recipe: Recipe) -> dict[str, Any]:
+    """Of the process groups, where the stage has any."""
+    return recipe.parallel.model_dump() if stage.distributed and not stage.streams else {}

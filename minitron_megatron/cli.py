@@ -164,7 +164,7 @@ def _run_stages(names: list[str], recipe_path: str, overrides: list[str]) -> int
     from minitron_megatron.launcher import launch
     from minitron_megatron.worker import prepare
 
-    recipe, _ = prepare(recipe_path, overrides)
+    recipe, _ = prepare(recipe_path, overrides, needs_device=not all(STAGES[name].streams for name in names))
     for name in names:
         stage = STAGES[name]
         artifact = finished(stage, recipe)

@@ -6,22 +6,20 @@ this node (default: its GPUs, else the recipe's number); SLURM_NNODES, SLURM_NOD
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from minitron_megatron.chain import STAGES
 from minitron_megatron.config.load import load_recipe
 from minitron_megatron.errors import LayoutError, MinitronError
-from minitron_megatron.worker import LAUNCHED
+from minitron_megatron.failure import LAUNCHED, exit_code_of, message_of
 
 USER_ENVIRONMENT = dict(os.environ)
 """As it was before the first launch: a later stage must not take an earlier one's settings for the user's."""
@@ -45,7 +43,7 @@ def main(arguments: list[str]) -> int:
 
 def launch(stage: str, recipe_path: str, overrides: list[str], processes: int, where: tuple[str, ...] = ("--standalone",)) -> int:
     """Runs a stage in this many processes of this node; returns its exit code. Errors have been shown by then."""
-    os.environ.update(worker_environment(processes))
+    os.environ.update(worker_environment(processes, streams=STAGES[stage].streams))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we tell what failed ourselves
     # a rank that died leaves the others in a collective that they never leave by themselves: they get 10 s
     options = [*where, f"--nproc-per-node={processes}", "--local-addr=localhost", "--shutdown-timeout=10"]
@@ -55,9 +53,8 @@ def launch(stage: str, recipe_path: str, overrides: list[str], processes: int, w
         torchrun.run(torchrun.parse_args([*options, "-m", "minitron_megatron.worker", stage, recipe_path, *overrides]))
         return 0
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        print(_message(failure, rank, stage), file=sys.stderr, flush=True)
-        return failure.exitcode if failure.exitcode > 0 else 1
+        print(message_of(error.failures, stage), file=sys.stderr, flush=True)
+        return exit_code_of(error.failures)
     except (SignalException, KeyboardInterrupt):
         print(f"{stage}: interrupted; the same command continues where it stopped", file=sys.stderr, flush=True)
         return 130
@@ -91,8 +88,11 @@ def _number(environment: Mapping[str, str], name: str, default: int) -> int:
     return int(text)
 
 
-def worker_environment(processes: int) -> dict[str, str]:
-    """Settings of every worker process that the user has not set otherwise, each with its reason."""
+def worker_environment(processes: int, *, streams: bool = False) -> dict[str, str]:
+    """Settings of every worker process that the user has not set otherwise, each with its reason.
+
+    streams: for a stage that moves tensors one by one, and must not keep more of them than it holds.
+    """
     threads = max(1, (os.cpu_count() or 1) // processes)
     defaults = {
         LAUNCHED: "1",
@@ -100,28 +100,16 @@ def worker_environment(processes: int) -> dict[str, str]:
         # threads that spin while they wait make matmuls several times slower on a busy machine
         "OMP_WAIT_POLICY": "passive",
         "GOMP_SPINCOUNT": "0",
-        # large tensors come back from the heap and in huge pages: fresh pages for each one took a quarter of a CPU step
-        "MALLOC_MMAP_MAX_": "0",
+        # large tensors come back from the heap and in huge pages: fresh pages for each one took a quarter of a CPU step;
+        # for a stream each has pages of its own: holes that the next one does not fit into made the heap four times as large
+        "MALLOC_MMAP_MAX_": "65536" if streams else "0",
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
         "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
         "THP_MEM_ALLOC_ENABLE": "1",
         # the data stage makes its own processes; a tokenizer that forks after using threads warns
         "TOKENIZERS_PARALLELISM": "false",
     }
     return {name: USER_ENVIRONMENT.get(name, value) for name, value in defaults.items()}
-
-
-def _message(failure: ProcessFailure, rank: int, stage: str) -> str:
-    """One line for a user's mistake; else the first failing rank and its traceback."""
-    recorded = _recorded(failure)
-    if failure.exitcode == 2 and recorded:
-        return recorded["message"].split(": ", 1)[1]
-    trace = recorded["extraInfo"]["py_callstack"] if recorded else failure.message
-    return f"{stage}: rank {rank} failed (exit code {failure.exitcode})\n{trace}"
-
-
-def _recorded(failure: ProcessFailure) -> dict | None:
-    path = Path(failure.error_file)
-    return json.loads(path.read_text())["message"] if path.is_file() else None
 
 
 if __name__ == "__main__":

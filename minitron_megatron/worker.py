@@ -6,10 +6,7 @@ import ctypes
 import os
 import signal
 import sys
-import traceback
-from contextlib import nullcontext
-
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+from contextlib import ExitStack
 
 from minitron_megatron.arch.source import source_architecture
 from minitron_megatron.artifact import Artifact
@@ -18,40 +15,41 @@ from minitron_megatron.config.checks import check_recipe
 from minitron_megatron.config.load import load_recipe
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.errors import LayoutError, MinitronError
+from minitron_megatron.failure import tell
 from minitron_megatron.parallel.world import World, distributed_world, rank_and_size
 from minitron_megatron.platform import Platform, activate
 
-LAUNCHED = "MINITRON_LAUNCHED"
-"""Set by our launcher, which shows errors itself."""
 
-
-def prepare(recipe_path: str, overrides: list[str]) -> tuple[Recipe, Platform]:
+def prepare(recipe_path: str, overrides: list[str], *, needs_device: bool = True) -> tuple[Recipe, Platform]:
     """The recipe, checked against its model, with `auto` settled for this machine; nothing is written."""
     recipe = load_recipe(recipe_path, overrides)
     check_recipe(recipe, source_architecture(recipe.model.path, recipe.model.hf_config))
-    platform = activate(recipe.platform)
+    platform = activate(recipe.platform if needs_device else "cpu")
     precision = recipe.precision if recipe.precision != "auto" else ("bf16" if platform.supports_bf16_matmul() else "fp32")
     return recipe.model_copy(update={"precision": precision, "platform": platform.kind}), platform
 
 
-def run_here(stage: Stage, recipe: Recipe, recipe_path: str, platform: Platform) -> Artifact | None:
+def run_here(stage: Stage, recipe: Recipe, recipe_path: str, platform: Platform, connections: ExitStack) -> Artifact | None:
     """Runs a stage in this process, with the others that the launcher started where the stage is distributed."""
     _, size = rank_and_size()
     if not stage.distributed and size > 1:
         raise LayoutError(f"stage {stage.name} is one process, but {size} were started; start it with: minitron {stage.name} {recipe_path}")
-    with distributed_world(platform) if stage.distributed else nullcontext(World(platform)) as world:
-        return run_stage(stage, recipe, recipe_path, world)
+    world = World(platform)
+    if stage.distributed:
+        world = connections.enter_context(distributed_world(platform, recipe.parallel.timeout_seconds))
+    return run_stage(stage, recipe, recipe_path, world)
 
 
 def main(arguments: list[str]) -> int:
     """Exit code 0; 2 for a user's mistake, told in one line; 1 for anything else, with its traceback."""
     _die_with_the_launcher()
-    try:
-        _run(*arguments)
-        return 0
-    except Exception as error:
-        _report(error)
-        return 2 if isinstance(error, MinitronError) else 1
+    with ExitStack() as connections:
+        try:
+            _run(connections, *arguments)
+            return 0
+        except Exception as error:
+            tell(error)  # while the connections stand: the others fail as soon as they close, and must not have the first word
+            return 2 if isinstance(error, MinitronError) else 1
 
 
 def _die_with_the_launcher() -> None:
@@ -61,26 +59,17 @@ def _die_with_the_launcher() -> None:
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
-def _run(stage_name: str, recipe_path: str, *overrides: str) -> None:
+def _run(connections: ExitStack, stage_name: str, recipe_path: str, *overrides: str) -> None:
     if stage_name not in STAGES:
         raise MinitronError(f"unknown stage '{stage_name}'; stages: {', '.join(STAGES)}")
     stage, is_main = STAGES[stage_name], rank_and_size()[0] == 0
-    recipe, platform = prepare(recipe_path, list(overrides))
+    recipe, platform = prepare(recipe_path, list(overrides), needs_device=not stage.streams)
     if finished(stage, recipe):
         print(f"{stage.name}: up to date", flush=True) if is_main else None
         return
-    artifact = run_here(stage, recipe, recipe_path, platform)
+    artifact = run_here(stage, recipe, recipe_path, platform, connections)
     if artifact:
         print(f"{stage.name}: {artifact.result['summary']}  ({artifact.manifest['seconds']} s)", flush=True)
-
-
-def _report(error: Exception) -> None:
-    """Our launcher shows the first failing process's error, once; without it each process tells its own."""
-    handler = get_error_handler()
-    handler.initialize()
-    handler.record_exception(error)
-    if os.environ.get(LAUNCHED) is None:
-        print(error if isinstance(error, MinitronError) else traceback.format_exc(), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from minitron_megatron.arch.architecture import Architecture
+from minitron_megatron.checkpoint.digest import combined_digest, tensor_digest
+from minitron_megatron.checkpoint.save_stream import save_stream
 from minitron_megatron.checkpoint.tensors import TensorRow, axis_size, tensor_table
 from minitron_megatron.errors import CheckpointError
 
@@ -146,50 +146,59 @@ def checkpoint_folder(folder: Path) -> Path:
     return folder / (iteration if iteration == "release" else f"iter_{int(iteration):07d}")
 
 
-class _LazyPlanner(DefaultSavePlanner):
-    """Asks for each tensor when its turn to be written comes, so that one is in memory at a time."""
-
-    def __init__(self, tensor_of: Callable[[str], Tensor]) -> None:
-        super().__init__()
-        self._tensor_of = tensor_of
-
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self._tensor_of(index.fqn)
-
-
 def write_torch_dist(
-    folder: Path, rows: list[TensorRow], arch: Architecture, *, dtype: Callable[[TensorRow], torch.dtype], read: Callable[[TensorRow], Tensor]
+    folder: Path,
+    rows: list[TensorRow],
+    arch: Architecture,
+    *,
+    dtype: Callable[[TensorRow], torch.dtype],
+    read: Callable[[TensorRow], Tensor],
+    group: dist.ProcessGroup | None = None,
 ) -> str:
-    """Streams tensors into a torch_dist checkpoint that megatron loads under any layout; returns the sha256 of all weights.
+    """Streams tensors into a torch_dist checkpoint that megatron loads under any layout; returns the digest of all weights.
 
-    read is called once for each row, in the rows' order. The digest covers names, types, shapes and bytes.
+    read is called once for each row, in the rows' order, one tensor in memory at a time. Several processes share the rows: all call this with
+    the same arguments and a group that carries CPU tensors; the checkpoint's content and the digest are those of one process.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    by_name, digest = {row.name: row for row in rows}, hashlib.sha256()
+    rank, size = (0, 1) if group is None else (group.rank(), group.size())
+    shapes = {row.name: torch.empty(row.shape(arch), dtype=dtype(row), device="meta") for row in rows}
+    mine = {row.name: row for row in shares([(row, shapes[row.name].nbytes) for row in rows], size)[rank]}
+    digests: dict[str, bytes] = {}
 
     def tensor_of(name: str) -> Tensor:
-        tensor = read(by_name[name]).contiguous()
-        _add_to_digest(digest, name, tensor)
+        tensor = read(mine[name]).contiguous()
+        digests[name] = tensor_digest(name, tensor)
         return tensor
 
-    shapes = {row.name: torch.empty(row.shape(arch), dtype=dtype(row), device="meta") for row in rows}
-    dcp.save(shapes, storage_writer=FileSystemWriter(folder), planner=_LazyPlanner(tensor_of), no_dist=True)
-    (folder / "metadata.json").write_text(json.dumps(BACKEND))
-    torch.save({}, folder / "common.pt")
-    return digest.hexdigest()
+    save_stream(folder, {name: shapes[name] for name in mine}, tensor_of, group)
+    if rank == 0:
+        (folder / "metadata.json").write_text(json.dumps(BACKEND))
+        torch.save({}, folder / "common.pt")
+    every = _of_all(digests, group)
+    return combined_digest(every[row.name] for row in rows)
+
+
+def shares(sized_rows: list[tuple[TensorRow, int]], processes: int) -> list[list[TensorRow]]:
+    """Rows of each process, in the table's order: the largest first to the one that has the fewest bytes (lowest rank among equals)."""
+    load, owner = [0] * processes, {}
+    for row, size in sorted(sized_rows, key=lambda sized: -sized[1]):
+        owner[row.name] = load.index(min(load))
+        load[owner[row.name]] += size
+    return [[row for row, _ in sized_rows if owner[row.name] == rank] for rank in range(processes)]
+
+
+def _of_all(digests: dict[str, bytes], group: dist.ProcessGroup | None) -> dict[str, bytes]:
+    if group is None:
+        return digests
+    gathered: list[dict[str, bytes]] = [{}] * group.size()
+    dist.all_gather_object(gathered, digests, group=group)
+    return {name: digest for part in gathered for name, digest in part.items()}
 
 
 def weights_digest(source: MegatronSource) -> str:
     """The same digest, of a checkpoint on disk."""
-    digest = hashlib.sha256()
-    for row in tensor_table(source.arch):
-        _add_to_digest(digest, row.name, source.read(row))
-    return digest.hexdigest()
-
-
-def _add_to_digest(digest: Any, name: str, tensor: Tensor) -> None:
-    digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-    digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return combined_digest(tensor_digest(row.name, source.read(row)) for row in tensor_table(source.arch))
 
 
 def checkpoint_bytes(rows: list[TensorRow], arch: Architecture, dtype: Callable[[TensorRow], torch.dtype]) -> int:

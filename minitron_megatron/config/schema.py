@@ -97,6 +97,8 @@ class Parallel(Section):
         "auto", description="layout of the teacher; auto: without a pipeline where its weights fit beside the student's; student: the same sizes"
     )
 
+    timeout_seconds: int = Field(1800, ge=1, description="longest wait of a process for the others; then the run ends instead of hanging")
+
     @property
     def processes(self) -> int:
         return self.tensor * self.context * self.pipeline * self.data

@@ -90,6 +90,7 @@ def global_layout(parallel: Parallel, world: World, *, seed: int = 1234) -> Layo
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
+        distributed_timeout_minutes=parallel.timeout_seconds / 60,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return Layout(

@@ -45,13 +45,13 @@ def rank_and_size() -> tuple[int, int]:
 
 
 @contextmanager
-def distributed_world(platform: Platform, timeout_minutes: int = 30) -> Iterator[World]:
+def distributed_world(platform: Platform, timeout_seconds: int = 1800) -> Iterator[World]:
     """Joins the processes that the launcher started; megatron-core wants a process group even for one."""
     rank, size = rank_and_size()
     if size == 1:
         dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
-        dist.init_process_group(platform.backend, timeout=timedelta(minutes=timeout_minutes))
+        dist.init_process_group(platform.backend, timeout=timedelta(seconds=timeout_seconds))
     try:
         yield World(platform, rank, size)
     finally:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from minitron_megatron.arch.architecture import Architecture, parameter_count
 from minitron_megatron.arch.hf_config import hf_config_for
 from minitron_megatron.artifact import Artifact, require_disk_space, write_json
@@ -15,24 +17,25 @@ from minitron_megatron.checkpoint.torch_dist import MegatronSource
 from minitron_megatron.config.checks import target_architecture
 from minitron_megatron.config.schema import Prune, Recipe
 from minitron_megatron.errors import ArtifactError
-from minitron_megatron.prune.plan import make_plan
+from minitron_megatron.parallel.world import World
+from minitron_megatron.prune.plan import PrunePlan, make_plan
 from minitron_megatron.prune.stream import apply_plan, pruned_bytes
 from minitron_megatron.scores.statistics import Statistics
 from minitron_megatron.scores.units import UnitScores, activation_scores, magnitude_scores, random_scores
 
 
-def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path) -> dict[str, Any]:
-    """Writes checkpoint/, plan.json and hf_config.json."""
+def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: World) -> dict[str, Any]:
+    """Writes checkpoint/, plan.json and hf_config.json; the processes share the tensors."""
     original = inputs["import"]
     arch = Architecture.from_dict(original.result["architecture"])
     target = target_architecture(recipe, arch)
     source = MegatronSource(original.path / "checkpoint", arch)
-    plan = make_plan(_scores(recipe.prune, inputs, source), arch, target)
-    require_disk_space(folder, pruned_bytes(source, plan), "the pruned checkpoint")
-    digest = apply_plan(source, plan, folder / "checkpoint")
-    plan.save(folder / "plan.json")
-    config = json.loads((original.path / "hf_config.json").read_text())
-    write_json(folder / "hf_config.json", hf_config_for(config, plan.kept_layers, target))
+    plan = world.from_main(_plan(recipe.prune, inputs, source, target, folder) if world.is_main else None)
+    digest = apply_plan(source, plan, folder / "checkpoint", dist.group.WORLD if world.size > 1 else None)
+    if world.is_main:
+        plan.save(folder / "plan.json")
+        config = json.loads((original.path / "hf_config.json").read_text())
+        write_json(folder / "hf_config.json", hf_config_for(config, plan.kept_layers, target))
     before, after = parameter_count(arch), parameter_count(target)
     return {
         "summary": f"{before:,} → {after:,} parameters ({after / before:.1%}), {recipe.prune.scores} scores; {_what_is_cut(arch, target)}",
@@ -51,6 +54,13 @@ def outside_files(recipe: Recipe) -> list[Path]:
     if file is not None and not Path(file).is_file():
         raise ArtifactError(f"prune.scores_file={file}: no such file; make it with: minitron importance merge A B --output {file}")
     return [Path(file)] if file is not None else []
+
+
+def _plan(settings: Prune, inputs: Mapping[str, Artifact], source: MegatronSource, target: Architecture, folder: Path) -> PrunePlan:
+    """Made by one process: magnitude scores read the whole checkpoint, and free space is asked for before anybody writes."""
+    plan = make_plan(_scores(settings, inputs, source), source.arch, target)
+    require_disk_space(folder, pruned_bytes(source, plan), "the pruned checkpoint")
+    return plan
 
 
 def _scores(settings: Prune, inputs: Mapping[str, Artifact], source: MegatronSource) -> UnitScores:

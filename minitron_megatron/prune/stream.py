@@ -1,8 +1,10 @@
-"""A plan applied to a checkpoint as a stream: one tensor in memory at a time, no model is built."""
+"""A plan applied to a checkpoint as a stream: one tensor in memory at a time, no model is built, any number of processes share the work."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+import torch.distributed as dist
 
 from minitron_megatron.checkpoint.tensors import TensorRow, tensor_table
 from minitron_megatron.checkpoint.torch_dist import MegatronSource, checkpoint_bytes, write_torch_dist
@@ -10,8 +12,8 @@ from minitron_megatron.prune.plan import PrunePlan
 from minitron_megatron.prune.slice import slice_tensor
 
 
-def apply_plan(source: MegatronSource, plan: PrunePlan, folder: Path) -> str:
-    """Writes the pruned checkpoint; returns the sha256 of its weights."""
+def apply_plan(source: MegatronSource, plan: PrunePlan, folder: Path, group: dist.ProcessGroup | None = None) -> str:
+    """Writes the pruned checkpoint, shared with the other processes of the group; returns the digest of its weights."""
     origin = source_rows(plan)
     return write_torch_dist(
         folder,
@@ -19,6 +21,7 @@ def apply_plan(source: MegatronSource, plan: PrunePlan, folder: Path) -> str:
         plan.target,
         dtype=lambda row: source.dtype(origin[row.name]),
         read=lambda row: slice_tensor(origin[row.name], source.read(origin[row.name]), plan),
+        group=group,
     )
 
 

@@ -20,6 +20,7 @@ ROWS = [
     {"model", "checkpoint", "data", "scores", "results"},
     STAGES,
     {"chain"},
+    {"failure"},
     {"worker", "launcher", "show"},
     {"cli"},
 ]

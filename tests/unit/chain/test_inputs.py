@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from minitron_megatron.artifact import Artifact
-from minitron_megatron.chain import STAGES, refuse_foreign_inputs, stage_inputs, stage_settings
-from minitron_megatron.config.schema import Data, Distill, Importance, Model, Prune, Recipe, Target
+from minitron_megatron.chain import STAGES, refuse_foreign_inputs, stage_id, stage_inputs, stage_settings
+from minitron_megatron.config.schema import Data, Distill, Importance, Model, Parallel, Prune, Recipe, Target
 from minitron_megatron.errors import ArtifactError
 
 
@@ -58,3 +58,12 @@ def test_pruning_needs_an_importance_pass_of_this_run_only_for_its_scores(settin
     recipe = recipe_of().model_copy(update={"prune": Prune(target=Target(ffn=8), **settings)})  # type: ignore[arg-type]
     assert stage_inputs(STAGES["prune"], recipe) == (("import", "importance") if needed else ("import",))
     assert "importance" in stage_inputs(STAGES["report"], recipe)
+
+
+@pytest.mark.parametrize(("stage", "same"), [("prune", True), ("importance", False)])
+def test_pruned_weights_do_not_depend_on_the_precision_of_what_is_computed(stage: str, same: bool) -> None:
+    """Neither the machine's choice of precision nor the layout makes another pruned checkpoint."""
+    parallel = Parallel(data=4, timeout_seconds=5)
+    ids = {stage_id(STAGES[stage], recipe_of().model_copy(update={"precision": p, "parallel": parallel}), {}) for p in ("fp32", "bf16")}
+    assert (len(ids) == 1) == same
+    assert stage_id(STAGES[stage], recipe_of().model_copy(update={"precision": "fp32"}), {}) in ids

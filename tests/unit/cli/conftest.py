@@ -81,8 +81,9 @@ def minitron(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 def worker(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
     """One stage as its worker process runs it, in this process."""
     from minitron_megatron import worker as module
+    from minitron_megatron.failure import LAUNCHED
 
-    monkeypatch.delenv(module.LAUNCHED, raising=False)
+    monkeypatch.delenv(LAUNCHED, raising=False)
 
     def run(*arguments: Any) -> Ran:
         capfd.readouterr()

@@ -67,6 +67,11 @@ def test_missing_input_names_the_command_that_makes_it(project: Any, worker: Run
     assert_one_line(worker("prune", project.recipe), "runs/tiny/import does not exist; make it with: minitron import recipe.yaml", project)
 
 
+def test_prune_needs_no_gpu_whatever_the_recipe_computes_on(project: Any, worker: Run) -> None:
+    """On a machine without one it gets as far as its missing input, where a stage that builds a model is refused."""
+    assert_one_line(worker("prune", project.recipe, "platform=cuda"), "runs/tiny/import does not exist", project)
+
+
 def break_missing_shard(project: Any) -> None:
     tensors = load_file(project.model / "model.safetensors")
     (project.model / "model.safetensors").unlink()

@@ -41,6 +41,16 @@ def test_what_the_user_set_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launcher.worker_environment(2)["OMP_NUM_THREADS"] == "3"
 
 
+def test_a_stream_gives_each_large_tensor_back_to_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the heap, where training has them, holes made a stream's memory several times what it holds (benchmarks/prune_memory.py)."""
+    monkeypatch.setattr(launcher, "USER_ENVIRONMENT", {})
+    monkeypatch.setattr(launcher.torchrun, "run", lambda arguments: seen.append(launcher.os.environ["MALLOC_MMAP_MAX_"] != "0"))
+    seen: list[bool] = []
+    for stage in ("distill", "prune", "distill"):
+        assert launcher.launch(stage, RECIPE, [], 1) == 0
+    assert seen == [False, True, False]
+
+
 def test_a_node_with_gpus_takes_one_process_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher.torch.cuda, "device_count", lambda: 8)
     assert launcher.processes_here(RECIPE, [], {}) == 8

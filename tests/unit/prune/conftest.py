@@ -32,6 +32,8 @@ def prune_model(tmp_path: Path) -> Callable[..., Pruned]:
     """prune_model(Hugging Face folder, target sizes, **prune settings)."""
     from minitron_megatron.config.schema import Recipe
     from minitron_megatron.convert import export_stage, import_stage
+    from minitron_megatron.parallel.world import World
+    from minitron_megatron.platform import activate
     from minitron_megatron.prune import stage
 
     def run(source: Path, sizes: dict[str, int], **prune: Any) -> Pruned:
@@ -52,7 +54,7 @@ def prune_model(tmp_path: Path) -> Callable[..., Pruned]:
             return Artifact(folder, {"id": name})
 
         imported = finish("import", lambda folder: import_stage.run(recipe, {}, folder))
-        pruned = finish("prune", lambda folder: stage.run(recipe, {"import": imported}, folder))
+        pruned = finish("prune", lambda folder: stage.run(recipe, {"import": imported}, folder, World(activate("cpu"))))
         inputs = {"import": imported, "prune": pruned, "distill": pruned}  # a student that was not trained yet
         exported = finish("export", lambda folder: export_stage.run(recipe, inputs, folder))
         return Pruned(imported, pruned, exported.path / "model")

@@ -1,0 +1,109 @@
+"""Of several processes that failed, the one that is shown: files and exit codes as torchelastic hands them over."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from minitron_megatron import failure
+from minitron_megatron.errors import CheckpointError
+from minitron_megatron.failure import exit_code_of, kind_of, message_of
+
+GLOO_LOST = "[/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4711"
+GLOO_TIMEOUT = "[/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1800000ms for recv operation to complete"
+NCCL_LOST = "NCCL error: remote process exited or there was a network error, NCCL version 2.27"
+
+Failed = Callable[..., ProcessFailure]
+
+
+@pytest.fixture
+def failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Failed:
+    """failed(exit code, error that the process told or None, second of its end)."""
+    monkeypatch.setattr(failure, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(failure, "LEAVING_SECONDS", 1e6)
+    monkeypatch.setenv(failure.LAUNCHED, "1")
+
+    def make(code: int, error: Exception | None = None, at: int = 100) -> ProcessFailure:
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
+        if error is not None:
+            monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+            monkeypatch.setattr(failure.time, "time", lambda: at)
+            failure.tell(error)
+        made = ProcessFailure(local_rank=0, pid=1, exitcode=code, error_file=str(path))
+        made.timestamp = at
+        return made
+
+    return make
+
+
+def test_a_kill_comes_before_what_its_peers_saw_in_the_same_second(failed: Failed) -> None:
+    failures = {0: failed(1, RuntimeError(GLOO_LOST)), 1: failed(-signal.SIGTERM), 3: failed(-signal.SIGKILL), 2: failed(1, RuntimeError(NCCL_LOST))}
+    assert message_of(failures, "distill").startswith("distill: rank 3 was killed by signal 9 (SIGKILL), probably out of memory")
+    assert exit_code_of(failures) == 1
+
+
+def test_an_error_of_its_own_comes_before_lost_connections(failed: Failed) -> None:
+    failures = {0: failed(1, RuntimeError(GLOO_LOST)), 1: failed(1, ValueError("not a number")), 2: failed(-signal.SIGTERM)}
+    assert message_of(failures, "distill").startswith("distill: rank 1 failed: ValueError: not a number\n")
+
+
+def test_a_process_that_the_launcher_had_to_kill_is_no_cause(failed: Failed) -> None:
+    """Hung, so that it left neither a word nor at SIGTERM: killed 30 s after the others told of their wait."""
+    failures = {0: failed(1, RuntimeError(GLOO_TIMEOUT)), 1: failed(1, RuntimeError(GLOO_TIMEOUT)), 2: failed(-signal.SIGKILL, at=130)}
+    message = message_of(failures, "distill")
+    assert message.startswith("distill: rank 0 failed after it had waited for others too long (parallel.timeout_seconds)")
+    assert "which may have hung: 2" in message
+
+
+def test_where_only_connections_were_lost_the_cause_is_elsewhere(failed: Failed) -> None:
+    assert "where that one ran, its launcher says why" in message_of({4: failed(1, RuntimeError(GLOO_LOST)), 5: failed(-signal.SIGTERM)}, "distill")
+
+
+def test_a_users_mistake_is_one_line_even_where_the_process_was_ended_before_it_left(failed: Failed) -> None:
+    failures = {1: failed(-signal.SIGTERM, CheckpointError("x.distcp: make the checkpoint anew"))}
+    assert message_of(failures, "prune") == "x.distcp: make the checkpoint anew"
+    assert exit_code_of(failures) == 2
+
+
+def test_a_process_that_left_without_a_word_is_named(failed: Failed) -> None:
+    assert message_of({2: failed(3)}, "evaluate") == "evaluate: rank 2 left with exit code 3 and no word"
+    assert "rank 1 was killed by signal 7 (SIGBUS), probably because /dev/shm" in message_of({1: failed(-signal.SIGBUS)}, "evaluate")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (RuntimeError(GLOO_LOST), "lost"),
+        (RuntimeError(NCCL_LOST), "lost"),
+        (BrokenPipeError(32, "Broken pipe"), "lost"),
+        (RuntimeError(GLOO_TIMEOUT), "timeout"),
+        (CheckpointError("timed out"), "mistake"),
+        (ValueError("connection closed by peer"), "defect"),
+        (RuntimeError("shapes do not fit"), "defect"),
+    ],
+)
+def test_kinds_of_errors(error: Exception, kind: str) -> None:
+    assert kind_of(error) == kind
+
+
+def test_one_that_lost_a_peer_leaves_it_the_first_word(failed: Failed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It waits before it tells, so that even whole seconds of the clock show the order."""
+    events: list[str] = []
+    monkeypatch.setattr(failure.time, "sleep", lambda seconds: events.append("wait"))
+    monkeypatch.setattr(failure, "_record", lambda *_: events.append("tell"))
+    monkeypatch.setattr(failure, "_leave_in_time", lambda code: events.append("leave"))
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    for error in (RuntimeError(GLOO_LOST), ValueError("own"), RuntimeError(GLOO_TIMEOUT)):
+        failure.tell(error)
+    assert events == ["wait", "tell", "leave", "tell", "leave", "tell", "wait", "leave"]
+
+
+def test_the_error_file_is_one_that_torchelastic_reads(failed: Failed) -> None:
+    told = failed(1, ValueError("own"), at=77)
+    assert json.loads(Path(told.error_file).read_text())["message"]["extraInfo"]["timestamp"] == "77"
+    assert ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=told.error_file).timestamp == 77

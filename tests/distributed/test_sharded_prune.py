@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
 from minitron_megatron.arch.architecture import Architecture
-from minitron_megatron.checkpoint.sharded import load_model, model_state, save_state
+from minitron_megatron.checkpoint.sharded import chunk_state, load_model, save_state
 from minitron_megatron.checkpoint.tensors import TensorRow, tensor_table
 from minitron_megatron.checkpoint.torch_dist import MegatronSource, TorchDistReader, weights_digest, write_torch_dist
 from minitron_megatron.config.schema import Parallel, Recipe
@@ -58,9 +58,10 @@ def write_as(world: World, style: Style, arch: Architecture, source: Path, targe
     layout = global_layout(parallel, world)
     model = build_model(arch.resized(vocab=PADDED) if padded else arch, layout, world.platform, torch.float32)
     load_model(model, source)
+    [chunk] = model.chunks
     if padded:
-        dirty_padding(model, layout.tensor_rank)
-    state = model_state(model) if not stacked else model.sharded_state_dict(metadata={"dp_cp_group": layout.groups.dp_cp})
+        dirty_padding(chunk, layout.tensor_rank)
+    state = chunk_state(chunk) if not stacked else chunk.sharded_state_dict(metadata={"dp_cp_group": layout.groups.dp_cp})
     for entry in state.values():
         if plain and isinstance(entry, ShardedTensor):
             for fused, own in PLAIN.items():

@@ -33,7 +33,14 @@ class Stage:
     """Whether several processes share the work."""
     streams: bool = False
     """Whether it moves tensors without building a model: on the CPU, and the recipe's precision is none of its business."""
+    continues: tuple[str, ...] = ()
+    """Fields of those parts that may change between two starts of an unfinished run: its work is found again, under another id."""
 
+
+MAY_CHANGE_IN_A_RUN = tuple(
+    f"distill.{name}" for name in ("steps", "global_batch", "micro_batch", "loss_chunk_tokens", "validate_every_steps", "validation_samples")
+)
+"""What people change when a job is moved to other machines or made longer; samples are counted one by one."""
 
 STAGES = {
     stage.name: stage
@@ -42,7 +49,7 @@ STAGES = {
         Stage("data", "data.stage", ("import",), ("data",), False),
         Stage("importance", "importance.stage", ("import", "data"), ("importance",), True),
         Stage("prune", "prune.stage", ("import", "importance"), ("prune",), True, streams=True),
-        Stage("distill", "distill.stage", ("import", "data", "prune"), ("distill",), True),
+        Stage("distill", "distill.stage", ("import", "data", "prune"), ("distill",), True, continues=MAY_CHANGE_IN_A_RUN),
         Stage("evaluate", "evaluate.stage", ("import", "data", "prune", "distill"), ("evaluate",), True),
         Stage("export", "convert.export_stage", ("import", "prune", "distill"), (), False),
         Stage("report", "report.stage", ("import", "data", "importance", "prune", "distill", "evaluate", "export"), (), False),
@@ -56,9 +63,21 @@ def run_folder(recipe: Recipe) -> Path:
 
 def stage_id(stage: Stage, recipe: Recipe, inputs: dict[str, Artifact]) -> str:
     """What the stage's artifact would be called now: equal to the published one's id when nothing changed."""
+    return _hash(stage, recipe, inputs, stage_settings(stage, recipe))
+
+
+def run_id(stage: Stage, recipe: Recipe, inputs: dict[str, Artifact]) -> str:
+    """What an unfinished run is known by: starts of one run may differ in what its stage lets `continue`."""
     settings = stage_settings(stage, recipe)
+    lasting = {
+        section: {name: value for name, value in part.items() if f"{section}.{name}" not in stage.continues} for section, part in settings.items()
+    }
+    return _hash(stage, recipe, inputs, lasting)
+
+
+def _hash(stage: Stage, recipe: Recipe, inputs: dict[str, Artifact], settings: dict[str, Any]) -> str:
     if stage.distributed and not stage.streams:
-        settings["precision"] = recipe.precision
+        settings = {**settings, "precision": recipe.precision}
     module = _module(stage)
     outside = module.outside_files(recipe) if hasattr(module, "outside_files") else []
     return artifact_id(stage.name, settings, {name: artifact.id for name, artifact in inputs.items()}, outside)
@@ -105,7 +124,7 @@ def run_stage(stage: Stage, recipe: Recipe, recipe_path: str, world: World) -> A
     inputs = {name: open_artifact(folder, name, recipe_path) for name in stage_inputs(stage, recipe)}
     refuse_foreign_inputs(inputs, recipe, recipe_path)
     identity = stage_id(stage, recipe, inputs)
-    with draft(folder, stage.name, identity) if world.is_main else nullcontext(partial_folder(folder, stage.name)) as partial:
+    with draft(folder, stage.name, run_id(stage, recipe, inputs)) if world.is_main else nullcontext(partial_folder(folder, stage.name)) as partial:
         world.barrier()
         arguments = (recipe, inputs, partial, *((world,) if stage.distributed else ()))
         result = _module(stage).run(*arguments)

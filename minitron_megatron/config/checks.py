@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from minitron_megatron.arch.architecture import Architecture, nearest_multiples
-from minitron_megatron.config.schema import Parallel, Recipe, Rule, TeacherParallel
+from minitron_megatron.config.schema import Parallel, Recipe, Rule, TeacherParallel, Training
 from minitron_megatron.errors import RecipeError
 
 
@@ -51,6 +51,7 @@ def check_recipe(recipe: Recipe, source: Architecture) -> Architecture:
     problems += _batch_problems(recipe)
     if recipe.prune.scores_file and recipe.prune.scores != "activation":
         problems.append(f"prune.scores_file holds activation scores, but prune.scores={recipe.prune.scores}; leave one of them out")
+    problems += _training_problems(recipe.training)
     if problems:
         raise RecipeError(list(dict.fromkeys(problems)))
     return target
@@ -200,3 +201,12 @@ def _pair_problems(pairs: list[tuple[int, int]], teacher_layers: int, student_la
         if pairs.count((teacher, student)) > 1:
             problems.append(f"{where} is there {pairs.count((teacher, student))} times; name each pair once")
     return problems
+
+
+def _training_problems(training: Training) -> list[str]:
+    """What megatron-core's buckets cannot do: weights are gathered into the buckets whose gradients were scattered ahead of it."""
+    needed = [name for name in ("distributed_optimizer", "overlap_grad_reduce") if not getattr(training, name)]
+    if not training.overlap_param_gather or not needed:
+        return []
+    mend = " and ".join(f"training.{name}=true" for name in needed)
+    return [f"training.overlap_param_gather=true needs {mend}; set that, or training.overlap_param_gather=false"]

@@ -221,19 +221,33 @@ class Distill(Section):
     learning_rate: LearningRate = LearningRate()
     adam: Adam = Adam()
     clip_gradient_norm: float = Field(1.0, gt=0)
-    save_every_steps: int = Field(100, ge=1)
-    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept while training")
+    save_every_steps: Annotated[int, UNSHAPING] = Field(100, ge=1)
+    keep_checkpoints: Annotated[int, UNSHAPING] = Field(2, ge=1, description="newest checkpoints kept while training")
     validate_every_steps: int = Field(100, ge=1)
     validation_samples: int = Field(32, ge=1)
-    handover_device_gib: float = Field(4.0, ge=0, description="the teacher's states of a step kept on the device; beyond it in host memory")
+    handover_device_gib: Annotated[float, UNSHAPING] = Field(
+        4.0, ge=0, description="teacher's states of a step kept on the device, the rest on the host"
+    )
     loss_chunk_tokens: int = Field(256, ge=1, description="tokens whose logits exist at one time")
     seed: int = Field(1234, ge=0, description="order of the training samples")
-    wandb: Wandb | None = None
+    wandb: Annotated[Wandb | None, UNSHAPING] = None
 
     @field_validator("loss", mode="before")
     @classmethod
     def _name_alone(cls, value: Any) -> Any:
         return {value: 1.0} if isinstance(value, str) else value
+
+
+class Training(Section):
+    """How a training run is carried out: memory against time. None of it shapes the result beyond rounding."""
+
+    distributed_optimizer: bool = Field(True, description="each data-parallel process keeps its part of the optimizer's state")
+    overlap_grad_reduce: bool = Field(False, description="gradients are summed over data-parallel processes while backward still runs")
+    overlap_param_gather: bool = Field(False, description="updated weights are gathered while the next forward already runs")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="activations computed again in backward instead of kept: of each FFN (selective) or of each layer (full)"
+    )
+    asynchronous_checkpoints: bool = Field(True, description="another process writes a checkpoint while training goes on")
 
 
 class Evaluate(Section):
@@ -267,4 +281,5 @@ class Recipe(Section):
     importance: Importance = Importance()
     prune: Prune
     distill: Distill
+    training: Training = Training()
     evaluate: Evaluate = Evaluate()

@@ -29,11 +29,12 @@ from minitron_megatron.errors import DataError
 
 @dataclass(frozen=True)
 class SampleDataset:
-    """Packed samples 0 … samples − 1; the same tokens for an id in whichever process reads it."""
+    """Packed samples 0 … samples − 1, epoch after epoch; the same tokens for an id in whichever process reads it."""
 
     samples: int
     sequence_length: int
-    _packed: GPTDataset
+    epoch_samples: int
+    _epochs: list[GPTDataset]
 
     def __len__(self) -> int:
         return self.samples
@@ -41,7 +42,8 @@ class SampleDataset:
     def __getitem__(self, sample_id: int) -> Tensor:
         """Tokens [S + 1], int64; raises IndexError beyond the last sample."""
         _check_id(sample_id, self.samples)
-        sample = self._packed[sample_id]
+        epoch, number = divmod(sample_id, self.epoch_samples)
+        sample = self._epochs[epoch][number]
         return torch.cat((sample["tokens"], sample["labels"][-1:]))
 
 
@@ -79,27 +81,29 @@ class _IndexKey:
 def packed_samples(
     prefix: Path, *, samples: int, sequence_length: int, seed: int, cache: Path, repeat: bool = True, build: bool = True
 ) -> SampleDataset:
-    """Exactly `samples` samples: documents shuffled by seed, end to end, cut every S tokens, shuffled (GPTDataset).
+    """Samples for calibration and training: documents shuffled by seed, end to end, cut every S tokens, shuffled (GPTDataset).
 
-    A sample's tokens depend on the data, the seed, sequence_length and how many epochs `samples` needs (from two
-    epochs on: on `samples` itself), never on the processes that read it. With repeat=False (calibration) one epoch
-    has to suffice.
+    Each epoch has an order of its own, so a sample's tokens depend on the data, the seed and sequence_length alone: neither
+    on `samples`, nor on the processes that read it. What is left of an epoch behind its last whole sample is not read. With
+    repeat=False (calibration) one epoch has to suffice.
     build: True in one process only, rank 0 where there is a process group; the others pass False after the caller's
     barrier.
     Raises DataError for a corpus that is too short; RuntimeError, with build=False, for an order that nobody built.
     """
     index = _open_index(prefix)
-    _check_length(prefix, int(index.sequence_lengths.sum(dtype=np.int64)), samples, sequence_length, repeat)
+    epoch_samples = _samples_of_an_epoch(prefix, int(index.sequence_lengths.sum(dtype=np.int64)), samples, sequence_length, repeat)
     lengths_digest = hashlib.sha256(index.sequence_lengths.tobytes()).hexdigest()
-    config = {"random_seed": seed, "sequence_length": sequence_length}
-    key = f"{lengths_digest[:16]}-seed{seed}-length{sequence_length}-samples{samples}"
-    folder = cache / key
-    if build and not folder.exists():
-        with _built_aside(folder) as unfinished:
-            _packed(index, lengths_digest, samples, unfinished, **config)
-    if not folder.exists():
-        raise RuntimeError(f"{folder}: no sample order; call packed_samples(build=True) in rank 0 before the barrier")
-    return SampleDataset(samples, sequence_length, _packed(index, lengths_digest, samples, folder, **config))
+    epochs = []
+    for number in range(-(-samples // epoch_samples)):
+        config = {"random_seed": _seed_of_epoch(seed, number), "sequence_length": sequence_length}
+        folder = cache / f"{lengths_digest[:16]}-seed{seed}-length{sequence_length}-epoch{number}"
+        if build and not folder.exists():
+            with _built_aside(folder) as unfinished:
+                _packed(index, lengths_digest, epoch_samples, unfinished, **config)
+        if not folder.exists():
+            raise RuntimeError(f"{folder}: no sample order; call packed_samples(build=True) in rank 0 before the barrier")
+        epochs.append(_packed(index, lengths_digest, epoch_samples, folder, **config))
+    return SampleDataset(samples, sequence_length, epoch_samples, epochs)
 
 
 def evaluation_windows(prefix: Path, *, sequence_length: int, tokens: int | Literal["all"]) -> WindowDataset:
@@ -146,16 +150,24 @@ def _open_index(prefix: Path) -> IndexedDataset:
     return IndexedDataset(str(prefix))
 
 
-def _check_length(prefix: Path, available: int, samples: int, sequence_length: int, repeat: bool) -> None:
+def _seed_of_epoch(seed: int, epoch: int) -> int:
+    """The run's own seed for the first epoch; later ones are hashed, so that no epoch of one seed is an epoch of the next."""
+    return seed if epoch == 0 else int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+
+
+def _samples_of_an_epoch(prefix: Path, available: int, samples: int, sequence_length: int, repeat: bool) -> int:
+    """Whole samples in one pass over the text; raises DataError where that is none, or too few without repetition."""
     largest = (available - 1) // sequence_length
     if available < 1:
         raise DataError(f"{prefix}: no tokens")
-    if not repeat and largest < samples:
+    if largest < (1 if repeat else samples):
+        wanted = 1 if repeat else samples
         mend = f"the most that fits is {largest}" if largest else f"shorten sequence_length to at most {available - 1}"
         raise DataError(
-            f"{prefix}: {samples} samples of {sequence_length} tokens need {samples * sequence_length + 1} tokens, "
+            f"{prefix}: {wanted} samples of {sequence_length} tokens need {wanted * sequence_length + 1} tokens, "
             f"there are {available}; {mend}, or add text"
         )
+    return largest
 
 
 @contextmanager

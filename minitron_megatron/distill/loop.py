@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from minitron_megatron.config.schema import Distill, Recipe
 from minitron_megatron.data.batches import Batch, MicroBatches, TokenDataset, collate, micro_batches, of_data_rank
 from minitron_megatron.distill.hidden_training import HiddenTraining
 from minitron_megatron.distill.metrics import MetricsLog, console_line, validation_line
+from minitron_megatron.distill.optimizer import whole_parameters
 from minitron_megatron.distill.student import Student, learning_rate_schedule
 from minitron_megatron.distill.teacher import Teacher, TeacherStates
-from minitron_megatron.distill.training_checkpoint import load_training, save_training
+from minitron_megatron.distill.training_checkpoint import Progress, TrainingCheckpoints
 from minitron_megatron.errors import TrainingError
 from minitron_megatron.model.run import forward_backward, forward_only
 from minitron_megatron.parallel.layout import Layout
@@ -41,10 +42,18 @@ class Distillation:
     student: Student
     training: TokenDataset
     heldout: TokenDataset
+    progress: Progress = field(default_factory=Progress)
 
     def run(self, folder: Path, recipe: Recipe) -> dict[str, float]:
         """Trains to the last step from the newest checkpoint in the folder; returns the validation after it."""
-        finished = load_training(folder / "training", self.student)
+        with self._checkpoints(folder / "training", recipe) as checkpoints:
+            return self._train(checkpoints, folder, recipe)
+
+    def _train(self, checkpoints: TrainingCheckpoints, folder: Path, recipe: Recipe) -> dict[str, float]:
+        self.progress = checkpoints.load(self.student).started_with(**self._changeable())
+        if self.student.hidden and self.progress.extra:
+            self.student.hidden.balance.load_state_dict(self.progress.extra)
+        finished = self.progress.step
         log = self._open_log(folder, finished, recipe)
         schedule = learning_rate_schedule(self.student.optimizer, self.settings, finished)
         last = self.validate()
@@ -58,8 +67,10 @@ class Distillation:
                 last = record["validation"] = self.validate()
             seconds_a_step = (time.monotonic() - started) / (step + 1 - finished)
             self._log(log, record, seconds_a_step)
+            checkpoints.poll()
             if self._is_due(step + 1, self.settings.save_every_steps):
-                save_training(folder / "training", step + 1, self.student, self.world, keep=self.settings.keep_checkpoints)
+                extra = self.student.hidden.balance.state_dict() if self.student.hidden else {}
+                checkpoints.save(replace(self.progress, extra=extra), self.student)
         if log:
             log.close()
         return last
@@ -70,15 +81,17 @@ class Distillation:
         load = self._loader(self.heldout)
         teacher = self.teacher.states(windows, load)
         batches = [load(ids) for ids in of_data_rank(windows, self.layout.data_rank, self.layout.data)]
-        kl, cross_entropy, tokens = self._over_processes(self._forward_only(teacher, batches)).tolist()
+        with whole_parameters(self.student.wrapped):
+            logged = self._forward_only(teacher, batches)
+        kl, cross_entropy, tokens = self._over_processes(logged).tolist()
         kl, cross_entropy = kl / tokens, cross_entropy / tokens
         return {"forward_kl": kl, "cross_entropy": cross_entropy, "perplexity": math.exp(min(cross_entropy, 700))}
 
     def _step(self, step: int) -> dict[str, Any]:
         """One optimizer step over the global batch; the record of it."""
         began, student, hidden = time.monotonic(), self.student, self.student.hidden
-        first, load = step * self.settings.global_batch, self._loader(self.training)
-        groups = micro_batches(first, global_batch=self.settings.global_batch, micro_batch=self.settings.micro_batch)
+        load = self._loader(self.training)
+        groups = micro_batches(self.progress.samples, global_batch=self.settings.global_batch, micro_batch=self.settings.micro_batch)
         if hidden and not hidden.balance.is_set:
             self._measure(hidden, groups, load)
         alpha = hidden.balance.alpha if hidden else None
@@ -102,6 +115,7 @@ class Distillation:
                 f"distill: step {step + 1} has loss {loss} and gradient norm {float(gradient_norm)}; "
                 "lower distill.learning_rate.peak, or look at the pruned model's perplexity first"
             )
+        self.progress = replace(self.progress, step=step + 1, samples=self.progress.samples + self.settings.global_batch)
         seconds = time.monotonic() - began
         return {
             "step": step + 1,
@@ -139,7 +153,9 @@ class Distillation:
         some = groups[: self.layout.data * (self.layout.pipeline if self.layout.virtual > 1 else 1)]
         teacher = self.teacher.states(some, load, hidden.wanted)
         batches = [load(ids) for ids in of_data_rank(some, self.layout.data_rank, self.layout.data)]
-        self._rebalance(hidden, self._over_processes(self._forward_only(teacher, batches, hidden), hidden))
+        with whole_parameters(self.student.wrapped):
+            logged = self._forward_only(teacher, batches, hidden)
+        self._rebalance(hidden, self._over_processes(logged, hidden))
 
     def _rebalance(self, hidden: HiddenTraining, sums: Tensor) -> None:
         """α of the next step; tensors only, so that nothing waits for the device."""
@@ -160,6 +176,15 @@ class Distillation:
             sums = torch.cat([sums, hidden.take_sums()])
         dist.all_reduce(sums)
         return sums
+
+    def _checkpoints(self, folder: Path, recipe: Recipe) -> TrainingCheckpoints:
+        asynchronous = recipe.training.asynchronous_checkpoints
+        return TrainingCheckpoints(folder, self.world, keep=self.settings.keep_checkpoints, asynchronous=asynchronous)
+
+    def _changeable(self) -> dict[str, Any]:
+        """What may be another at the next start of the same run."""
+        named = ("steps", "global_batch", "micro_batch", "loss_chunk_tokens")
+        return {"layout": self.layout.describe(), **{name: getattr(self.settings, name) for name in named}}
 
     def _is_due(self, finished: int, every: int) -> bool:
         return finished % every == 0 or finished == self.settings.steps

@@ -24,7 +24,8 @@ from minitron_megatron.distill.output_layer import DistillationOutputLayer
 from minitron_megatron.distill.projection import without_projections
 from minitron_megatron.distill.student import make_student
 from minitron_megatron.distill.teacher import Teacher, load_teacher
-from minitron_megatron.errors import ArchitectureError, RecipeError
+from minitron_megatron.distill.training_checkpoint import newest_progress
+from minitron_megatron.errors import ArchitectureError, RecipeError, TrainingError
 from minitron_megatron.model.gpt import StageModel, build_model
 from minitron_megatron.model.precision import torch_dtype
 from minitron_megatron.parallel.layout import global_layout, teacher_layout
@@ -65,20 +66,23 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
         output_layer=DistillationOutputLayer,
         ends=distillation_work(student_arch, teacher_arch),
         trainable=True,
+        recompute=recipe.training.recompute,
     )
     load_model(student, inputs["prune"].path / "checkpoint")
     hidden = _hidden(settings, teacher, student, inputs["prune"])
-    data = inputs["data"].path
+    data, before = inputs["data"].path, newest_progress(folder / "training")
+    if before.step > settings.steps:
+        raise TrainingError(f"{folder}: {before.step} steps are finished; set distill.steps to {before.step} or more, or remove the folder")
     distillation = Distillation(
         settings=settings,
         layout=layout,
         world=world,
         teacher=teacher,
-        student=make_student(student, settings, hidden),
+        student=make_student(student, settings, recipe.training, hidden),
         training=shared_samples(
             world,
             data / "train",
-            samples=settings.steps * settings.global_batch,
+            samples=before.samples + (settings.steps - before.step) * settings.global_batch,
             sequence_length=settings.sequence_length,
             seed=settings.seed,
             cache=folder / "cache",
@@ -92,7 +96,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
     last = distillation.run(folder, recipe)
     _publish_weights(student, folder, world)
     digest = weights_digest(MegatronSource(folder / "checkpoint", student_arch)) if world.is_main else ""
-    tokens = settings.steps * settings.global_batch * settings.sequence_length
+    tokens = distillation.progress.samples * settings.sequence_length
     return {
         "summary": f"{settings.steps} steps, {tokens:,} tokens, {layout.describe()} (teacher {teacher.model.layout.describe()}), {recipe.precision}; "
         f"held-out kl {last['forward_kl']:.3f}, perplexity {last['perplexity']:.2f}",
@@ -100,6 +104,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
         "parameters": parameter_count(student_arch),
         "steps": settings.steps,
         "tokens": tokens,
+        "starts": list(distillation.progress.starts),
         "validation": last,
         "weights_sha256": digest,
     }

@@ -6,17 +6,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor, nn
 
-from minitron_megatron.config.schema import Distill
+from minitron_megatron.config.schema import Distill, Training
 from minitron_megatron.data.batches import Batch
 from minitron_megatron.distill.hidden_training import HiddenTraining
 from minitron_megatron.distill.kd_loss import LossSettings
+from minitron_megatron.distill.optimizer import make_optimizer
 from minitron_megatron.distill.teacher import TeacherStates
 from minitron_megatron.model.gpt import StageModel
 
@@ -46,14 +45,9 @@ class Student:
         return total, tokens, {"forward_kl": kl, "cross_entropy": cross_entropy, "tokens": tokens.clone()}
 
 
-def make_student(model: StageModel, settings: Distill, hidden: HiddenTraining | None = None) -> Student:
-    """Wraps a loaded model for training; parameters of bf16 models have an fp32 main copy, gradients are fp32."""
-    groups, bf16 = model.layout.groups, model.config.params_dtype == torch.bfloat16
-    config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
-    wrapped = [DistributedDataParallel(model.config, config, chunk, pg_collection=groups) for chunk in model.chunks]
-    optimizer = get_megatron_optimizer(_optimizer_config(settings, bf16), wrapped)
-    model.config.grad_scale_func = optimizer.scale_loss
-    model.config.finalize_model_grads_func = partial(_finalize, hidden)
+def make_student(model: StageModel, settings: Distill, training: Training | None = None, hidden: HiddenTraining | None = None) -> Student:
+    """A loaded model made ready for training; see make_optimizer."""
+    wrapped, optimizer = make_optimizer(model.chunks, settings, training or Training(), finalize=partial(_finalize, hidden))
     loss = LossSettings(
         forward_kl=settings.loss.get("forward_kl", 0.0),
         cross_entropy=settings.loss.get("cross_entropy", 0.0),
@@ -88,19 +82,3 @@ def learning_rate_schedule(optimizer: Any, settings: Distill, finished_steps: in
     )
     schedule.step(increment=finished_steps + 1)
     return schedule
-
-
-def _optimizer_config(settings: Distill, bf16: bool) -> OptimizerConfig:
-    adam = settings.adam
-    return OptimizerConfig(
-        optimizer="adam",
-        lr=settings.learning_rate.peak,
-        min_lr=settings.learning_rate.minimum,
-        weight_decay=adam.weight_decay,
-        adam_beta1=adam.beta1,
-        adam_beta2=adam.beta2,
-        adam_eps=adam.eps,
-        clip_grad=settings.clip_gradient_norm,
-        bf16=bf16,
-        params_dtype=torch.bfloat16 if bf16 else torch.float32,
-    )

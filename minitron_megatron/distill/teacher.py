@@ -83,7 +83,9 @@ class Teacher:
         batches = [load(ids) for ids in of_data_rank(groups, layout.data_rank, layout.data)]
         forward_only(self.model, batches, consume=hold, after=hold_inner)
         if groups:
-            self.exchange.run([self._route(item) for item in (last, *wanted)], groups, made, arrived, self._shape(load(groups[0])))
+            self.exchange.run(
+                [self._route(item) for item in (last, *wanted)], groups, made, arrived, self._shape(batches[0] if batches else load(groups[0]))
+            )
         return TeacherStates(self, arrived)
 
     def _route(self, wanted: Wanted) -> Route:

@@ -24,6 +24,13 @@ from minitron_megatron.platform import Platform
 from minitron_megatron.platform.activate import megatron_flags
 
 OutputLayer = type[ColumnParallelLinear]
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    # the FFN holds most of a layer's activations; core attention keeps no scores, so there is little to win in it
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+"""training.recompute in megatron's words."""
 
 
 class HiddenStateGPT(GPTModel):
@@ -169,14 +176,16 @@ def build_model(
     ends: EndWork | None = None,
     trainable: bool = False,
     variable_lengths: bool = False,
+    recompute: str = "none",
 ) -> StageModel:
     """This process's part of a model, weights zero until they are loaded.
 
     output_layer: its class; None where only hidden states are wanted. ends: work of the first and last pipeline stage beyond their
     layers, by default that of a forward pass. variable_lengths: micro-batches of one schedule may differ in shape (evaluation of tasks).
+    recompute: a key of RECOMPUTE.
     """
     ends = ends or (logits_work(arch) if output_layer else hidden_state_work(arch))
-    config = transformer_config(arch, layout, platform, dtype, ends=ends, variable_lengths=variable_lengths)
+    config = transformer_config(arch, layout, platform, dtype, ends=ends, variable_lengths=variable_lengths, recompute=recompute)
     chunks = [HiddenStateGPT(arch, layout, config, output_layer, stage).to(platform.device) for stage in range(layout.virtual)]
     for chunk in chunks:
         for weight in (chunk.embedding.word_embeddings.weight if chunk.pre_process else None, chunk.output_weight()):
@@ -201,7 +210,14 @@ def mark_shards(model: nn.Module) -> None:
 
 
 def transformer_config(
-    arch: Architecture, layout: Layout, platform: Platform, dtype: torch.dtype, *, ends: EndWork, variable_lengths: bool = False
+    arch: Architecture,
+    layout: Layout,
+    platform: Platform,
+    dtype: torch.dtype,
+    *,
+    ends: EndWork,
+    variable_lengths: bool = False,
+    recompute: str = "none",
 ) -> TransformerConfig:
     """Architecture × Layout → megatron's config; what depends on the machine comes from the platform."""
     flags = megatron_flags(platform)
@@ -237,6 +253,7 @@ def transformer_config(
         perform_initialization=False,
         # only this dispatcher allows micro-batches of several shapes; without experts nothing is dispatched
         moe_token_dispatcher_type="alltoall",
+        **RECOMPUTE[recompute],
         **flags,
     )
 

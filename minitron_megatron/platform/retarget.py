@@ -2,7 +2,7 @@
 
 Why rewrite sources: replacing attributes of `torch.cuda` at run time would change torch for everybody in the process,
 and would still miss the type strings ("torch.cuda.FloatTensor") that megatron's optimizer compares. The rewrites of
-`CudaToCpu` and the two amendments at the end are all there is.
+`CudaToCpu` and the amendments at the end are all there is.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from types import CodeType, ModuleType
 from typing import Any
 
 from minitron_megatron.errors import PlatformError
+from minitron_megatron.platform import group_adam
 
 STAND_IN_MODULE = "minitron_megatron.platform.cuda_for_cpu"
 STAND_IN_NAME = "__cuda_for_cpu__"  # ends in underscores too: inside a class body it is not mangled
@@ -191,7 +192,11 @@ def _hook_identity() -> bytes:
 
 def _amendments() -> dict[str, Callable[[ModuleType], None]]:
     """Faults of megatron.core that no rewrite of names mends, mended right after the module's own code has run."""
-    return {"megatron.core.transformer.moe.moe_utils": _amend_moe_utils}
+    return {
+        "megatron.core.transformer.moe.moe_utils": _amend_moe_utils,
+        "megatron.core.optimizer": group_adam.use_in_optimizer,
+        "megatron.core.optimizer.distrib_optimizer": group_adam.use_in_distributed_optimizer,
+    }
 
 
 def _amend_moe_utils(module: ModuleType) -> None:

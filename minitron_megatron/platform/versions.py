@@ -30,6 +30,7 @@ GPTDatasetConfig, pipeline_model_parallel_layout, AsyncCallsQueue(persistent=Fal
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import re
 from functools import cache
 from pathlib import Path
@@ -78,6 +79,18 @@ def require_readable(directory: Path | str) -> None:
             f"{path}: has no common.pt, so a newer megatron-core wrote it; {_dotted(installed())} is installed "
             "here and cannot read it: use the newer release, or export to Hugging Face format there and import here"
         )
+
+
+def asynchronous_save() -> dict[str, str]:
+    """Arguments with which dist_checkpointing.save(async_sharded_save=True) needs nothing but megatron-core itself."""
+    return {"async_strategy": "mcore"} if _takes_async_strategy() else {}
+
+
+@cache
+def _takes_async_strategy() -> bool:
+    from megatron.core import dist_checkpointing
+
+    return "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
 
 
 def _dotted(version: tuple[int, int, int]) -> str:

@@ -15,9 +15,10 @@ from _pytest.monkeypatch import MonkeyPatch
 
 from minitron_megatron.artifact import find_artifact
 from minitron_megatron.checkpoint.torch_dist import MegatronSource, TorchDistReader, weights_digest
-from minitron_megatron.config.schema import Parallel, Recipe, TeacherParallel, Wandb
-from minitron_megatron.distill import output_layer, training_checkpoint
+from minitron_megatron.config.schema import Parallel, Recipe, TeacherParallel, Training, Wandb
+from minitron_megatron.distill import output_layer
 from minitron_megatron.distill.loop import Distillation
+from minitron_megatron.distill.training_checkpoint import Progress, TrainingCheckpoints
 from minitron_megatron.parallel.world import World
 
 from .conftest import Record
@@ -70,15 +71,15 @@ def distill_until(world: World, recipe: Recipe, finished: int) -> None:
 def distill_until_half_written(world: World, recipe: Recipe, finished: int) -> None:
     """Stops the stage when this step's checkpoint is written but does not have its name yet."""
 
-    def make(save: Any) -> Any:
-        def stopping(state: dict[str, Any], folder: Path) -> None:
-            save(state, folder)
-            if state.get("step") == finished:
+    def make(publish: Any) -> Any:
+        def stopping(self: TrainingCheckpoints, progress: Progress, unfinished: Path) -> None:
+            if progress.step == finished:
                 raise Interrupted
+            publish(self, progress, unfinished)
 
         return stopping
 
-    with changed(training_checkpoint, "save_state", make), pytest.raises(Interrupted):
+    with changed(TrainingCheckpoints, "_publish", make), pytest.raises(Interrupted):
         publish_stage(world, "distill", recipe)
 
 
@@ -182,9 +183,9 @@ def test_a_half_written_checkpoint_is_never_read(pool: Pool, house: Path, whole:
     runs = copy_of(house, tmp_path / "runs")
     pool.run(distill_until_half_written, recipe_for(runs), 16, processes=1)
     training = runs / "tiny" / ".distill.partial" / "training"
-    for file in training.glob("writing_00000016/*.distcp"):
+    for file in training.glob("writing_00000016_*/*.distcp"):
         file.write_bytes(file.read_bytes()[:100])  # what a job that is killed leaves behind
-    assert sorted(folder.name for folder in training.iterdir()) == ["step_00000008", "writing_00000016"]
+    assert sorted(folder.name[:16] for folder in training.iterdir()) == ["step_00000008", "writing_00000016"]
     pool.run(publish_stage, "distill", recipe_for(runs), processes=1)
     assert Run(runs / "tiny" / "distill", []).bits() == whole(ONE).bits()
 
@@ -211,7 +212,7 @@ def test_the_teacher_stays_frozen(whole: Whole, parallel: Parallel) -> None:
 
 def test_neither_published_nor_training_checkpoints_hold_the_teacher(pool: Pool, house: Path, whole: Whole, tmp_path: Path) -> None:
     """The teacher has one layer more than the student, and wider ones."""
-    recipe = recipe_for(copy_of(house, tmp_path / "runs"), PP2)
+    recipe = recipe_for(copy_of(house, tmp_path / "runs"), PP2).model_copy(update={"training": Training(asynchronous_checkpoints=False)})
     pool.run(distill_until, recipe, JUST_SAVED, processes=2)
     training = TorchDistReader(tmp_path / "runs" / "tiny" / ".distill.partial" / "training" / "step_00000008").tensors
     published = TorchDistReader(whole(PP2, "fp32").path / "checkpoint").tensors

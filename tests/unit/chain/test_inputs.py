@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from minitron_megatron.artifact import Artifact
-from minitron_megatron.chain import STAGES, refuse_foreign_inputs, stage_id, stage_inputs, stage_settings
+from minitron_megatron.chain import STAGES, refuse_foreign_inputs, run_id, stage_id, stage_inputs, stage_settings
 from minitron_megatron.config.schema import Data, Distill, Importance, Model, Parallel, Prune, Recipe, Target
 from minitron_megatron.errors import ArtifactError
 
@@ -67,3 +67,40 @@ def test_pruned_weights_do_not_depend_on_the_precision_of_what_is_computed(stage
     ids = {stage_id(STAGES[stage], recipe_of().model_copy(update={"precision": p, "parallel": parallel}), {}) for p in ("fp32", "bf16")}
     assert (len(ids) == 1) == same
     assert stage_id(STAGES[stage], recipe_of().model_copy(update={"precision": "fp32"}), {}) in ids
+
+
+def distilled(**changes: object) -> Recipe:
+    recipe = recipe_of()
+    return recipe.model_copy(update={"distill": recipe.distill.model_copy(update=changes)})
+
+
+@pytest.mark.parametrize("change", [{"global_batch": 8}, {"steps": 9}, {"micro_batch": 2}, {"validate_every_steps": 3}])
+def test_what_may_change_between_two_starts_is_the_same_run_under_another_id(change: dict[str, object]) -> None:
+    stage, before, after = STAGES["distill"], distilled(), distilled(**change)
+    assert run_id(stage, before, {}) == run_id(stage, after, {})
+    assert stage_id(stage, before, {}) != stage_id(stage, after, {})
+
+
+@pytest.mark.parametrize("change", [{"save_every_steps": 7}, {"keep_checkpoints": 5}])
+def test_what_has_no_effect_on_the_result_leaves_a_finished_stage_finished(change: dict[str, object]) -> None:
+    stage = STAGES["distill"]
+    assert stage_id(stage, distilled(), {}) == stage_id(stage, distilled(**change), {})
+    refuse_foreign_inputs({"distill": artifact("distill", distilled(), "d1")}, distilled(**change), "r.yaml")
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"sequence_length": 16}, {"temperature": 2.0}, {"clip_gradient_norm": 0.5}])
+def test_everything_else_is_another_run(change: dict[str, object]) -> None:
+    assert run_id(STAGES["distill"], distilled(), {}) != run_id(STAGES["distill"], distilled(**change), {})
+
+
+def test_fields_that_the_table_names_exist() -> None:
+    for stage in STAGES.values():
+        for field in stage.continues:
+            section, name = field.split(".")
+            assert section in stage.sections
+            assert name in stage_fields(section), field
+
+
+def stage_fields(section: str) -> set[str]:
+    annotation = Recipe.model_fields[section].annotation
+    return set(getattr(annotation, "model_fields", {}))

@@ -29,6 +29,9 @@ def problems(recipe_file: Recipes) -> Callable[..., list[str]]:
 
 
 CASES = {
+    "training.overlap_param_gather=true": [
+        "training.overlap_param_gather=true needs training.overlap_grad_reduce=true; set that, or training.overlap_param_gather=false"
+    ],
     "prune.target.ffn=61": ["prune.target.ffn=61 is larger than the source's 60"],
     "prune.target.layers=7": ["prune.target.layers=7 is larger than the source's 6"],
     "prune.target.hidden=49": ["prune.target.hidden=49 is larger than the source's 48"],

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from megatron.core.datasets.utils import Split
 
 from minitron_megatron.data.samples import evaluation_windows, packed_samples
 from minitron_megatron.errors import DataError
@@ -65,6 +69,45 @@ def test_training_repeats_a_corpus_that_is_shorter_than_what_is_asked(corpus: Pa
     seen = [token for sample in read(corpus, 100) for token in sample[:-1]]  # 1600 tokens of 300: six epochs
     times = [seen.count(token) for token in range(300)]
     assert sum(times) == len(seen) and min(times) >= 3
+
+
+def test_the_first_samples_are_the_same_however_many_are_asked_for(corpus: Path) -> None:
+    """18 samples are an epoch: within one, at its end, one beyond it, several."""
+    longest = read(corpus, 100, cache="long")
+    for samples in (5, 18, 19, 36, 50):
+        assert read(corpus, samples, cache=f"cache{samples}") == longest[:samples]
+
+
+def test_every_epoch_reads_the_text_in_an_order_of_its_own(corpus: Path) -> None:
+    samples = read(corpus, 54)
+    first, second, third = samples[:18], samples[18:36], samples[36:]
+    assert len({str(sorted(epoch)) for epoch in (first, second, third)}) == 3
+    for epoch in (first, second, third):
+        inputs = [token for sample in epoch for token in sample[:-1]]
+        assert len(set(inputs)) == len(inputs) == 18 * S  # no token twice before all samples of the epoch are through
+    assert second != read(corpus, 18, seed=2, cache="next")  # the second epoch of a seed is not the first of the next seed
+
+
+def test_the_first_epoch_is_megatrons_own_order_for_the_seed(corpus: Path) -> None:
+    """A run of one epoch reads what it read before epochs had orders of their own."""
+    index = IndexedDataset(str(corpus / "train"))
+    config = GPTDatasetConfig(
+        random_seed=1,
+        sequence_length=S,
+        tokenizer=SimpleNamespace(unique_identifiers=OrderedDict(), eod=None, vocab_size=None),
+        path_to_cache=str(corpus / "reference"),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    reference = GPTDataset(index, None, np.arange(len(index), dtype=np.int32), 10, Split.train, config)
+    assert [sample[:-1] for sample in read(corpus, 10)] == [reference[number]["tokens"].tolist() for number in range(10)]
+
+
+def test_training_on_less_than_one_sample_is_refused(corpus: Path) -> None:
+    with pytest.raises(DataError, match="1 samples of 300 tokens need 301 tokens, there are 300; shorten sequence_length to at most 299"):
+        packed_samples(corpus / "train", samples=5, sequence_length=300, seed=1, cache=corpus / "cache")
 
 
 def test_the_order_follows_from_seed_and_data_not_from_the_cache_or_the_folder(corpus: Path) -> None:

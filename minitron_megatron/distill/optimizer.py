@@ -1,0 +1,104 @@
+"""Data-parallel wrapper and optimizer of a model in training, with or without a state that is shared out over data-parallel ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from megatron.core import optimizer as megatron_optimizer
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+from minitron_megatron.config.schema import Distill, Training
+from minitron_megatron.errors import PlatformError
+from minitron_megatron.model.gpt import HiddenStateGPT
+
+
+def make_optimizer(
+    chunks: Sequence[HiddenStateGPT], settings: Distill, training: Training, *, finalize: Callable[..., None] = finalize_model_grads
+) -> tuple[list[DistributedDataParallel], MegatronOptimizer]:
+    """Wraps the chunks of this process's stage; parameters of bf16 models have an fp32 main copy, gradients are fp32.
+
+    Over one data-parallel rank there is nothing to share out and nothing to overlap: such a model has the plain optimizer.
+    Raises PlatformError where the state of the distributed optimizer could be saved but not loaded.
+    """
+    bf16 = chunks[0].config.params_dtype == torch.bfloat16
+    several_ranks = chunks[0].layout.groups.dp_cp.size() > 1
+    ddp = _ddp_config(training, len(chunks)) if several_ranks else DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+    if ddp.use_distributed_optimizer:
+        _require_loadable_state()
+    wrapped = [
+        # buckets of later chunks are not on the critical path (as in Megatron-LM)
+        DistributedDataParallel(chunk.config, ddp, chunk, disable_bucketing=number > 0, pg_collection=chunk.layout.groups)
+        for number, chunk in enumerate(chunks)
+    ]
+    optimizer = get_megatron_optimizer(_optimizer_config(settings, bf16, ddp), wrapped)
+    for chunk in chunks:
+        _connect(chunk.config, wrapped, optimizer, finalize)
+    return wrapped, optimizer
+
+
+@contextmanager
+def whole_parameters(wrapped: Sequence[DistributedDataParallel]) -> Iterator[None]:
+    """Inside, every parameter is whole and nothing is under way: with overlap_param_gather the last step's are still coming in."""
+    with ExitStack() as stack:
+        for chunk in wrapped:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.disable_forward_pre_hook(param_sync=True)
+                stack.callback(chunk.enable_forward_pre_hook)
+        yield
+
+
+def _ddp_config(training: Training, chunks: int) -> DistributedDataParallelConfig:
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=training.distributed_optimizer,
+        overlap_grad_reduce=training.overlap_grad_reduce,
+        overlap_param_gather=training.overlap_param_gather,
+        align_param_gather=training.overlap_param_gather and chunks > 1,
+    )
+
+
+def _connect(config: Any, wrapped: list[DistributedDataParallel], optimizer: MegatronOptimizer, finalize: Callable[..., None]) -> None:
+    """What the schedules call, as Megatron-LM's training loop sets it."""
+    ddp = wrapped[0].ddp_config
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = finalize
+    if ddp.overlap_grad_reduce:  # gradients are reduced once, after the last micro-batch
+        config.no_sync_func = _one_or_all([chunk.no_sync for chunk in wrapped])
+        config.grad_sync_func = _one_or_all([chunk.start_grad_sync for chunk in wrapped])
+    if ddp.align_param_gather:
+        config.param_sync_func = _one_or_all([chunk.start_param_sync for chunk in wrapped])
+
+
+def _one_or_all(functions: list[Callable[..., Any]]) -> Any:
+    return functions[0] if len(functions) == 1 else functions
+
+
+def _require_loadable_state() -> None:
+    if megatron_optimizer.USING_PYTORCH_OPTIMIZER:
+        raise PlatformError(
+            "training.distributed_optimizer=true needs Transformer Engine's or apex's fused Adam: with torch's, megatron-core cannot load "
+            "the checkpoints that it writes; install one of them, or set training.distributed_optimizer=false"
+        )
+
+
+def _optimizer_config(settings: Distill, bf16: bool, ddp: DistributedDataParallelConfig) -> OptimizerConfig:
+    adam = settings.adam
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=settings.learning_rate.peak,
+        min_lr=settings.learning_rate.minimum,
+        weight_decay=adam.weight_decay,
+        adam_beta1=adam.beta1,
+        adam_beta2=adam.beta2,
+        adam_eps=adam.eps,
+        clip_grad=settings.clip_gradient_norm,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=ddp.use_distributed_optimizer,
+        overlap_param_gather=ddp.overlap_param_gather,
+    )

@@ -1,0 +1,95 @@
+"""AdamW for CPU processes that counts its steps where megatron-core looks for them.
+
+megatron's distributed optimizer is written for FusedAdam (Transformer Engine, apex), which keeps one step count in each
+parameter group. Where neither is installed megatron falls back to torch's AdamW, which keeps a count in each parameter's
+state, and a checkpoint no longer loads: before the first step there is no count to be read (`assert len(steps) == 1`), the
+state that is made for loading has none (`KeyError: 'step'`), and what is restored is one tensor shared by all parameters,
+which each of them then adds 1 to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.adamw import adamw
+
+from minitron_megatron.errors import PlatformError
+
+
+class GroupAdamW(Optimizer):
+    """torch's AdamW, to the bit, with FusedAdam's state: `step` in the group; exp_avg and exp_avg_sq of each parameter.
+
+    No subclass of torch.optim.AdamW, whose __setstate__ asks every parameter's state for its step.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        adam_w_mode: bool = True,
+        capturable: bool = False,
+    ) -> None:
+        if not adam_w_mode or capturable:
+            raise PlatformError("on CPU Adam has decoupled weight decay and no CUDA graph; leave OptimizerConfig at its defaults")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One update of every parameter that has a gradient, by torch's own function."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._step_group(group)
+        return loss
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        with_grad = [parameter for parameter in group["params"] if parameter.grad is not None]
+        if not with_grad:
+            return
+        moments = [self._moments(parameter) for parameter in with_grad]
+        finished = group.get("step", 0)
+        beta1, beta2 = group["betas"]
+        adamw(
+            with_grad,
+            [parameter.grad for parameter in with_grad],
+            [first for first, _ in moments],
+            [second for _, second in moments],
+            [],
+            [torch.tensor(float(finished)) for _ in with_grad],  # torch adds 1 to each before it uses it
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        group["step"] = finished + 1
+
+    def _moments(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
+        state = self.state[parameter]
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name not in state:
+                state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        return state["exp_avg"], state["exp_avg_sq"]
+
+
+def use_in_optimizer(module: ModuleType) -> None:
+    """megatron.core.optimizer, as it looks where a fused Adam is installed."""
+    module.__dict__.update(Adam=GroupAdamW, USING_PYTORCH_OPTIMIZER=False)
+
+
+def use_in_distributed_optimizer(module: ModuleType) -> None:
+    """megatron.core.optimizer.distrib_optimizer likewise; apex's flag, because Transformer Engine's means more than its Adam."""
+    module.__dict__.update(Adam=GroupAdamW, HAVE_APEX_OR_TE=True, USING_TE_OPTIMIZER=False, USING_APEX_OPTIMIZER=True)

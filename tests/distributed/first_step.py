@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.checkpoint.sharded import load_model, model_state, save_state
 from minitron_megatron.checkpoint.torch_dist import MegatronSource
-from minitron_megatron.config.schema import Distill, Parallel
+from minitron_megatron.config.schema import Distill, Parallel, Training
 from minitron_megatron.data.batches import Batch, MicroBatches, collate, micro_batches, of_data_rank
 from minitron_megatron.distill.output_layer import DistillationOutputLayer
 from minitron_megatron.distill.stage import settle_teacher
@@ -95,7 +96,7 @@ def load_batch(ids: tuple[int, ...]) -> Batch:
     return dataclasses.replace(collate(RandomSamples(GLOBAL_BATCH), ids), loss_mask_BS=token_weights()[list(ids)])
 
 
-def load_pair(world: World, parallel: Parallel, pair: Pair, distill: Distill) -> tuple[Teacher, Student]:
+def load_pair(world: World, parallel: Parallel, pair: Pair, distill: Distill, training: Training | None = None) -> tuple[Teacher, Student]:
     layout = global_layout(parallel, world)
     folder, fp32 = pair.folder / "teacher", torch.float32
     wanted = settle_teacher(parallel, pair.teacher, pair.student, fp32, world)
@@ -105,12 +106,12 @@ def load_pair(world: World, parallel: Parallel, pair: Pair, distill: Distill) ->
     ends = distillation_work(pair.student, pair.teacher)
     model = build_model(pair.student, layout, world.platform, fp32, output_layer=DistillationOutputLayer, ends=ends, trainable=True)
     load_model(model, pair.folder / "student")
-    return teacher, make_student(model, distill)
+    return teacher, make_student(model, distill, training)
 
 
-def first_step(world: World, parallel: Parallel, pair: Pair, distill: Distill, written: Path) -> Answer:
+def first_step(world: World, parallel: Parallel, pair: Pair, distill: Distill, written: Path, training: Training | None = None) -> Answer:
     """Forward, backward, reduction of the gradients; these go to disk as if they were a model."""
-    teacher, student = load_pair(world, parallel, pair, distill)
+    teacher, student = load_pair(world, parallel, pair, distill, training)
     model, groups = student.model, step_groups(distill)
     for chunk in student.wrapped:
         chunk.zero_grad_buffer()
@@ -122,6 +123,7 @@ def first_step(world: World, parallel: Parallel, pair: Pair, distill: Distill, w
         sums += torch.stack([item[name].double() for name in ("forward_kl", "cross_entropy", "tokens")])
     student.optimizer.prepare_grads()
     norm = float(student.optimizer.get_grad_norm())
+    gather_gradients(student)
     vocabulary = model.output_weight() if model.layout.is_last_stage else embedding_of(student)
     rows = model.valid_rows() if model.layout.is_last_stage else None
     gradient = None if vocabulary is None else vocabulary.main_grad.clone()  # type: ignore[attr-defined]
@@ -133,6 +135,16 @@ def first_step(world: World, parallel: Parallel, pair: Pair, distill: Distill, w
     write_as_model(student, written, world)
     exchange = teacher.exchange
     return Answer(sums, norm, gradient, float(padding.abs().sum()), own, separate, exchange.bytes_sent, exchange.bytes_kept)
+
+
+def gather_gradients(student: Student) -> None:
+    """After a reduce-scatter each data-parallel rank has its shard of every bucket: all of them make the whole."""
+    for wrapped in student.wrapped:
+        for buffer in (*wrapped.buffers, *wrapped.expert_parallel_buffers) if wrapped.ddp_config.use_distributed_optimizer else ():
+            group = buffer.data_parallel_group
+            for bucket in buffer.buckets:
+                mine = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, mine, group=group)
 
 
 def embedding_of(student: Student) -> Tensor | None:
@@ -151,8 +163,8 @@ def write_as_model(student: Student, folder: Path, world: World) -> None:
     save_state(model_state(student.model), folder)
 
 
-def run_first_step(pool: Pool, parallel: Parallel, pair: Pair, distill: Distill, written: Path) -> FirstStep:
-    answers = pool.run(first_step, parallel, pair, distill, written, processes=parallel.processes)
+def run_first_step(pool: Pool, parallel: Parallel, pair: Pair, distill: Distill, written: Path, training: Training | None = None) -> FirstStep:
+    answers = pool.run(first_step, parallel, pair, distill, written, training, processes=parallel.processes)
     kl, ce, tokens = sum(answer.sums for answer in answers).tolist()
     assert [answer.padding for answer in answers] == [0.0] * parallel.processes
     return FirstStep(kl / tokens, ce / tokens, int(tokens), answers[-1].norm, read_all(written, pair.student), answers)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minitron_megatron.config.schema import Parallel, TeacherParallel
+from minitron_megatron.config.schema import Parallel, TeacherParallel, Training
 from minitron_megatron.data.batches import of_data_rank
 from minitron_megatron.model.run import forward_only
 from minitron_megatron.parallel.split import hidden_state_work, split_layers
@@ -99,6 +99,19 @@ def test_loss_and_every_gradient_of_the_first_step_equal_a_plain_computation_and
     found = run_first_step(pool, parallel, pairs[shape], settings(), tmp_path / "gradients")
     check(found, expected[shape], measured, layout_name(parallel), "first step, plain fp64")
     check(found, one_process[shape], measured, layout_name(parallel), "first step, one process")
+
+
+@pytest.mark.parametrize("shape", ["llama", "qwen2_tied"])
+@pytest.mark.parametrize("distributed_optimizer", [True, False])
+def test_data_parallel_machinery_changes_neither_loss_nor_gradients(
+    pool: Pool, measured: Record, pairs: dict[str, Pair], expected: dict[str, FirstStep], tmp_path: Path, shape: str, distributed_optimizer: bool
+) -> None:
+    """Two micro-batches a rank; gradients are reduced, or scattered, while backward runs, and weights gathered while forward does."""
+    machinery = Training(distributed_optimizer=distributed_optimizer, overlap_grad_reduce=True, overlap_param_gather=distributed_optimizer)
+    parallel = Parallel(tensor=2, data=2, sequence=shape == "llama")
+    found = run_first_step(pool, parallel, pairs[shape], settings(), tmp_path / "gradients", machinery)
+    name = f"{layout_name(parallel)}, {'distributed' if distributed_optimizer else 'plain'} optimizer, overlaps"
+    check(found, expected[shape], measured, name, "first step, plain fp64")
 
 
 @pytest.mark.parametrize("parallel", [TP2_SP, PP2, DP2], ids=layout_name)

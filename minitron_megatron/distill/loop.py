@@ -149,10 +149,9 @@ class Distillation:
         return logged
 
     def _measure(self, hidden: HiddenTraining, groups: MicroBatches, load: Load) -> None:
-        """The first α: one forward-only micro-batch of each data-parallel rank, as many as an interleaved schedule takes at once."""
-        some = groups[: self.layout.data * (self.layout.pipeline if self.layout.virtual > 1 else 1)]
-        teacher = self.teacher.states(some, load, hidden.wanted)
-        batches = [load(ids) for ids in of_data_rank(some, self.layout.data_rank, self.layout.data)]
+        """The first α: forward only, over the whole global batch, because fewer samples would be others in another layout."""
+        teacher = self.teacher.states(groups, load, hidden.wanted)
+        batches = [load(ids) for ids in of_data_rank(groups, self.layout.data_rank, self.layout.data)]
         with whole_parameters(self.student.wrapped):
             logged = self._forward_only(teacher, batches, hidden)
         self._rebalance(hidden, self._over_processes(logged, hidden))

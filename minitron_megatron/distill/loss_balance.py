@@ -19,7 +19,7 @@ class LossBalance:
         self.alpha = torch.tensor(1.0 if weight == "dynamic" else weight, dtype=torch.float32, device=device)
         """[] fp32; replaced, never written into, because backward passes hold it."""
         self.is_set = not self._dynamic
-        """False until the first losses are known: one forward-only micro-batch measures them ahead of the first step."""
+        """False until the first losses are known: a forward-only pass over its global batch measures them ahead of the first step."""
 
     def update(self, logit_sum: Tensor, hidden_sum: Tensor) -> None:
         """Takes α from a step's losses, each [] and summed over all tokens, pairs and processes, so that α is the same everywhere.

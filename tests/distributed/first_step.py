@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,19 +17,22 @@ from torch import Tensor
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.checkpoint.sharded import load_model, model_state, save_state
 from minitron_megatron.checkpoint.torch_dist import MegatronSource
-from minitron_megatron.config.schema import Distill, Parallel, Training
+from minitron_megatron.config.schema import Distill, HiddenLoss, Parallel, Training
 from minitron_megatron.data.batches import Batch, MicroBatches, collate, micro_batches, of_data_rank
+from minitron_megatron.distill.hidden_map import Term, hidden_terms
+from minitron_megatron.distill.hidden_training import HiddenTraining, add_hidden_losses
 from minitron_megatron.distill.output_layer import DistillationOutputLayer
+from minitron_megatron.distill.projection import ATTRIBUTE, initial_weight
 from minitron_megatron.distill.stage import settle_teacher
 from minitron_megatron.distill.student import Student, make_student
 from minitron_megatron.distill.teacher import Teacher, load_teacher
-from minitron_megatron.model.gpt import build_model
+from minitron_megatron.model.gpt import StageModel, build_model
 from minitron_megatron.model.run import forward_backward
 from minitron_megatron.parallel.layout import global_layout, teacher_layout
 from minitron_megatron.parallel.split import distillation_work
 from minitron_megatron.parallel.world import World
 
-from .plain_model import PlainModel, cross_entropy, kd_loss
+from .plain_model import PlainModel, cross_entropy, hidden_loss, kd_loss
 from .pool import Pool
 from .tiny import RandomSamples, read_all, teacher_of
 
@@ -40,10 +45,11 @@ class Pair:
 
     student: Architecture
     folder: Path
+    teacher_hidden: int = 32
 
     @property
     def teacher(self) -> Architecture:
-        return teacher_of(self.student)
+        return teacher_of(self.student).resized(hidden=self.teacher_hidden)
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,10 @@ class FirstStep:
     tokens: int
     gradient_norm: float
     gradients: dict[str, Tensor]
+    hidden: list[float] = dataclasses.field(default_factory=list)
+    """Of each comparison of hidden states."""
+    projections: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    """Gradients."""
     answers: list[Answer] = dataclasses.field(default_factory=list)
 
 
@@ -74,6 +84,10 @@ class Answer(NamedTuple):
     """Elements of the teacher's output weight on this rank that are not the embedding's storage."""
     bytes_sent: int
     bytes_kept: int
+    hidden: Tensor
+    """[terms] this process's sums."""
+    projections: list[tuple[str, Tensor]]
+    """Name and gradient of each copy of a projection here."""
 
 
 def settings(**changes: object) -> Distill:
@@ -83,9 +97,10 @@ def settings(**changes: object) -> Distill:
 
 
 def token_weights() -> Tensor:
-    """[samples, S] zeros and ones, another number of ones in each sample, so that a mean of means would show."""
+    """[samples, S] zeros, ones and fractions, another number of zeros in each sample, so that a mean of means would show."""
     generator = torch.Generator().manual_seed(5)
-    return torch.stack([(torch.rand(16, generator=generator) > sample / 10).float() for sample in range(GLOBAL_BATCH)])
+    draws = [(sample, torch.rand(16, generator=generator)) for sample in range(GLOBAL_BATCH)]
+    return torch.stack([torch.where(draw > 0.8, draw, 1.0) * (draw > sample / 10) for sample, draw in draws])
 
 
 def step_groups(distill: Distill) -> MicroBatches:
@@ -106,18 +121,45 @@ def load_pair(world: World, parallel: Parallel, pair: Pair, distill: Distill, tr
     ends = distillation_work(pair.student, pair.teacher)
     model = build_model(pair.student, layout, world.platform, fp32, output_layer=DistillationOutputLayer, ends=ends, trainable=True)
     load_model(model, pair.folder / "student")
-    return teacher, make_student(model, distill, training)
+    return teacher, make_student(model, distill, training, hidden_of(model, teacher, pair, distill))
 
 
-def first_step(world: World, parallel: Parallel, pair: Pair, distill: Distill, written: Path, training: Training | None = None) -> Answer:
-    """Forward, backward, reduction of the gradients; these go to disk as if they were a model."""
-    teacher, student = load_pair(world, parallel, pair, distill, training)
-    model, groups = student.model, step_groups(distill)
+def hidden_of(model: StageModel, teacher: Teacher, pair: Pair, distill: Distill) -> HiddenTraining | None:
+    """Projections start at random: at the map of kept channels a mistake in the student's channels could hide."""
+    if distill.hidden is None:
+        return None
+    sizes = {"teacher_layers": pair.teacher.layers, "teacher_hidden": pair.teacher.hidden}
+    hidden = add_hidden_losses(model, distill.hidden, **sizes, kept_layers=[], channels=None)
+    teacher.listen(hidden.wanted)
+    return hidden
+
+
+def accumulate(teacher: Teacher, student: Student, distill: Distill) -> list[dict[str, Tensor]]:
+    """Forward, backward, reduction of the gradients."""
+    model, hidden, groups = student.model, student.hidden, step_groups(distill)
     for chunk in student.wrapped:
         chunk.zero_grad_buffer()
-    states = teacher.states(groups, load_batch)
+    states = teacher.states(groups, load_batch, hidden.wanted if hidden else ())
     batches = [load_batch(ids) for ids in of_data_rank(groups, model.layout.data_rank, model.layout.data)]
-    logged = forward_backward(model, student.wrapped, batches, partial(student.loss, states))
+    with hidden.training() if hidden else nullcontext():
+        before = partial(hidden.expect, states) if hidden else None
+        return forward_backward(model, student.wrapped, batches, partial(student.loss, states), before=before)
+
+
+def first_step(
+    world: World,
+    parallel: Parallel,
+    pair: Pair,
+    distill: Distill,
+    written: Path,
+    training: Training | None = None,
+    prepare: Callable[[Student], None] | None = None,
+) -> Answer:
+    """What accumulate leaves; the gradients go to disk as if they were a model. prepare: changes the student ahead of it."""
+    teacher, student = load_pair(world, parallel, pair, distill, training)
+    if prepare:
+        prepare(student)
+    logged, model = accumulate(teacher, student, distill), student.model
     sums = torch.zeros(3, dtype=torch.float64)
     for item in logged if model.layout.tensor_rank == 0 else ():
         sums += torch.stack([item[name].double() for name in ("forward_kl", "cross_entropy", "tokens")])
@@ -132,9 +174,17 @@ def first_step(world: World, parallel: Parallel, pair: Pair, distill: Distill, w
     shared = {parameter.data_ptr() for parameter in teacher.model.parameters()}
     output = teacher.output_weight_vE
     separate = output.numel() if output is not None and output.data_ptr() not in shared else 0
+    hidden = student.hidden.take_sums() if student.hidden else torch.zeros(0)
+    projections = [(name, weight.main_grad.clone()) for name, weight in projections_of(student)]
     write_as_model(student, written, world)
     exchange = teacher.exchange
-    return Answer(sums, norm, gradient, float(padding.abs().sum()), own, separate, exchange.bytes_sent, exchange.bytes_kept)
+    return Answer(sums, norm, gradient, float(padding.abs().sum()), own, separate, exchange.bytes_sent, exchange.bytes_kept, hidden, projections)
+
+
+def projections_of(student: Student) -> list[tuple[str, Any]]:
+    """Name and weight of every copy on this process."""
+    found = [getattr(chunk, ATTRIBUTE, {}) for chunk in student.model.chunks]
+    return [(name, projection.weight) for copies in found for name, projection in copies.items()]
 
 
 def gather_gradients(student: Student) -> None:
@@ -163,21 +213,38 @@ def write_as_model(student: Student, folder: Path, world: World) -> None:
     save_state(model_state(student.model), folder)
 
 
-def run_first_step(pool: Pool, parallel: Parallel, pair: Pair, distill: Distill, written: Path, training: Training | None = None) -> FirstStep:
-    answers = pool.run(first_step, parallel, pair, distill, written, training, processes=parallel.processes)
+def run_first_step(pool: Pool, parallel: Parallel, pair: Pair, distill: Distill, written: Path, run: Callable[..., Answer] = first_step) -> FirstStep:
+    """run: what each process does, with first_step's first arguments."""
+    answers = pool.run(run, parallel, pair, distill, written, processes=parallel.processes)
     kl, ce, tokens = sum(answer.sums for answer in answers).tolist()
     assert [answer.padding for answer in answers] == [0.0] * parallel.processes
-    return FirstStep(kl / tokens, ce / tokens, int(tokens), answers[-1].norm, read_all(written, pair.student), answers)
+    hidden = (sum(answer.hidden for answer in answers) / tokens).tolist()
+    projections = {name: gradient for answer in answers for name, gradient in answer.projections}
+    return FirstStep(kl / tokens, ce / tokens, int(tokens), answers[-1].norm, read_all(written, pair.student), hidden, projections, answers)
 
 
 def plain_first_step(pair: Pair, distill: Distill) -> FirstStep:
-    """All samples at once, whole logits, F.kl_div, autograd, fp64."""
+    """All samples at once, whole logits, F.kl_div, autograd, fp64; `hidden.weight` is a number."""
     student, teacher = PlainModel(pair.folder / "student", pair.student), PlainModel(pair.folder / "teacher", pair.teacher)
     tokens, weights = RandomSamples(GLOBAL_BATCH).tokens, token_weights().double()
-    count = weights.sum()
+    count = (weights > 0).sum()
+    terms = plain_terms(distill.hidden)
+    projections = {term.projection: initial_projection(pair, term).double().requires_grad_() for term in terms}
     kl = kd_loss(student, teacher, tokens[:, :-1], weights, distill.temperature) / count
+    hidden = [hidden_loss(student, teacher, term, projections[term.projection], distill.hidden.kind, weights) / count for term in terms]
     ce = cross_entropy(student, tokens[:, :-1], tokens[:, 1:], weights) / count
-    (distill.loss.get("forward_kl", 0) * kl + distill.loss.get("cross_entropy", 0) * ce).backward()
+    alpha = float(distill.hidden.weight) if distill.hidden else 0.0
+    (distill.loss.get("forward_kl", 0) * kl + distill.loss.get("cross_entropy", 0) * ce + alpha * sum(hidden)).backward()
     gradients = {name: weight.grad for name, weight in student.weights.items() if weight.grad is not None}
-    norm = float(torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum().sqrt())
-    return FirstStep(kl.item(), ce.item(), int(count), norm, gradients)
+    of_projections = {name: weight.grad for name, weight in projections.items() if weight.grad is not None}
+    norm = float(torch.stack([gradient.square().sum() for gradient in [*gradients.values(), *of_projections.values()]]).sum().sqrt())
+    return FirstStep(kl.item(), ce.item(), int(count), norm, gradients, [item.item() for item in hidden], of_projections)
+
+
+def plain_terms(settings: HiddenLoss | None) -> list[Term]:
+    """Of explicit pairs."""
+    return [] if settings is None else hidden_terms(settings, settings.pairs)  # type: ignore[arg-type]
+
+
+def initial_projection(pair: Pair, term: Term) -> Tensor:
+    return initial_weight(term.projection, pair.teacher.hidden, pair.student.hidden, None)

@@ -15,6 +15,7 @@ from torch import Tensor
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.checkpoint.tensors import tensor_table
 from minitron_megatron.checkpoint.torch_dist import MegatronSource
+from minitron_megatron.distill.hidden_map import Term
 
 
 class PlainModel:
@@ -103,6 +104,14 @@ def kd_loss(student: PlainModel, teacher: PlainModel, tokens_BS: Tensor, weights
 def cross_entropy(student: PlainModel, tokens_BS: Tensor, labels_BS: Tensor, weights_BS: Tensor) -> Tensor:
     losses = torch.nn.functional.cross_entropy(student.logits(tokens_BS).flatten(0, 1), labels_BS.flatten(), reduction="none")
     return (losses * weights_BS.flatten()).sum()
+
+
+def hidden_loss(student: PlainModel, teacher: PlainModel, term: Term, projection_ED: Tensor, kind: str, weights_BS: Tensor) -> Tensor:
+    """Sum over tokens of weight · (1 − cosine), or of weight · mean squared difference, of the states of the models' last tokens."""
+    ours, theirs = student.states[term.student] @ projection_ED.T, teacher.states[term.teacher].detach()
+    cosine = (ours * theirs).sum(-1) / (ours.norm(dim=-1) * theirs.norm(dim=-1))
+    losses_BS = 1 - cosine if kind == "cosine" else (ours - theirs).pow(2).sum(-1) / projection_ED.shape[0]
+    return (losses_BS * weights_BS).sum()
 
 
 def naive_statistics(model: PlainModel, tokens_NS: Tensor) -> dict[tuple[int, str], Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -109,7 +110,7 @@ def test_data_parallel_machinery_changes_neither_loss_nor_gradients(
     """Two micro-batches a rank; gradients are reduced, or scattered, while backward runs, and weights gathered while forward does."""
     machinery = Training(distributed_optimizer=distributed_optimizer, overlap_grad_reduce=True, overlap_param_gather=distributed_optimizer)
     parallel = Parallel(tensor=2, data=2, sequence=shape == "llama")
-    found = run_first_step(pool, parallel, pairs[shape], settings(), tmp_path / "gradients", machinery)
+    found = run_first_step(pool, parallel, pairs[shape], settings(), tmp_path / "gradients", partial(first_step, training=machinery))
     name = f"{layout_name(parallel)}, {'distributed' if distributed_optimizer else 'plain'} optimizer, overlaps"
     check(found, expected[shape], measured, name, "first step, plain fp64")
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import sys
 from contextlib import ExitStack
 
@@ -18,6 +16,7 @@ from minitron_megatron.errors import LayoutError, MinitronError
 from minitron_megatron.failure import tell
 from minitron_megatron.parallel.world import World, distributed_world, rank_and_size
 from minitron_megatron.platform import Platform, activate
+from minitron_megatron.platform.lifetime import end_with_parent
 
 
 def prepare(recipe_path: str, overrides: list[str], *, needs_device: bool = True) -> tuple[Recipe, Platform]:
@@ -54,9 +53,8 @@ def main(arguments: list[str]) -> int:
 
 def _die_with_the_launcher() -> None:
     """A launcher that is killed takes its workers along: orphans would go on writing into the folder of the next start."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
 
 
 def _run(connections: ExitStack, stage_name: str, recipe_path: str, *overrides: str) -> None:

@@ -12,11 +12,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -28,6 +29,7 @@ from minitron_megatron.distill.student import Student
 from minitron_megatron.errors import TrainingError
 from minitron_megatron.parallel.world import World
 from minitron_megatron.platform import versions
+from minitron_megatron.platform.lifetime import run_ending_with_parent
 
 PROGRESS = "progress.json"
 
@@ -97,7 +99,7 @@ class TrainingCheckpoints:
             request = self._request(progress, student, unfinished)
             request.add_finalize_fn(lambda: self._publish(progress, unfinished))
             if self._asynchronous:
-                self._under_way.schedule_async_request(request)
+                self._under_way.schedule_async_request(_ending_with_this_process(request))
             else:
                 request.execute_sync()
 
@@ -121,7 +123,7 @@ class TrainingCheckpoints:
         self._under_way = AsyncCallsQueue(persistent=False)
 
     def _new_folder(self, step: int) -> Path:
-        """Of a name of its own: the writer of a run that was killed may still be at work in the one that it left."""
+        """Of a name of its own: on another machine the writer of a run that was killed may still be at work in the one that it left."""
         folder = self._folder / self._world.from_main(f"writing_{step:08d}_{time.time_ns():x}")
         if self._world.is_main:
             for leftover in self._folder.glob("writing_*"):
@@ -165,6 +167,11 @@ def newest_progress(folder: Path) -> Progress:
 
 def saved_steps(folder: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step_")) for path in folder.glob("step_*"))
+
+
+def _ending_with_this_process(request: AsyncRequest) -> AsyncRequest:
+    """Its writer, a forked process, does not outlive a run that is killed. A process that has nothing to write has none."""
+    return request if request.async_fn is None else request._replace(async_fn=partial(run_ending_with_parent, request.async_fn))
 
 
 def _step_folder(folder: Path, step: int) -> Path:

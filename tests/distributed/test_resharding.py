@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import optimizer
 from torch import Tensor
 
 from minitron_megatron.artifact import find_artifact
@@ -23,7 +24,7 @@ from minitron_megatron.parallel.world import World
 
 from .conftest import Record
 from .house import copy_of, publish_stage, recipe_for
-from .pool import Pool
+from .pool import Pool, WorkerError
 from .test_distill import distill_until
 from .tiny import DP2, LLAMA, ONE, PP2, PP2_EVEN, QWEN2_TIED, TP2, layout_name, relative_difference, teacher_of, write_random
 from .training_run import DISTRIBUTED, MOMENTS, OVERLAPPED, PLAIN, Job, Seen, assembled, train
@@ -141,6 +142,23 @@ def test_bf16_main_parameters_move_between_plain_and_distributed_optimizers(
     assert any(not tensor.equal(tensor.bfloat16().float()) for tensor in before.state()["main"].values())
     after = go_on(pool, before, other, other_kind, tmp_path / "after")
     assert_same_state(after, before)
+
+
+def train_with_torchs_adam(world: World, job: Job) -> Seen:
+    """As on CUDA without Transformer Engine and apex."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimizer, "USING_PYTORCH_OPTIMIZER", True)
+        return train(world, job)
+
+
+def test_torchs_own_adam_continues_to_the_bit_and_is_refused_a_shared_out_state(pool: Pool, whole: Whole, tmp_path: Path) -> None:
+    expected = whole("llama", ONE, "plain")
+    shutil.copytree(expected.job.folder / "training", tmp_path / "training")
+    job = replace(expected.job, folder=tmp_path, save_at=())
+    [seen] = pool.run(train_with_torchs_adam, job, processes=1)
+    assert seen.losses == {step: expected.losses()[step] for step in range(STOP, END)}
+    with pytest.raises(WorkerError, match=r"PlatformError: training.distributed_optimizer=true needs .*; install one of them, or set"):
+        pool.run(train_with_torchs_adam, replace(job, parallel=DP2, training=DISTRIBUTED), processes=2)
 
 
 def test_two_ranks_share_out_the_state_and_overlap_changes_no_bit(whole: Whole) -> None:

@@ -85,9 +85,10 @@ def start_and_kill(recipe: Path, partial: Path) -> list[int]:
     with (recipe.parent / "killed.log").open("w") as log:
         chain = subprocess.Popen(command(recipe), env=environment(), cwd=recipe.parent, stdout=log, stderr=log, start_new_session=True)
     try:
-        wait_until(lambda: len(lines(partial / "metrics.jsonl")) > KILL_BEHIND_STEP, chain)
+        # a checkpoint is written while training goes on, so it may come some steps later
+        wait_until(lambda: len(lines(partial / "metrics.jsonl")) > KILL_BEHIND_STEP and any((partial / "training").glob("step_*")), chain)
         family = psutil.Process(chain.pid).children(recursive=True)
-        workers = [process for process in family if "minitron_megatron.worker" in process.cmdline()]
+        workers = [process for process in family if is_worker(process)]
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(chain.pid, signal.SIGKILL)
@@ -99,6 +100,13 @@ def start_and_kill(recipe: Path, partial: Path) -> list[int]:
             process.kill()
     psutil.wait_procs(family, timeout=5)
     return alive
+
+
+def is_worker(process: psutil.Process) -> bool:
+    """A checkpoint's writer that has just ended is none."""
+    with contextlib.suppress(psutil.NoSuchProcess):  # psutil's ZombieProcess is one
+        return "minitron_megatron.worker" in process.cmdline()
+    return False
 
 
 def goes_on(process: psutil.Process) -> bool:

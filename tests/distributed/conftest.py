@@ -1,4 +1,4 @@
-"""Fixtures of the distributed tests: the pool, and a record of the worst differences that they measured."""
+"""Fixtures of the distributed tests: the pool, and a record of what they measured, which --numerics writes into docs/numerics.md."""
 
 from __future__ import annotations
 
@@ -8,10 +8,16 @@ from pathlib import Path
 import pytest
 
 from .house import build_house, publish_stage, recipe_for
+from .numerics import Measured, Numerics
 from .pool import Pool
 
-MEASURED: dict[tuple[str, str], float] = {}
-Record = Callable[[str, str, float], float]
+NUMERICS = Numerics()
+Record = Callable[[str, str, float], Measured]
+Identical = Callable[[str, str, bool], bool]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--numerics", metavar="FILE", help="write the table of measured differences into this file, docs/numerics.md")
 
 
 @pytest.fixture(scope="session")
@@ -23,20 +29,28 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
 
 @pytest.fixture(scope="session")
 def measured() -> Record:
-    """measured(claim, layout, difference) → the difference; the largest of each is printed at the end."""
+    """measured(claim, layout, difference) → the difference, to be compared with its limit: `assert measured(…) <= 1e-6`."""
+    return NUMERICS.measured
 
-    def record(claim: str, layout: str, difference: float) -> float:
-        MEASURED[claim, layout] = max(difference, MEASURED.get((claim, layout), 0.0))
-        return difference
 
-    return record
+@pytest.fixture(scope="session")
+def identical() -> Identical:
+    """identical(claim, layout, same bits?) → whether they are: `assert identical(…)`."""
+    return NUMERICS.identical
+
+
+@pytest.fixture(scope="session")
+def broken() -> Record:
+    """broken(what was broken, layout, difference) → the difference, which must be beyond the limit: `assert broken(…) > 1e-6`."""
+    return NUMERICS.broken
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if MEASURED:
-        terminalreporter.section("worst differences that were measured")
-    for (claim, layout), difference in sorted(MEASURED.items()):
-        terminalreporter.write_line(f"{claim:40} {layout:20} {difference:.1e}")
+    for line in NUMERICS.lines():
+        terminalreporter.write_line(line)
+    file = terminalreporter.config.getoption("numerics", default=None)
+    if file:
+        NUMERICS.write_into(Path(file))
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from minitron_megatron.distill.loop import Distillation
 from minitron_megatron.distill.training_checkpoint import Progress, TrainingCheckpoints
 from minitron_megatron.parallel.world import World
 
-from .conftest import Record
+from .conftest import Identical, Record
 from .house import SOURCE, STEPS, TARGET, copy_of, publish_stage, recipe_for
 from .pool import Pool
 from .tiny import DP2, ONE, PP2, PP2_VPP2, TP2_SP, layout_name, name_of, relative_difference, with_teacher
@@ -165,7 +165,7 @@ def whole(pool: Pool, house: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     ids=name_of,
 )
 def test_an_interrupted_run_reproduces_the_whole_one_to_the_bit(
-    pool: Pool, house: Path, whole: Whole, tmp_path: Path, parallel: Parallel, precision: str
+    pool: Pool, house: Path, whole: Whole, tmp_path: Path, identical: Identical, parallel: Parallel, precision: str
 ) -> None:
     expected = whole(parallel, precision)
     recipe = recipe_for(copy_of(house, tmp_path / "runs"), parallel, precision)
@@ -175,8 +175,8 @@ def test_an_interrupted_run_reproduces_the_whole_one_to_the_bit(
     pool.run(publish_stage, "distill", recipe, processes=parallel.processes)
     continued = Run(tmp_path / "runs" / "tiny" / "distill", [])
     assert [record["step"] for record in continued.records()] == list(range(STEPS + 1))  # 0 is the validation ahead of all
-    assert continued.bits() == expected.bits()
-    assert continued.digest() == expected.digest()
+    same = continued.bits() == expected.bits() and continued.digest() == expected.digest()
+    assert identical("an interrupted and resumed distillation, as the whole one", f"{layout_name(parallel)} {precision}", same)
 
 
 def test_a_half_written_checkpoint_is_never_read(pool: Pool, house: Path, whole: Whole, tmp_path: Path) -> None:

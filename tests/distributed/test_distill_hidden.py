@@ -17,10 +17,11 @@ from minitron_megatron.config.schema import HiddenLoss, Parallel
 from minitron_megatron.data.samples import packed_samples
 from minitron_megatron.distill.hidden_map import hidden_terms
 
-from .conftest import Record
+from .conftest import Identical, Record
 from .house import SOURCE, STEPS, TARGET, copy_of, publish_stage, recipe_for
 from .plain_model import PlainModel, hidden_loss, kd_loss
 from .pool import Pool
+from .test_distill import UNSAVED_STEPS, distill_until
 from .tiny import DP2, ONE, PP2, PP2_VPP2, SEQUENCE, TP2_SP, layout_name, relative_difference
 
 # on all of four stages
@@ -113,3 +114,15 @@ def test_losses_and_weights_of_twenty_steps_agree_in_every_layout(whole: Whole, 
 @pytest.mark.parametrize("parallel", [ONE, *LAYOUTS], ids=layout_name)
 def test_the_published_checkpoint_holds_the_student_alone(whole: Whole, parallel: Parallel) -> None:
     assert set(TorchDistReader(whole(parallel).path / "checkpoint").tensors) == {row.name for row in tensor_table(TARGET)}
+
+
+def test_an_interrupted_run_goes_on_with_the_weight_that_it_would_have_had(
+    pool: Pool, house: Path, whole: Whole, tmp_path: Path, identical: Identical
+) -> None:
+    expected = whole(PP2)
+    recipe = recipe_for(copy_of(house, tmp_path / "runs"), PP2, hidden=HIDDEN)
+    pool.run(distill_until, recipe, UNSAVED_STEPS, processes=2)
+    pool.run(publish_stage, "distill", recipe, processes=2)
+    found = Run(tmp_path / "runs")
+    same = all(found.steps(name) == expected.steps(name) for name in ("loss", "alpha", "hidden", "gradient_norm"))
+    assert identical("an interrupted and resumed distillation, as the whole one", "pp2 with hidden losses", same)

@@ -19,7 +19,7 @@ from minitron_megatron.scores.margins import load_margins
 from minitron_megatron.scores.statistics import Statistics
 from minitron_megatron.scores.units import UnitScores, activation_scores
 
-from .conftest import Record
+from .conftest import Identical, Record
 from .house import CALIBRATION, SOURCE, TARGET, inputs_of, recipe_for
 from .plain_model import PlainModel, naive_statistics
 from .pool import Pool
@@ -89,8 +89,11 @@ def test_statistics_equal_a_plain_model_in_fp64_one_sample_after_another(one_pro
 
 
 @pytest.mark.parametrize("parallel", [DP2, PP2, PP2_EVEN, PP2_VPP2, Parallel(data=3), Parallel(pipeline=2, virtual=3, data=2)], ids=layout_name)
-def test_data_and_pipeline_parallel_give_the_same_bits(pool: Pool, house: Path, one_process: Sums, tmp_path: Path, parallel: Parallel) -> None:
-    assert same_bits(measure(pool, house, tmp_path / "scores", parallel), one_process)
+def test_data_and_pipeline_parallel_give_the_same_bits(
+    pool: Pool, house: Path, one_process: Sums, tmp_path: Path, identical: Identical, parallel: Parallel
+) -> None:
+    same = same_bits(measure(pool, house, tmp_path / "scores", parallel), one_process)
+    assert identical("importance sums, as one process", layout_name(parallel), same)
 
 
 def test_bf16_gives_the_same_bits_on_two_stages_and_is_close_on_two_tensor_ranks(pool: Pool, house: Path, tmp_path: Path, measured: Record) -> None:

@@ -20,10 +20,10 @@ from minitron_megatron.scores.margins import load_margins
 from minitron_megatron.scores.merge import merge_files
 from minitron_megatron.scores.statistics import Statistics
 
-from .conftest import Record
+from .conftest import Identical, Record
 from .house import copy_of, inputs_of, publish_stage, recipe_for
 from .pool import Pool, WorkerError
-from .tiny import DP2, ONE, PP2, PP2_VPP2, TP2, TP2_PP2, relative_difference
+from .tiny import DP2, ONE, PP2, PP2_VPP2, TP2, TP2_PP2, layout_name, relative_difference
 
 FP64 = 1e-14  # relative; sums of up to 64 samples in two orders
 PP2_DP2 = Parallel(pipeline=2, data=2)
@@ -100,7 +100,7 @@ def flat(groups: list[list[list[int]]]) -> list[int]:
     ids=["pp2-dp2", "dp2-pp2", "pp2_dp2-one", "pp2_vpp2-dp2"],
 )
 def test_an_interrupted_pass_continues_under_another_layout_and_gives_the_same_bits(
-    pool: Pool, house: Path, tmp_path: Path, begun: Parallel, continued: Parallel, left: int
+    pool: Pool, house: Path, tmp_path: Path, identical: Identical, begun: Parallel, continued: Parallel, left: int
 ) -> None:
     """Of 35 samples, 16 for each data-parallel rank are finished when the first start dies; how often it saves may change in between."""
     runs = without_importance(house, tmp_path / "runs")
@@ -109,7 +109,8 @@ def test_an_interrupted_pass_continues_under_another_layout_and_gives_the_same_b
     assert find_artifact(runs / "tiny", "importance") is None
     second = pool.run(publish, recipe_with(runs, continued, save_every_samples=32), processes=continued.processes)
     assert flat(second) == list(range(left, 35))
-    assert same_bits(scores_of(runs), scores_of(house))
+    name = f"{layout_name(begun)} → {layout_name(continued)}"
+    assert identical("importance sums of an interrupted pass, as one process", name, same_bits(scores_of(runs), scores_of(house)))
     kept = {path.name for path in (runs / "tiny" / "importance").iterdir()}
     assert kept == {"manifest.json", "result.json", "scores.safetensors", "summary.json"}
 

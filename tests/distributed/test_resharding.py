@@ -22,7 +22,7 @@ from minitron_megatron.distill.training_checkpoint import TrainingCheckpoints, s
 from minitron_megatron.errors import TrainingError
 from minitron_megatron.parallel.world import World
 
-from .conftest import Record
+from .conftest import Identical, Record
 from .house import copy_of, publish_stage, recipe_for
 from .pool import Pool, WorkerError
 from .test_distill import distill_until
@@ -105,7 +105,16 @@ def assert_same_state(found: Run, expected: Run) -> None:
     ("student", "parallel", "kind", "other", "other_kind"), PAIRS, ids=lambda value: getattr(value, "processes", None) and layout_name(value)
 )
 def test_a_run_continues_under_another_layout(
-    pool: Pool, whole: Whole, measured: Record, tmp_path: Path, student: str, parallel: Parallel, kind: str, other: Parallel, other_kind: str
+    pool: Pool,
+    whole: Whole,
+    measured: Record,
+    identical: Identical,
+    tmp_path: Path,
+    student: str,
+    parallel: Parallel,
+    kind: str,
+    other: Parallel,
+    other_kind: str,
 ) -> None:
     """The state is moved, not computed: exact. Steps after it sum in another order, which Adam's division by √v carries into the
     weights: 1e-6 on losses of two steps, and weights within a thousandth of a step's length; a lost moment moves them by whole steps.
@@ -114,6 +123,7 @@ def test_a_run_continues_under_another_layout(
     found = go_on(pool, expected, other, other_kind, tmp_path)
     name = f"{layout_name(parallel)} → {layout_name(other)}"
     assert_same_state(found, expected)
+    assert identical("optimizer's moments and main parameters, moved to another layout", name, True)
     assert sorted(found.losses()) == list(range(STOP, END))
     for step, loss in found.losses().items():
         assert measured("continued under another layout: loss", name, relative_difference(loss, expected.losses()[step])) <= 1e-6
@@ -183,13 +193,14 @@ def test_tensor_and_data_parallel_with_overlaps_and_recompute_train_like_one_pro
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputed_activations_change_no_bit(pool: Pool, whole: Whole, tmp_path: Path, recompute: str) -> None:
+def test_recomputed_activations_change_no_bit(pool: Pool, whole: Whole, tmp_path: Path, identical: Identical, recompute: str) -> None:
     expected = whole("llama", PP2, "plain")
     job = replace(expected.job, parallel=PP2, training=PLAIN.model_copy(update={"recompute": recompute}), save_at=(), folder=tmp_path)
     found = Run(job, pool.run(train, job, processes=2))
     assert found.losses() == expected.losses()
     assert found.seen[0].norms == expected.seen[0].norms
-    assert all(torch.equal(found.weights()[name], tensor) for name, tensor in expected.weights().items())
+    same = all(torch.equal(found.weights()[name], tensor) for name, tensor in expected.weights().items())
+    assert identical("distillation steps with activation recompute, as without", f"pp2, {recompute}", same)
 
 
 def test_every_sample_is_taken_once_when_data_parallel_size_and_global_batch_change(pool: Pool, weights: dict[str, Path], tmp_path: Path) -> None:

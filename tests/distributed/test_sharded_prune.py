@@ -29,6 +29,7 @@ from minitron_megatron.prune.plan import PrunePlan, make_plan
 from minitron_megatron.prune.stream import apply_plan
 from minitron_megatron.scores.units import random_scores
 
+from .conftest import Identical
 from .house import copy_of, publish_stage, recipe_for
 from .pool import Pool, WorkerError
 from .test_checkpoints import load_run_save
@@ -140,7 +141,7 @@ def expected(sources: Callable[[str, str], Path], plan: PrunePlan) -> dict[str, 
 
 @pytest.mark.parametrize("style", ["ours", *STYLES])
 def test_the_cut_is_the_same_bits_for_every_source_and_number_of_processes(
-    pool: Pool, sources: Callable[[str, str], Path], plan: PrunePlan, expected: dict[str, Tensor], tmp_path: Path, style: str
+    pool: Pool, sources: Callable[[str, str], Path], plan: PrunePlan, expected: dict[str, Tensor], tmp_path: Path, identical: Identical, style: str
 ) -> None:
     digests = set()
     for processes in (1, 2, 3):
@@ -150,7 +151,8 @@ def test_the_cut_is_the_same_bits_for_every_source_and_number_of_processes(
         assert len(list(target.glob("*.distcp"))) == processes
         found = read_all(target, plan.target)
         assert found.keys() == expected.keys()
-        assert all(found[name].equal(expected[name]) for name in expected)
+        same = all(found[name].equal(expected[name]) for name in expected)
+        assert identical("pruned weights, as cut by hand, in 1, 2 and 3 processes", f"source {style}", same)
     assert len(digests) == 1
 
 

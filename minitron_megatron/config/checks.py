@@ -109,10 +109,12 @@ def _teacher_problems(recipe: Recipe, source: Architecture) -> list[str]:
 
 
 def _tensor_problems(key: str, tensor: int, arch: Architecture, whose: str) -> list[str]:
-    # with fewer key/value groups than tensor ranks a group would have to be copied to several ranks, and its gradient summed over them
+    sizes = (("heads", arch.heads), ("key/value groups", arch.kv_groups), ("ffn", arch.ffn))
+    # with fewer groups than ranks a group would have to be copied to several, and its gradient summed over them
+    reason = {"key/value groups": " (a group belongs to one rank)"}
     return [
-        f"{key}.tensor={tensor} does not divide {whose}'s {size} {field}; tensor sizes that do: {_common_divisors(arch)}"
-        for field, size in (("heads", arch.heads), ("key/value groups", arch.kv_groups), ("ffn", arch.ffn))
+        f"{key}.tensor={tensor} does not divide {whose}'s {size} {field}{reason.get(field, '')}; tensor sizes that do: {_common_divisors(arch)}"
+        for field, size in sizes
         if size % tensor
     ]
 

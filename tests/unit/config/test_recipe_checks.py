@@ -46,14 +46,14 @@ CASES = {
     ],
     "parallel.tensor=5": [
         "parallel.tensor=5 does not divide the source model's 12 heads; tensor sizes that do: 1, 2, 4",
-        "parallel.tensor=5 does not divide the source model's 4 key/value groups; tensor sizes that do: 1, 2, 4",
+        "parallel.tensor=5 does not divide the source model's 4 key/value groups (a group belongs to one rank); tensor sizes that do: 1, 2, 4",
         "parallel.tensor=5 does not divide the pruned model's 12 heads; tensor sizes that do: 1, 2, 4",
-        "parallel.tensor=5 does not divide the pruned model's 4 key/value groups; tensor sizes that do: 1, 2, 4",
+        "parallel.tensor=5 does not divide the pruned model's 4 key/value groups (a group belongs to one rank); tensor sizes that do: 1, 2, 4",
         "parallel.tensor=5 does not divide the pruned model's 16 ffn; tensor sizes that do: 1, 2, 4",
     ],
     "parallel.tensor=6": [
-        "parallel.tensor=6 does not divide the source model's 4 key/value groups; tensor sizes that do: 1, 2, 4",
-        "parallel.tensor=6 does not divide the pruned model's 4 key/value groups; tensor sizes that do: 1, 2, 4",
+        "parallel.tensor=6 does not divide the source model's 4 key/value groups (a group belongs to one rank); tensor sizes that do: 1, 2, 4",
+        "parallel.tensor=6 does not divide the pruned model's 4 key/value groups (a group belongs to one rank); tensor sizes that do: 1, 2, 4",
         "parallel.tensor=6 does not divide the pruned model's 16 ffn; tensor sizes that do: 1, 2, 4",
     ],
     "parallel.pipeline=7": [
@@ -69,7 +69,8 @@ CASES = {
         "parallel.layers_per_stage=[3, 3] has 2 entries and 6 layers; it needs 1 entries (pipeline × virtual) that add up to 6 layers, or use cost"
     ],
     "parallel.teacher={tensor: 3}": [
-        "parallel.teacher.tensor=3 does not divide the source model's 4 key/value groups; tensor sizes that do: 1, 2, 4",
+        "parallel.teacher.tensor=3 does not divide the source model's 4 key/value groups (a group belongs to one rank); "
+        "tensor sizes that do: 1, 2, 4",
         "parallel.teacher: tensor 3 × pipeline 1 = 3 does not divide the 1 processes of parallel; choose sizes whose product does",
     ],
     "parallel.sequence=true": ["parallel.sequence=true needs parallel.tensor of 2 or more; set parallel.sequence=false"],

@@ -25,6 +25,7 @@ SIZES = (
     ("query heads", "heads"),
     ("key/value groups", "kv_groups"),
     ("head channels", "head_channels"),
+    ("experts", "experts"),
     ("ffn", "ffn"),
     ("vocabulary", "vocab"),
 )
@@ -53,7 +54,8 @@ def architecture_table(source: Architecture, target: Architecture, sequence_leng
     for header in ("before", "after", "ratio"):
         table.add_column(header, justify="right")
     for label, field in SIZES:
-        _row(table, label, getattr(source, field), getattr(target, field))
+        if getattr(source, field):
+            _row(table, label, getattr(source, field), getattr(target, field))
     table.add_section()
     after = parameters_by_part(target)
     for part, before in parameters_by_part(source).items():

@@ -46,7 +46,16 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     "qwen2": {"max_window_layers": 3},
     "qwen3": {"max_window_layers": 3},
 }
+# numbers of experts that are no power of two; the width that qwen3_moe names for layers without experts is not to be taken for theirs
+EXPERT_SIZES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 512},
+    "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": False, "moe_intermediate_size": 28, "intermediate_size": 99},
+    "qwen3_moe_normalised": {"num_experts": 6, "num_experts_per_tok": 2, "norm_topk_prob": True, "moe_intermediate_size": 28},
+}
+MODEL_TYPES = {"llama3": "llama", "qwen3_moe_normalised": "qwen3_moe"}
 VARIANTS = [(family, tied) for family in FAMILY_SIZES for tied in (False, True)]
+EXPERT_VARIANTS = [("mixtral", False), ("qwen3_moe", False), ("qwen3_moe_normalised", True)]
+VARIANTS += EXPERT_VARIANTS
 
 
 @pytest.fixture(params=VARIANTS, ids=[f"{family}-{'tied' if tied else 'untied'}" for family, tied in VARIANTS])
@@ -60,7 +69,7 @@ def every_family(request: pytest.FixtureRequest, tiny_hf_model: Callable[..., Pa
 def tiny_hf_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """tiny_hf_model(family, **config fields): a folder with random weights and a tokenizer, made once a session; copy it to change it.
 
-    Families: llama, llama3 (llama with its rope scaling), mistral, qwen2, qwen3.
+    Families: llama, llama3 (llama with its rope scaling), mistral, qwen2, qwen3, and those of EXPERT_SIZES.
     """
     made: dict[str, Path] = {}
 
@@ -78,7 +87,7 @@ def tiny_hf_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
 def _save_model(folder: Path, family: str, sizes: dict[str, Any]) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(family.removesuffix("3") if family == "llama3" else family, **{**AWKWARD, **FAMILY_SIZES[family], **sizes})
+    config = AutoConfig.for_model(MODEL_TYPES.get(family, family), **{**AWKWARD, **{**FAMILY_SIZES, **EXPERT_SIZES}[family], **sizes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(20240719)
     with torch.no_grad():

@@ -1,6 +1,6 @@
 """The shape of a model, and what follows from it in closed form.
 
-Legend: L layers, D hidden, H query heads, G key/value groups, K head channels, F ffn, V vocabulary.
+Legend: L layers, D hidden, H query heads, G key/value groups, K head channels, F ffn, V vocabulary, E experts.
 """
 
 from __future__ import annotations
@@ -38,6 +38,11 @@ class Architecture:
     rope_scaling: RopeScaling | None = None
     attention_window: int | None = None
     """Sliding window of attention; up to this length attention is plain causal, beyond it sequences are refused."""
+    experts: int = 0
+    """Experts of every layer, of which `ffn` is the width of one; 0: one dense FFN."""
+    experts_per_token: int = 0
+    normalised_routing: bool = True
+    """Whether the weights of a token's chosen experts sum to 1, or are their shares in a softmax over all experts."""
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden", "heads", "kv_groups", "head_channels", "ffn", "vocab"):
@@ -48,8 +53,17 @@ class Architecture:
                 f"architecture: heads={self.heads} is not divisible by kv_groups={self.kv_groups}; "
                 f"nearest: {nearest_multiples(self.heads, self.kv_groups)}"
             )
+        self._check_experts()
         if self.head_channels % 2:
             raise ArchitectureError(f"architecture: head_channels={self.head_channels} is odd, but the rotary embedding turns pairs")
+
+    def _check_experts(self) -> None:
+        if not self.experts:
+            return
+        if not 1 <= self.experts_per_token <= self.experts:
+            raise ArchitectureError(f"architecture: experts_per_token={self.experts_per_token} must be at least 1 and at most experts={self.experts}")
+        if self.experts_per_token == 1 and self.normalised_routing:
+            raise ArchitectureError("architecture: with experts_per_token=1 normalised router weights are all 1, and the router cannot be trained")
 
     @property
     def family(self) -> Family:
@@ -84,7 +98,7 @@ def nearest_multiples(value: int, divisor: int) -> str:
 
 
 def parameters_by_part(arch: Architecture) -> dict[str, int]:
-    """Parameter counts of each part; a tied output weight counts once, under embedding."""
+    """Parameter counts of each part; a tied output weight counts once, under embedding. Routers have a part where there are experts."""
     kind = arch.family
     projection = arch.heads * arch.head_channels * arch.hidden
     attention = arch.qkv_rows * arch.hidden + projection
@@ -94,7 +108,8 @@ def parameters_by_part(arch: Architecture) -> dict[str, int]:
     return {
         "embedding": embedding,
         "attention": arch.layers * attention,
-        "ffn": arch.layers * 3 * arch.hidden * arch.ffn,
+        "ffn": arch.layers * max(arch.experts, 1) * 3 * arch.hidden * arch.ffn,
+        **({"routers": arch.layers * arch.experts * arch.hidden} if arch.experts else {}),
         "norms": (2 * arch.layers + 1) * arch.hidden,
         "output": 0 if arch.tied_embeddings else embedding,
     }
@@ -105,10 +120,21 @@ def parameter_count(arch: Architecture) -> int:
     return sum(parameters_by_part(arch).values())
 
 
-def forward_flops_per_token(arch: Architecture, sequence_length: int) -> int:
-    """Multiply-adds counted as two: every matrix once, plus causal attention at this sequence length."""
+def active_parameter_count(arch: Architecture) -> int:
+    """Parameters that one token meets: of the experts only those that it is sent to."""
+    return sum(_active_parts(arch).values())
+
+
+def _active_parts(arch: Architecture) -> dict[str, int]:
     parts = parameters_by_part(arch)
-    matrices = parts["attention"] + parts["ffn"] + arch.vocab * arch.hidden
+    if arch.experts:
+        parts["ffn"] = parts["ffn"] // arch.experts * arch.experts_per_token
+    return parts
+
+
+def forward_flops_per_token(arch: Architecture, sequence_length: int) -> int:
+    """Multiply-adds counted as two: every matrix that a token meets once, plus causal attention at this sequence length."""
+    matrices = arch.layers * layer_cost(arch) + arch.vocab * arch.hidden
     # a token attends to half the sequence on average; scores and weighted values are one product each
     attention = 2 * arch.layers * arch.heads * arch.head_channels * sequence_length // 2
     return 2 * (matrices + attention)
@@ -120,9 +146,9 @@ def kv_cache_bytes_per_token(arch: Architecture, bytes_per_value: int = 2) -> in
 
 
 def layer_cost(arch: Architecture) -> int:
-    """Matrix parameters of one layer: the unit in which pipeline stages are balanced."""
-    parts = parameters_by_part(arch)
-    return (parts["attention"] + parts["ffn"]) // arch.layers
+    """Matrix parameters of one layer that a token meets: the unit in which pipeline stages are balanced."""
+    parts = _active_parts(arch)
+    return (parts["attention"] + parts["ffn"] + parts.get("routers", 0)) // arch.layers
 
 
 def output_cost(arch: Architecture) -> int:

@@ -17,6 +17,12 @@ SIZES = {
     "head_channels": "head_dim",
     "ffn": "intermediate_size",
 }
+"""Of a dense family; `_size_fields` knows a family's own names."""
+REASONS = {
+    "mlp_only_layers": "every layer has to have experts",
+    "decoder_sparse_step": "every layer has to have experts",
+    "shared_expert_intermediate_size": "shared experts are not built here",
+}
 LLAMA3_CONSTANTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -33,7 +39,7 @@ def architecture_from_hf(config: dict[str, Any]) -> Architecture:
         heads=heads,
         kv_groups=config.get("num_key_value_heads") or heads,
         head_channels=config.get("head_dim") or kind.default_head_channels or hidden // heads,
-        ffn=_required(config, "intermediate_size"),
+        ffn=_required(config, kind.ffn_field),
         vocab=_required(config, "vocab_size"),
         tied_embeddings=bool(config.get("tie_word_embeddings", kind.default_tied)),
         max_positions=int(config.get("max_position_embeddings", 2048)),
@@ -41,6 +47,7 @@ def architecture_from_hf(config: dict[str, Any]) -> Architecture:
         rope_theta=_rope_theta(config, kind),
         rope_scaling=_rope_scaling(config),
         attention_window=_attention_window(config, kind),
+        **_experts(config, kind),
     )
 
 
@@ -50,13 +57,36 @@ def hf_config_for(source_config: dict[str, Any], kept_layers: list[int], arch: A
     head_dim is always written: after width pruning it is no longer hidden / heads.
     """
     config = dict(source_config)
-    config.update({theirs: getattr(arch, ours) for ours, theirs in SIZES.items()})
+    config.update({theirs: getattr(arch, ours) for ours, theirs in _size_fields(arch.family).items()})
+    for field in _expert_fields(config, arch.family):
+        config[field] = arch.experts
     for field in arch.family.per_layer:
         if isinstance(config.get(field), list):
             config[field] = [config[field][layer] for layer in kept_layers]
     if "max_window_layers" in config:
         config["max_window_layers"] = arch.layers
     return config
+
+
+def _size_fields(kind: Family) -> dict[str, str]:
+    return {**SIZES, "ffn": kind.ffn_field}
+
+
+def _expert_fields(config: dict[str, Any], kind: Family) -> list[str]:
+    """The spellings that this config.json uses; the first one where it uses none."""
+    return [field for field in kind.expert_fields if field in config] or list(kind.expert_fields[:1])
+
+
+def _experts(config: dict[str, Any], kind: Family) -> dict[str, Any]:
+    """Fields of Architecture that dense families leave at their defaults."""
+    if not kind.expert_fields:
+        return {}
+    per_token = config.get("num_experts_per_tok")
+    return {
+        "experts": _required(config, _expert_fields(config, kind)[0]),
+        "experts_per_token": kind.default_experts_per_token if per_token is None else per_token,
+        "normalised_routing": kind.always_normalised or bool(config.get("norm_topk_prob", False)),
+    }
 
 
 def _required(config: dict[str, Any], field: str) -> int:
@@ -69,7 +99,13 @@ def _required(config: dict[str, Any], field: str) -> int:
 def _refuse_other_arithmetic(config: dict[str, Any], kind: Family) -> None:
     for field, expected in kind.must_be:
         if config.get(field, expected) not in (expected, None):
-            raise ArchitectureError(f"config.json: {field}={config[field]!r} of family '{kind.name}' is not supported; expected {expected!r}")
+            raise ArchitectureError(
+                f"config.json: {field}={config[field]!r} of family '{kind.name}' is not supported; expected {expected!r}{_reason(field)}"
+            )
+
+
+def _reason(field: str) -> str:
+    return f" ({REASONS[field]})" if field in REASONS else ""
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
@@ -86,8 +122,8 @@ def _rope_theta(config: dict[str, Any], kind: Family) -> float:
 
 
 def _attention_window(config: dict[str, Any], kind: Family) -> int | None:
-    """Only families that slide by default do so here; the others' use of it is refused by their row."""
-    return config.get("sliding_window", kind.default_window) if kind.default_window else None
+    """Of the families that slide; the others' use of it is refused by their row."""
+    return config.get("sliding_window", kind.default_window) if kind.has_window else None
 
 
 def _rope_scaling(config: dict[str, Any]) -> RopeScaling | None:

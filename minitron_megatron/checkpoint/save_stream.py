@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,24 +20,26 @@ from torch import Tensor
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import MetadataIndex
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from minitron_megatron.errors import ArtifactError, MinitronError
 
 TensorOf = Callable[[str], Tensor]
+Place = tuple[str, tuple[tuple[int, int], ...]]
+"""The checkpoint's key of a tensor, and (place, size) of the dimensions that it has ahead of the tensor's."""
 
 
-def save_stream(folder: Path, shapes: dict[str, Tensor], tensor_of: TensorOf, group: dist.ProcessGroup | None) -> None:
+def save_stream(folder: Path, shapes: dict[str, Tensor], tensor_of: TensorOf, places: Mapping[str, Place], group: dist.ProcessGroup | None) -> None:
     """Writes this process's tensors into a file of its own, and with the others of the group one .metadata.
 
-    shapes: tensors of this process on the meta device, in the order in which tensor_of is asked for them. A mistake in any process
-    is raised in all of them; ArtifactError where a file cannot be written.
+    shapes: tensors of this process on the meta device, in the order in which tensor_of is asked for them. places: where each of them lies
+    in the checkpoint. A mistake in any process is raised in all of them; ArtifactError where a file cannot be written.
     """
     try:
-        dcp.save(shapes, storage_writer=_StreamWriter(folder), planner=_LazyPlanner(tensor_of), process_group=group, no_dist=group is None)
+        dcp.save(shapes, storage_writer=_StreamWriter(folder), planner=_LazyPlanner(tensor_of, places), process_group=group, no_dist=group is None)
     except CheckpointException as failed:
         _raise_cause(failed)
 
@@ -44,12 +47,34 @@ def save_stream(folder: Path, shapes: dict[str, Tensor], tensor_of: TensorOf, gr
 class _LazyPlanner(DefaultSavePlanner):
     """Asks for each tensor when its turn to be written comes."""
 
-    def __init__(self, tensor_of: TensorOf) -> None:
+    def __init__(self, tensor_of: TensorOf, places: Mapping[str, Place]) -> None:
         super().__init__()
         self._tensor_of = tensor_of
+        self._places = places
+        self._name_at: dict[tuple[str, torch.Size | None], str] = {}
+
+    def create_local_plan(self) -> SavePlan:
+        """One item for each tensor; experts of a layer are chunks of one tensor, whichever process writes them."""
+        plan = super().create_local_plan()
+        items = [_placed(item, *self._places[item.index.fqn]) for item in plan.items]
+        self._name_at = {(new.index.fqn, new.index.offset): old.index.fqn for old, new in zip(plan.items, items, strict=True)}
+        self.plan = replace(plan, items=items, planner_data={item.index.fqn: (item.index.fqn,) for item in items})
+        return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self._tensor_of(index.fqn)
+        name = self._name_at[index.fqn, index.offset]
+        return self._tensor_of(name)[(None,) * len(self._places[name][1])]
+
+
+def _placed(item: WriteItem, key: str, prefix: tuple[tuple[int, int], ...]) -> WriteItem:
+    """The item of a whole tensor → that of its place in the checkpoint's tensor."""
+    data = item.tensor_data
+    if data is None or not prefix:
+        return item
+    offsets = torch.Size((*(place for place, _ in prefix), *(0 for _ in data.size)))
+    chunk = ChunkStorageMetadata(offsets, torch.Size((*(1 for _ in prefix), *data.size)))
+    whole = replace(data, chunk=chunk, size=torch.Size((*(size for _, size in prefix), *data.size)))
+    return WriteItem(MetadataIndex(key, offsets), WriteItemType.SHARD, tensor_data=whole)
 
 
 class _StreamWriter(FileSystemWriter):

@@ -1,7 +1,8 @@
 """The table of tensors: Hugging Face name, Megatron name and the axis of each dimension, for import, export and pruning.
 
-Axes: V vocabulary, D hidden, F ffn, 2F gate rows then up rows, HK query heads × channels, K head channels,
+Axes: V vocabulary, D hidden, E experts, F ffn, 2F gate rows then up rows, HK query heads × channels, K head channels,
 QKV fused rows: for each key/value group its queries, its key, its value.
+Megatron keeps the experts of a layer in one tensor [E, …]; here each expert is a row of its own, so that streams hold one at a time.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from minitron_megatron.arch.architecture import Architecture
+from minitron_megatron.arch.families import ExpertNames
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,17 @@ class TensorRow:
     """Global layer number, 0-based."""
     plain_name: str | None = None
     """Where a checkpoint may name it by its own norm module instead of Transformer Engine's fused norm + linear, whose name is `name`."""
+    expert: int | None = None
+    """Which of the layer's experts; the tensor is then a slice of the checkpoint's `key`, [E, …]."""
+
+    @property
+    def key(self) -> str:
+        """The checkpoint's key: the name, or the tensor that the layer's experts share."""
+        return self.name if self.expert is None else self.name.replace(f".experts.{self.expert}.", ".experts.")
+
+    def prefix(self, arch: Architecture) -> tuple[tuple[int, int], ...]:
+        """(place, size) of the dimensions that the checkpoint's tensor has ahead of this one's."""
+        return () if self.expert is None else ((self.expert, arch.experts),)
 
     def shape(self, arch: Architecture) -> tuple[int, ...]:
         """Global shape, the vocabulary not padded."""
@@ -35,6 +48,7 @@ def axis_size(axis: str, arch: Architecture) -> int:
     return {
         "V": arch.vocab,
         "D": arch.hidden,
+        "E": arch.experts,
         "F": arch.ffn,
         "2F": 2 * arch.ffn,
         "HK": arch.heads * arch.head_channels,
@@ -73,10 +87,30 @@ def _layer_rows(arch: Architecture, layer: int) -> list[TensorRow]:
         rows.append(row("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight",), "K"))
     rows += [
         row("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), "D", "HK"),
+    ]
+    if arch.family.expert_names:
+        return rows + _expert_rows(arch, arch.family.expert_names, layer)
+    rows += [
         row("mlp.linear_fc1.layer_norm_weight", ("post_attention_layernorm.weight",), "D", plain="pre_mlp_layernorm.weight"),
         row("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), "2F", "D"),
         row("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), "D", "F"),
     ]
+    return rows
+
+
+def _expert_rows(arch: Architecture, names: ExpertNames, layer: int) -> list[TensorRow]:
+    """The norm, the router and the experts; Transformer Engine does not fuse the norm here, so its name is that of its module."""
+    ours, theirs = f"decoder.layers.{layer}", f"model.layers.{layer}"
+    norm, fused = f"{ours}.pre_mlp_layernorm.weight", f"{ours}.mlp.linear_fc1.layer_norm_weight"
+    rows = [
+        TensorRow(norm, (f"{theirs}.post_attention_layernorm.weight",), ("D",), layer, fused),
+        TensorRow(f"{ours}.mlp.router.weight", (f"{theirs}.{names.block}.gate.weight",), ("E", "D"), layer),
+    ]
+    # all slices of a tensor of the checkpoint in a row: it is written in the table's order
+    for matrix, parts, axes in (("linear_fc1", (names.gate, names.up), ("2F", "D")), ("linear_fc2", (names.down,), ("D", "F"))):
+        for expert in range(arch.experts):
+            hf_names = tuple(f"{theirs}.{names.block}.experts.{expert}.{part}.weight" for part in parts)
+            rows.append(TensorRow(f"{ours}.mlp.experts.experts.{expert}.{matrix}.weight", hf_names, axes, layer, expert=expert))
     return rows
 
 

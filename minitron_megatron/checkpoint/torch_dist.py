@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.checkpoint.digest import combined_digest, tensor_digest
-from minitron_megatron.checkpoint.save_stream import save_stream
+from minitron_megatron.checkpoint.save_stream import Place, save_stream
 from minitron_megatron.checkpoint.tensors import TensorRow, axis_size, tensor_table
 from minitron_megatron.errors import CheckpointError
 
@@ -98,31 +98,30 @@ class MegatronSource:
 
         rows: only these of its first dimension.
         """
-        key, layer = self._find(row)
+        key, prefix = self._find(row)
         shape = row.shape(self.arch)
         rows = range(shape[0]) if rows is None else rows
-        offsets, shape = (rows.start, *(0 for _ in shape[1:])), (len(rows), *shape[1:])
-        if layer is None:
-            return self._reader.read(key, offsets, shape)
-        return self._reader.read(key, (layer, *offsets), (1, *shape))[0]
+        shape, places = (len(rows), *shape[1:]), tuple(place for place, _ in prefix)
+        offsets = (*places, rows.start, *(0 for _ in shape[1:]))
+        return self._reader.read(key, offsets, (*(1 for _ in places), *shape)).view(shape)
 
-    def _find(self, row: TensorRow) -> tuple[str, int | None]:
-        """The checkpoint's key, and the layer's place in it where the key is stacked."""
-        for name in filter(None, (row.name, row.plain_name)):
-            if name in self._reader.tensors:
-                return name, None
-            stacked = name.replace(f".layers.{row.layer}.", ".layers.")
+    def _find(self, row: TensorRow) -> Place:
+        """The checkpoint's key, and (place, size) of the dimensions that it has ahead of the row's: stacked layers, experts."""
+        for key in filter(None, (row.key, row.plain_name)):
+            if key in self._reader.tensors:
+                return key, row.prefix(self.arch)
+            stacked = key.replace(f".layers.{row.layer}.", ".layers.")
             if row.layer is not None and stacked in self._reader.tensors:
-                return stacked, row.layer
+                return stacked, ((row.layer, self.arch.layers), *row.prefix(self.arch))
         raise CheckpointError(f"{self._reader.folder}: tensor {row.name} is missing; is the checkpoint of another model?")
 
     def _check(self) -> None:
         known: set[str] = set()
         for row in tensor_table(self.arch):
-            key, layer = self._find(row)
+            key, prefix = self._find(row)
             known.add(key)
-            stacked = () if layer is None else (self.arch.layers,)
-            expected, found = (*stacked, *row.shape(self.arch)), tuple(self._reader.tensors[key].size)
+            ahead = tuple(size for _, size in prefix)
+            expected, found = (*ahead, *row.shape(self.arch)), tuple(self._reader.tensors[key].size)
             padded = row.axes[0] == "V" and found[0] >= expected[0] and found[1:] == expected[1:]
             if found != expected and not padded:
                 raise CheckpointError(
@@ -171,7 +170,8 @@ def write_torch_dist(
         digests[name] = tensor_digest(name, tensor)
         return tensor
 
-    save_stream(folder, {name: shapes[name] for name in mine}, tensor_of, group)
+    places = {name: (row.key, row.prefix(arch)) for name, row in mine.items()}
+    save_stream(folder, {name: shapes[name] for name in mine}, tensor_of, places, group)
     if rank == 0:
         (folder / "metadata.json").write_text(json.dumps(BACKEND))
         torch.save({}, folder / "common.pt")

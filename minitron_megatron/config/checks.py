@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from minitron_megatron.arch.architecture import Architecture, nearest_multiples
-from minitron_megatron.config.schema import Parallel, Recipe, Rule, TeacherParallel, Training
+from minitron_megatron.config.schema import Parallel, Recipe, Rule, Target, TeacherParallel, Training
 from minitron_megatron.errors import RecipeError
+
+WIDTH_OF_EXPERTS = 8
+"""transformers multiplies all experts in one call of torch's grouped_mm, which wants strides of 16 bytes: 8 values in bf16."""
 
 
 def target_architecture(recipe: Recipe, source: Architecture) -> Architecture:
@@ -12,8 +15,9 @@ def target_architecture(recipe: Recipe, source: Architecture) -> Architecture:
     problems = [
         f"prune.target.{name}={size} is larger than the source's {getattr(source, name)}"
         for name, size in recipe.prune.target.sizes().items()
-        if size > getattr(source, name)
+        if size > getattr(source, name) and (name != "experts" or source.experts)
     ]
+    problems += _expert_problems(recipe.prune.target, source)
     heads = recipe.prune.target.heads or source.heads
     if heads % source.kv_groups:
         problems.append(
@@ -29,6 +33,24 @@ def target_architecture(recipe: Recipe, source: Architecture) -> Architecture:
     if problems:
         raise RecipeError(problems)
     return source.resized(**recipe.prune.target.sizes())
+
+
+def _expert_problems(target: Target, source: Architecture) -> list[str]:
+    if not source.experts:
+        return [f"prune.target.experts={target.experts}: the family {source.family_name} has no experts; leave it out"] if target.experts else []
+    problems = []
+    if target.experts and target.experts < source.experts_per_token:
+        problems.append(
+            f"prune.target.experts={target.experts} is less than the {source.experts_per_token} that each token is sent to; "
+            f"at least {source.experts_per_token}"
+        )
+    for name, size in (("hidden", target.hidden), ("ffn", target.ffn)):
+        if size and size % WIDTH_OF_EXPERTS and size != getattr(source, name):
+            problems.append(
+                f"prune.target.{name}={size} is not a multiple of {WIDTH_OF_EXPERTS}, and transformers would not run such experts; "
+                f"nearest: {nearest_multiples(size, WIDTH_OF_EXPERTS)}"
+            )
+    return problems
 
 
 def check_recipe(recipe: Recipe, source: Architecture) -> Architecture:
@@ -59,6 +81,7 @@ def check_recipe(recipe: Recipe, source: Architecture) -> Architecture:
 
 def _layout_problems(parallel: Parallel, arch: Architecture, whose: str) -> list[str]:
     problems = _tensor_problems("parallel", parallel.tensor, arch, whose)
+    problems += _expert_layout_problems(parallel, arch, whose)
     problems += _stage_problems("parallel", parallel.pipeline * parallel.virtual, arch, whose)
     if parallel.sequence and parallel.tensor == 1:
         problems.append("parallel.sequence=true needs parallel.tensor of 2 or more; set parallel.sequence=false")
@@ -88,6 +111,8 @@ def _teacher_problems(recipe: Recipe, source: Architecture) -> list[str]:
     parallel, teacher = recipe.parallel, recipe.parallel.teacher
     if not isinstance(teacher, TeacherParallel):
         return []
+    if source.experts:
+        return ["parallel.teacher: a layout of its own is not supported for a source model with experts; set parallel.teacher=student"]
     problems = _tensor_problems("parallel.teacher", teacher.tensor, source, "the source model")
     problems += _stage_problems("parallel.teacher", teacher.pipeline, source, "the source model")
     problems += _list_problems("parallel.teacher", teacher.pipeline, teacher.layers_per_stage, {source.layers})
@@ -134,6 +159,29 @@ def _list_problems(key: str, stages: int, rule: Rule, layers: set[int]) -> list[
         f"{key}.layers_per_stage={list(rule)} has {len(rule)} entries and {sum(rule)} layers; "
         f"it needs {stages} entries (pipeline × virtual) that add up to {models} layers, or use cost"
     ]
+
+
+def _expert_layout_problems(parallel: Parallel, arch: Architecture, whose: str) -> list[str]:
+    if not arch.experts:
+        return [f"parallel.expert={parallel.expert}, but {whose} has no experts; set parallel.expert=1"] if parallel.expert > 1 else []
+    problems = []
+    if parallel.tensor > 1:
+        problems.append(
+            f"parallel.tensor={parallel.tensor}: tensor parallelism is not supported for {whose}, which has experts; "
+            "set parallel.tensor=1 and use parallel.expert and parallel.pipeline"
+        )
+    for field, size in (("experts", arch.experts), ("data-parallel ranks", parallel.data)):
+        if size % parallel.expert:
+            whole = f"{whose}'s {size} {field}" if field == "experts" else f"parallel.data={size}"
+            problems.append(f"parallel.expert={parallel.expert} does not divide {whole}; nearest: {_nearest_divisors(size, parallel.expert)}")
+    return problems
+
+
+def _nearest_divisors(size: int, wanted: int) -> str:
+    """The divisors of size on both sides of wanted."""
+    divisors = [number for number in range(1, size + 1) if size % number == 0]
+    below, above = [number for number in divisors if number < wanted][-1:], [number for number in divisors if number > wanted][:1]
+    return ", ".join(map(str, below + above))
 
 
 def _common_divisors(arch: Architecture) -> str:

@@ -88,6 +88,7 @@ class Parallel(Section):
     pipeline: int = Field(1, ge=1)
     virtual: int = Field(1, ge=1, description="virtual pipeline stages of each process (interleaved 1F1B)")
     data: int = Field(1, ge=1)
+    expert: int = Field(1, ge=1, description="data-parallel ranks that share the experts of a layer out among themselves; divides data")
     context: int = Field(1, ge=1, description="context parallel: Transformer Engine on a GPU only")
     sequence: bool = Field(False, description="sequence parallel: activations between tensor-parallel regions are sharded along the sequence")
     layers_per_stage: LayersPerStage = Field(
@@ -131,6 +132,7 @@ class Target(Section):
     hidden: int | None = Field(None, ge=1, description="embedding channels")
     ffn: int | None = Field(None, ge=1, description="FFN neurons of every layer")
     heads: int | None = Field(None, ge=1, description="query heads, the same number in each key/value group")
+    experts: int | None = Field(None, ge=1, description="experts of every layer; ffn is then the width of each")
 
     def sizes(self) -> dict[str, int]:
         return {name: size for name, size in self.model_dump().items() if size is not None}

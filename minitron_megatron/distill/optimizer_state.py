@@ -19,8 +19,6 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 MAIN_PARAMETER = "optimizer.state.fp32_param."
 DISTRIBUTED_MAIN_PARAMETER = "optimizer.state.param."
-REPLICA = 1
-"""Of a tensor that another entry of the same request stands for."""
 
 
 class OptimizerState:
@@ -35,14 +33,22 @@ class OptimizerState:
         self._main_is_the_weight = optimizer.config.params_dtype == torch.float32
         self._entries = _sharded_entries(self._structure)
 
-    def to_save(self) -> dict[int, ShardedBase]:
+    def tensors(self) -> dict[int, ShardedBase]:
+        """What a checkpoint keeps beside the weights."""
         return {number: _named(entry) for number, entry in enumerate(self._entries) if not self._is_the_weight(entry)}
 
-    def to_load(self) -> dict[int, ShardedBase]:
-        return {number: self._weight_itself(entry) if self._is_the_weight(entry) else _named(entry) for number, entry in enumerate(self._entries)}
+    def weights(self) -> dict[int, ShardedBase]:
+        """The weights once more, as the optimizer shares them out; to be asked for apart from the model's, because megatron takes no
+        part of an expert's tensor twice into one request."""
+        return {number: _weight_itself(entry) for number, entry in enumerate(self._entries) if self._is_the_weight(entry)}
+
+    @property
+    def has_weights(self) -> bool:
+        """The same on every process, also on one that has no part of them."""
+        return self._main_is_the_weight and self._optimizer.config.use_distributed_optimizer
 
     def load(self, loaded: dict[int, Any], *, finished_steps: int) -> None:
-        """Puts what a checkpoint gave for `to_load` into the optimizer."""
+        """Puts what a checkpoint gave for `tensors` and `weights` into the optimizer."""
         by_entry = {id(entry): loaded[number] for number, entry in enumerate(self._entries)}
         structure = _filled(self._structure, by_entry)
         for state in _dictionaries(structure):
@@ -56,8 +62,9 @@ class OptimizerState:
         """An fp32 model has no main copy apart from its weights, but the distributed optimizer shares out its own copy of them."""
         return self._main_is_the_weight and entry.key.startswith(DISTRIBUTED_MAIN_PARAMETER)
 
-    def _weight_itself(self, entry: ShardedBase) -> ShardedBase:
-        return replace(entry, key=entry.key.removeprefix(DISTRIBUTED_MAIN_PARAMETER), replica_id=REPLICA)
+
+def _weight_itself(entry: ShardedBase) -> ShardedBase:
+    return replace(entry, key=entry.key.removeprefix(DISTRIBUTED_MAIN_PARAMETER))
 
 
 def _named(entry: ShardedBase) -> ShardedBase:

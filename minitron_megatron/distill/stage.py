@@ -143,11 +143,12 @@ def _hidden(settings: Distill, teacher: Teacher, student: StageModel, pruned: Ar
 
 def settle_teacher(parallel: Parallel, teacher: Architecture, student: Architecture, dtype: torch.dtype, world: World) -> TeacherParallel:
     """The teacher's layout; `auto` is one without a pipeline, and so without its bubbles, where both models take at most half of the
-    memory that is free on every process. It changes no bit of the teacher's states."""
+    memory that is free on every process. It changes no bit of the teacher's states. A teacher with experts has the student's sizes, because
+    only megatron's global groups have some for experts."""
     if isinstance(parallel.teacher, TeacherParallel):
         return parallel.teacher
     as_student = TeacherParallel(tensor=parallel.tensor, pipeline=parallel.pipeline, sequence=parallel.sequence)
-    if parallel.teacher == "student" or parallel.pipeline == 1:
+    if parallel.teacher == "student" or parallel.pipeline == 1 or teacher.experts:
         return as_student
     free = torch.tensor(world.platform.free_memory_bytes(), device=world.platform.device)
     dist.all_reduce(free, op=dist.ReduceOp.MIN)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -81,11 +82,12 @@ class TrainingCheckpoints:
         progress = newest_progress(self._folder)
         if progress.step == 0:
             return progress
-        weights = model_state(student.model)
+        weights, folder = model_state(student.model), str(_step_folder(self._folder, progress.step))
         optimizer = OptimizerState(student.optimizer, weights, loading=True)
-        state = dist_checkpointing.load({"model": weights, "optimizer": optimizer.to_load()}, str(_step_folder(self._folder, progress.step)))
+        state = dist_checkpointing.load({"model": weights, "optimizer": optimizer.tensors()}, folder)
+        shared_out = dist_checkpointing.load(optimizer.weights(), folder) if optimizer.has_weights else {}
         set_model_state(student.model, state["model"])
-        optimizer.load(state["optimizer"], finished_steps=progress.step)
+        optimizer.load({**state["optimizer"], **shared_out}, finished_steps=progress.step)
         return Progress(progress.step, progress.samples, progress.starts, state.get("extra", {}))
 
     def save(self, progress: Progress, student: Student) -> None:
@@ -114,12 +116,10 @@ class TrainingCheckpoints:
             self._under_way.maybe_finalize_async_calls(blocking=True)
 
     def _give_up(self) -> None:
-        """Ends this process's writer and takes what it reports out of megatron's queue, where the next save would find it."""
+        """Ends this process's writer; the next save gets a new queue for reports, where one that is still on its way cannot arrive."""
         for call in self._under_way.async_calls:
             call.async_caller.close(abort=True)
-            reports = call.async_request.async_fn_args[-1] if call.async_request.async_fn_args else None
-            while reports is not None and not reports.empty():
-                reports.get()
+            filesystem_async._results_queue = None
         self._under_way = AsyncCallsQueue(persistent=False)
 
     def _new_folder(self, step: int) -> Path:
@@ -135,7 +135,7 @@ class TrainingCheckpoints:
     def _request(self, progress: Progress, student: Student, folder: Path) -> Any:
         weights = model_state(student.model)
         optimizer = OptimizerState(student.optimizer, weights, loading=False)
-        state = {"model": weights, "optimizer": optimizer.to_save(), "extra": progress.extra}
+        state = {"model": weights, "optimizer": optimizer.tensors(), "extra": progress.extra}
         return dist_checkpointing.save(state, str(folder), async_sharded_save=True, **versions.asynchronous_save())
 
     @contextmanager

@@ -41,7 +41,8 @@ def compare(models: dict[str, StageModel], windows: TokenDataset, world: World, 
     layout = next(iter(models.values())).layout
     sums = {name: torch.zeros(len(windows), 3, dtype=torch.float64, device=world.platform.device) for name in models}
     ids = list(range(layout.data_rank, len(windows), layout.data))
-    rounds = [ids[start : start + WINDOWS_AT_A_TIME] for start in range(0, len(ids), WINDOWS_AT_A_TIME)]
+    most = -(-len(windows) // layout.data)  # every rank takes part in every round, with windows or without: experts may be shared
+    rounds = [ids[start : start + WINDOWS_AT_A_TIME] for start in range(0, most, WINDOWS_AT_A_TIME)]
     with progress(f"evaluate {what}", len(rounds), world) as advance:
         for some in rounds:
             batches = [collate(windows, [window]).to(world.platform.device) for window in some]

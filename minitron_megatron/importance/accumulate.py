@@ -60,19 +60,11 @@ def segments(samples: range, save_every: int, data_size: int) -> list[range]:
     return [range(start, stop) for start, stop in pairwise([samples.start, *later, samples.stop])]
 
 
-def samples_of_rank(samples: range, data_rank: int, data_size: int, micro_batch: int, *, equal_passes: bool = False) -> list[list[int]]:
+def samples_of_rank(samples: range, data_rank: int, data_size: int, micro_batch: int) -> list[list[int]]:
     """Micro-batches of global sample ids of one data-parallel rank: whole blocks, dealt round; none crosses a block.
 
     All have one shape, which a pipeline's stages agree on ahead: the last one of a block is filled up.
-    equal_passes: filling micro-batches make every rank's number the largest rank's, as expert parallel needs.
     """
-    of_rank = [_dealt(samples, rank, data_size, micro_batch) for rank in range(data_size)]
-    longest = max(len(groups) for groups in of_rank)
-    mine = of_rank[data_rank]
-    return mine + [[FILLING] * micro_batch] * (longest - len(mine)) if equal_passes else mine
-
-
-def _dealt(samples: range, data_rank: int, data_size: int, micro_batch: int) -> list[list[int]]:
     first, behind = samples.start // BLOCK, -(-samples.stop // BLOCK)
     groups = []
     for block in range(first + data_rank, behind, data_size):

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from minitron_megatron.importance.experts import ExpertSums, hook_experts, is_sparse
+
 
 class MicroBatchSums:
     """What the hooks saw of one micro-batch: key (global layer, axis) → Σ|x|, Σx, Σx² [3, B, C], and the cosines."""
@@ -23,10 +25,16 @@ class MicroBatchSums:
     def __init__(self) -> None:
         self.token_sums: dict[tuple[int, str], Tensor] = {}
         self.cosine_sums: dict[int, Tensor] = {}
+        self.experts: dict[int, ExpertSums] = {}
+        """Global layer → its experts on this rank, whose samples may be other ranks'."""
+        self.sample_ids_B = torch.empty(0, dtype=torch.int64)
+        """Of the micro-batch that is under way; only experts need to know."""
 
     def clear(self) -> None:
         self.token_sums.clear()
         self.cosine_sums.clear()
+        for experts in self.experts.values():
+            experts.clear()
 
 
 @contextmanager
@@ -44,12 +52,19 @@ def collecting(layers: Iterable[nn.Module]) -> Iterator[MicroBatchSums]:
 def _hook_layer(layer: Any, found: MicroBatchSums) -> list[Any]:
     number = layer.layer_number - 1  # megatron counts from 1
     return [
-        layer.mlp.linear_fc2.register_forward_pre_hook(_sums_of_input(found, (number, "ffn"))),
+        *_hook_mlp(layer.mlp, number, found),
         layer.self_attention.linear_proj.register_forward_pre_hook(_sums_of_input(found, (number, "heads"))),
         layer.input_layernorm.register_forward_hook(_sums_of_output(found, (number, "attention_norm"))),
         layer.pre_mlp_layernorm.register_forward_hook(_sums_of_output(found, (number, "mlp_norm"))),
         layer.register_forward_hook(_cosine(found, number), with_kwargs=True),
     ]
+
+
+def _hook_mlp(mlp: Any, number: int, found: MicroBatchSums) -> list[Any]:
+    if not is_sparse(mlp):
+        return [mlp.linear_fc2.register_forward_pre_hook(_sums_of_input(found, (number, "ffn")))]
+    found.experts[number] = ExpertSums(mlp.token_dispatcher, len(mlp.experts.local_experts))
+    return hook_experts(mlp, found.experts[number], lambda: found.sample_ids_B)
 
 
 def token_sums(x_SBC: Tensor) -> Tensor:

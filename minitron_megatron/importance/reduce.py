@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,10 +13,18 @@ from minitron_megatron.importance.hooks import MicroBatchSums
 from minitron_megatron.parallel.collectives import sum_over
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.parallel.world import World
-from minitron_megatron.scores.statistics import INFLUENCE, Key
+from minitron_megatron.scores.statistics import EXPERT_AXES, INFLUENCE, Key
 
 SEQUENCE_SHARDED = ("attention_norm", "mlp_norm")
 """Axes whose hooks see a part of the sequence under sequence parallelism; the others see all of it and a part of the units."""
+
+
+class Part(NamedTuple):
+    """What one process measured."""
+
+    tensor_rank: int
+    expert_rank: int
+    blocks: dict[int, dict[Key, Tensor]]
 
 
 def complete_over_sequence(found: MicroBatchSums, layout: Layout) -> None:
@@ -30,13 +38,17 @@ def complete_over_sequence(found: MicroBatchSums, layout: Layout) -> None:
 
 
 def gather_blocks(sums: BlockSums, layout: Layout, world: World) -> dict[int, dict[Key, Tensor]]:
-    """Block → every layer's sums with all units, on the main process; nothing elsewhere. Each block comes from the ranks that own it."""
-    mine = layout.tensor_rank, {block: {key: value.cpu() for key, value in values.items()} for block, values in sums.blocks.items()}
+    """Block → every layer's sums with all units, on the main process; nothing elsewhere.
+
+    Each block comes from the ranks that own it; of experts from all that share theirs with its owner.
+    """
+    blocks = {block: {key: value.cpu() for key, value in values.items()} for block, values in sums.blocks.items()}
+    mine = Part(layout.tensor_rank, layout.expert_rank, blocks)
     if world.size == 1:
-        return _join([mine])
+        return _join([mine], layout.expert)
     gathered: list[Any] | None = [None] * world.size if world.is_main else None
     dist.gather_object(mine, gathered, dst=0)
-    return _join(gathered or [])
+    return _join(gathered or [], layout.expert)
 
 
 def fold(totals: dict[Key, Tensor], blocks: dict[int, dict[Key, Tensor]]) -> dict[Key, Tensor]:
@@ -48,12 +60,21 @@ def fold(totals: dict[Key, Tensor], blocks: dict[int, dict[Key, Tensor]]) -> dic
     return folded
 
 
-def _join(parts: list[tuple[int, dict[int, dict[Key, Tensor]]]]) -> dict[int, dict[Key, Tensor]]:
-    """Units of the tensor ranks side by side; axes that every tensor rank sees whole are taken once."""
-    pieces: dict[int, dict[Key, list[Tensor]]] = {}
-    for tensor_rank, blocks in sorted(parts, key=lambda part: part[0]):
-        for block, sums in blocks.items():
+def _join(parts: list[Part], expert_ranks: int) -> dict[int, dict[Key, Tensor]]:
+    """Units of the tensor or expert ranks side by side; axes that every tensor rank sees whole are taken once."""
+    pieces: dict[int, dict[Key, dict[int, Tensor]]] = {}
+    for part in parts:
+        for block, sums in part.blocks.items():
             for key, value in sums.items():
-                if tensor_rank == 0 or key[1] not in (*SEQUENCE_SHARDED, INFLUENCE):
-                    pieces.setdefault(block, {}).setdefault(key, []).append(value)
-    return {block: {key: torch.cat(values, dim=-1) for key, values in sums.items()} for block, sums in pieces.items()}
+                rank = part.expert_rank if key[1] in EXPERT_AXES else part.tensor_rank
+                if rank == 0 or key[1] not in (*SEQUENCE_SHARDED, INFLUENCE):
+                    pieces.setdefault(block, {}).setdefault(key, {})[rank] = value
+    return {block: {key: _side_by_side(key, by_rank, expert_ranks) for key, by_rank in keys.items()} for block, keys in pieces.items()}
+
+
+def _side_by_side(key: Key, by_rank: dict[int, Tensor], expert_ranks: int) -> Tensor:
+    if key[1] not in EXPERT_AXES:
+        return torch.cat([by_rank[rank] for rank in sorted(by_rank)], dim=-1)
+    # a rank to whose experts no token of the block was sent has no sums of it
+    none = torch.zeros_like(next(iter(by_rank.values())))
+    return torch.cat([by_rank.get(rank, none) for rank in range(expert_ranks)], dim=-1)

@@ -77,14 +77,15 @@ def measure(model: StageModel, batches: list[Batch], advance: Callable[[], None]
     sums = BlockSums()
     with collecting(model.layers()) as found:
 
-        def after(batch: Batch) -> None:
-            if (batch.sample_ids_B == FILLING).all():
-                found.clear()
-                return
-            _accumulate(sums, found, batch, model.layout)
-            advance()
+        def before(_: int, batch: Batch) -> None:
+            found.sample_ids_B = batch.sample_ids_B
 
-        forward_only(model, batches, after=after, consume=lambda hidden, batch: None)
+        def after(batch: Batch) -> None:
+            _accumulate(sums, found, batch, model.layout)  # of a filling one too: this process's experts see other ranks' samples
+            if (batch.sample_ids_B != FILLING).any():
+                advance()
+
+        forward_only(model, batches, before=before, after=after, consume=lambda hidden, batch: None)
     return sums
 
 
@@ -96,6 +97,9 @@ def _accumulate(sums: BlockSums, found: MicroBatchSums, batch: Batch, layout: La
         sums.add(key, value, tokens, ids)
     for layer, cosines in found.cosine_sums.items():
         sums.add_influence(layer, cosines, tokens, ids)
+    for layer, experts in found.experts.items():
+        for axis, value in experts.axes().items() if experts.samples else ():
+            sums.add((layer, axis), value, experts.tokens, experts.samples)
     found.clear()
 
 
@@ -138,6 +142,7 @@ def _summary(scores: UnitScores) -> dict[str, Any]:
     return {
         "ffn": [values.tolist() for values in scores.ffn],
         "heads": [values.tolist() for values in scores.heads],
+        "experts": [values.tolist() for values in scores.experts],
         "channels": scores.channels.tolist(),
         "block_influence": scores.layers.tolist(),
     }

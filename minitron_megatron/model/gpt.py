@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minitron_megatron.arch.architecture import Architecture
+from minitron_megatron.model.experts import expert_settings
 from minitron_megatron.model.modules import block_spec
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.parallel.split import EndWork, hidden_state_work, logits_work, split_layers
@@ -253,9 +254,16 @@ def transformer_config(
         perform_initialization=False,
         # only this dispatcher allows micro-batches of several shapes; without experts nothing is dispatched
         moe_token_dispatcher_type="alltoall",
-        **RECOMPUTE[recompute],
+        **expert_settings(arch, layout, platform),
+        **_recompute(recompute, arch),
         **flags,
     )
+
+
+def _recompute(recompute: str, arch: Architecture) -> dict[str, Any]:
+    """megatron names an FFN of experts by another name."""
+    arguments = RECOMPUTE[recompute]
+    return {**arguments, "recompute_modules": ["moe"]} if arch.experts and "recompute_modules" in arguments else arguments
 
 
 def padded_vocab(vocab: int, tensor: int) -> int:

@@ -9,12 +9,13 @@ import math
 from typing import Any
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from minitron_megatron.model.experts import layer_spec
 
 
 class RMSNorm(nn.Module):
@@ -49,7 +50,7 @@ class CausalAttention(nn.Module):
 
 def local_layer_spec(config: TransformerConfig) -> ModuleSpec:
     """megatron-core's local layer with our norm and core attention in it."""
-    spec = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)
+    spec = layer_spec(config)
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention.core_attention = CausalAttention

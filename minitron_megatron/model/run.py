@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from minitron_megatron.data.batches import Batch, filler
 from minitron_megatron.errors import LayoutError
+from minitron_megatron.model.experts import same_number_of_passes
 from minitron_megatron.model.gpt import StageModel
 
 BeforeChunk = Callable[[int, Batch], None]
@@ -44,17 +45,15 @@ def forward_only(
     consume: Callable[[Tensor, Batch], Any] | None = None,
     before: BeforeChunk | None = None,
     after: Callable[[Batch], None] | None = None,
-    filling: Sequence[Batch] = (),
 ) -> list[Any]:
     """Sends every micro-batch through the pipeline; what consume makes of the final hidden states, in order, on the last stage.
 
-    consume: (hidden [S, B, D], batch) → anything; default: the hidden states. after: called when a micro-batch has gone through a
-    chunk of this process. filling: batches that run behind the others only to keep every process's number equal (expert parallel);
-    their results are dropped. What an interleaved schedule needs beyond that is filled with batches of sample id −1.
-    Returns an empty list on the other stages.
+    consume: (hidden [S, B, D], batch) → anything; default: the hidden states. before, after: called for every micro-batch that goes
+    through a chunk of this process. Ranks that share experts with ranks of more micro-batches, and interleaved schedules, run batches of
+    sample id −1 behind their own, for which consume is not called. Returns an empty list on the other stages.
     """
-    whole = [*batches, *filling]
-    whole += [filler(batch) for batch in whole[-1:]] * _missing(model, len(whole))
+    whole = same_number_of_passes(batches, model.layout, next(model.parameters()).device)
+    whole = [*whole, *(filler(batch) for batch in whole[-1:] * _missing(model, len(whole)))]
 
     def step(iterator: Iterator[Turn], chunk: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         number, position, batch = next(iterator)

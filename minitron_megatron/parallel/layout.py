@@ -36,6 +36,8 @@ class Layout:
     split_rule: Rule
     groups: ProcessGroupCollection = field(repr=False)
     virtual: int = 1
+    expert: int = 1
+    """Data-parallel ranks that share the experts of a layer out among themselves."""
 
     @property
     def tensor_rank(self) -> int:
@@ -48,6 +50,10 @@ class Layout:
     @property
     def data_rank(self) -> int:
         return self.groups.dp.rank()
+
+    @property
+    def expert_rank(self) -> int:
+        return self.groups.ep.rank()
 
     @property
     def place(self) -> Place:
@@ -66,13 +72,14 @@ class Layout:
 
     def same_sizes(self, other: Layout) -> bool:
         """Whether every rank holds the same part of a model in both; virtual stages and the layers of a stage may differ."""
-        mine, theirs = ((x.tensor, x.pipeline, x.data, x.sequence_parallel) for x in (self, other))
+        mine, theirs = ((x.tensor, x.pipeline, x.data, x.sequence_parallel, x.expert) for x in (self, other))
         return mine == theirs
 
     def describe(self) -> str:
         virtual = f" × virtual {self.virtual}" if self.virtual > 1 else ""
         sequence = " + sequence parallel" if self.sequence_parallel else ""
-        return f"tensor {self.tensor} × pipeline {self.pipeline}{virtual} × data {self.data}{sequence}"
+        experts = f" (expert {self.expert})" if self.expert > 1 else ""
+        return f"tensor {self.tensor} × pipeline {self.pipeline}{virtual} × data {self.data}{experts}{sequence}"
 
 
 def global_layout(parallel: Parallel, world: World, *, seed: int = 1234) -> Layout:
@@ -90,6 +97,7 @@ def global_layout(parallel: Parallel, world: World, *, seed: int = 1234) -> Layo
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
+        expert_model_parallel_size=parallel.expert,
         distributed_timeout_minutes=parallel.timeout_seconds / 60,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -101,13 +109,15 @@ def global_layout(parallel: Parallel, world: World, *, seed: int = 1234) -> Layo
         split_rule=parallel.layers_per_stage,
         groups=ProcessGroupCollection.use_mpu_process_groups(),
         virtual=parallel.virtual,
+        expert=parallel.expert,
     )
 
 
 def teacher_layout(teacher: TeacherParallel, world: World, student: Layout) -> Layout:
     """The teacher's own groups on the same ranks; the student's groups where the sizes are the same.
 
-    Every process calls this. Raises LayoutError where tensor × pipeline does not divide the number of processes.
+    Every process calls this. Raises LayoutError where tensor × pipeline does not divide the number of processes, and for other sizes than
+    those of a student whose experts are shared out.
     """
     model_processes = teacher.tensor * teacher.pipeline
     if world.size % model_processes:
@@ -116,9 +126,11 @@ def teacher_layout(teacher: TeacherParallel, world: World, student: Layout) -> L
             f"{world.size} processes; choose sizes whose product does"
         )
     data = world.size // model_processes
-    layout = Layout(teacher.tensor, teacher.pipeline, data, teacher.sequence, teacher.layers_per_stage, student.groups)
+    layout = Layout(teacher.tensor, teacher.pipeline, data, teacher.sequence, teacher.layers_per_stage, student.groups, expert=student.expert)
     if layout.same_sizes(student):
         return layout
+    if student.expert > 1:
+        raise LayoutError("parallel.teacher: a layout of its own is not supported where experts are shared out; set parallel.teacher=student")
     return Layout(layout.tensor, layout.pipeline, data, layout.sequence_parallel, layout.split_rule, _grid_groups(layout))
 
 

@@ -1,6 +1,6 @@
 """The plan: which units of the source are kept, by global layer number and source index.
 
-Legend: D hidden, F ffn, H query heads, G key/value groups.
+Legend: D hidden, F ffn, H query heads, G key/value groups, E experts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from minitron_megatron.scores.units import UnitScores
 
 @dataclass(frozen=True)
 class PrunePlan:
-    """Kept units in ascending order of their source index; ffn and heads by source layer, for kept layers only."""
+    """Kept units in ascending order of their source index; ffn, heads and experts by source layer, for kept layers only."""
 
     source: Architecture
     target: Architecture
@@ -29,8 +29,13 @@ class PrunePlan:
     ffn: dict[int, list[int]]
     heads: dict[int, list[int]]
     channels: list[int]
+    experts: dict[int, list[int]] = field(default_factory=dict)
+    """Empty in a dense model, where ffn holds the neurons."""
+    expert_ffn: dict[int, dict[int, list[int]]] = field(default_factory=dict)
+    """Source layer → source expert → kept neurons, for kept experts only."""
     margins: dict[str, Any] = field(default_factory=dict)
-    """Gap at the cut over the axis's largest score: ffn and heads (the closest group's) by source layer, channels, layers; None: nothing is cut."""
+    """Gap at the cut over the axis's largest score: ffn, heads, experts and expert_ffn (heads: of the closest group; expert_ffn: of the closest
+    kept expert) by source layer, channels, layers; None: nothing is cut."""
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(self.to_dict()) + "\n")
@@ -43,6 +48,8 @@ class PrunePlan:
             "ffn": self.ffn,
             "heads": self.heads,
             "channels": self.channels,
+            "experts": self.experts,
+            "expert_ffn": self.expert_ffn,
             "margins": self.margins,
         }
 
@@ -55,26 +62,41 @@ def make_plan(scores: UnitScores, source: Architecture, target: Architecture) ->
     """Keeps the units with the highest scores of each axis (P1 section 2.3); where two are equal, the lower index wins.
 
     Heads are ranked within each key/value group and the same number is kept in each, so that grouped-query attention stays what it is.
+    FFN neurons are ranked within their expert where there are experts.
     Raises PlanError for scores that are not finite or of other sizes than the source.
     """
     _check(scores, source)
     layers = top(scores.layers, target.layers)
+    sparse = layers if source.experts else []
+    experts = {layer: top(scores.experts[layer], target.experts) for layer in sparse}
     return PrunePlan(
         source=source,
         target=target,
         kept_layers=layers,
-        ffn={layer: top(scores.ffn[layer], target.ffn) for layer in layers},
+        ffn={layer: top(scores.ffn[layer], target.ffn) for layer in layers if not source.experts},
         heads={layer: top_heads(scores.heads[layer], source.kv_groups, target.heads_per_group) for layer in layers},
         channels=top(scores.channels, target.hidden),
-        margins=margins_of(scores, layers, source, target),
+        experts=experts,
+        expert_ffn={layer: {expert: top(scores.expert_ffn[layer][expert], target.ffn) for expert in experts[layer]} for layer in sparse},
+        margins=margins_of(scores, layers, experts, target),
     )
 
 
-def margins_of(scores: UnitScores, layers: list[int], source: Architecture, target: Architecture) -> dict[str, Any]:
-    """How clear the plan's cuts are: a unit whose score is known only to this margin could as well have been kept or cut."""
-    grouped = {layer: scores.heads[layer].view(source.kv_groups, -1) for layer in layers}
+def margins_of(scores: UnitScores, layers: list[int], experts: dict[int, list[int]], target: Architecture) -> dict[str, Any]:
+    """How clear the plan's cuts are: a unit whose score is known only to this margin could as well have been kept or cut.
+
+    experts: kept ones by layer, none in a dense model.
+    """
+    grouped = {layer: scores.heads[layer].view(target.kv_groups, -1) for layer in layers}
+    if experts:
+        neurons = {
+            "experts": {layer: margin_at(scores.experts[layer], target.experts) for layer in experts},
+            "expert_ffn": {layer: margin_at(scores.expert_ffn[layer][kept], target.ffn) for layer, kept in experts.items()},
+        }
+    else:
+        neurons = {"ffn": {layer: margin_at(scores.ffn[layer], target.ffn) for layer in layers}}
     return {
-        "ffn": {layer: margin_at(scores.ffn[layer], target.ffn) for layer in layers},
+        **neurons,
         "heads": {layer: margin_at(heads_GP, target.heads_per_group) for layer, heads_GP in grouped.items()},
         "channels": margin_at(scores.channels, target.hidden),
         "layers": margin_at(scores.layers, target.layers),
@@ -95,15 +117,16 @@ def top_heads(scores_H: Tensor, groups: int, kept_per_group: int) -> list[int]:
 
 
 def _check(scores: UnitScores, source: Architecture) -> None:
-    expected = {"ffn": (scores.ffn, source.ffn), "heads": (scores.heads, source.heads)}
+    neurons = {"experts": (scores.experts, (source.experts,)), "expert_ffn": (scores.expert_ffn, (source.experts, source.ffn))}
+    expected = {**(neurons if source.experts else {"ffn": (scores.ffn, (source.ffn,))}), "heads": (scores.heads, (source.heads,))}
     for name, (rows, units) in expected.items():
-        if len(rows) != source.layers or any(len(row) != units for row in rows):
-            raise PlanError(f"scores: {name} are of another model than the source ({source.layers} layers of {units}); measure them anew")
+        if len(rows) != source.layers or any(tuple(row.shape) != units for row in rows):
+            shown = " × ".join(map(str, units))
+            raise PlanError(f"scores: {name} are of another model than the source ({source.layers} layers of {shown}); measure them anew")
     if len(scores.channels) != source.hidden or len(scores.layers) != source.layers:
         raise PlanError(f"scores: channels or layers are of another model than the source ({source.hidden} channels); measure them anew")
     for name, values in (
-        ("ffn", torch.cat(scores.ffn)),
-        ("heads", torch.cat(scores.heads)),
+        *((name, torch.cat(rows)) for name, (rows, _) in expected.items()),
         ("channels", scores.channels),
         ("layers", scores.layers),
     ):

@@ -76,5 +76,5 @@ def _scores(settings: Prune, inputs: Mapping[str, Artifact], source: MegatronSou
 
 
 def _what_is_cut(source: Architecture, target: Architecture) -> str:
-    sizes = [(name, getattr(source, name), getattr(target, name)) for name in ("layers", "hidden", "heads", "ffn")]
+    sizes = [(name, getattr(source, name), getattr(target, name)) for name in ("layers", "hidden", "heads", "experts", "ffn")]
     return ", ".join(f"{name} {before} → {after}" for name, before, after in sizes if before != after) or "nothing is cut"

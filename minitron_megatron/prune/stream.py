@@ -32,9 +32,18 @@ def pruned_bytes(source: MegatronSource, plan: PrunePlan) -> int:
 
 def source_rows(plan: PrunePlan) -> dict[str, TensorRow]:
     """Name of a target tensor → the source's row it is cut from."""
-    by_place = {(row.layer, _without_layer(row)): row for row in tensor_table(plan.source)}
-    return {row.name: by_place[None if row.layer is None else plan.kept_layers[row.layer], _without_layer(row)] for row in tensor_table(plan.target)}
+    by_place = {(row.layer, row.expert, _kind(row)): row for row in tensor_table(plan.source)}
+    return {row.name: by_place[(*_source_place(row, plan), _kind(row))] for row in tensor_table(plan.target)}
 
 
-def _without_layer(row: TensorRow) -> str:
-    return row.name.replace(f".layers.{row.layer}.", ".layers.")
+def _source_place(row: TensorRow, plan: PrunePlan) -> tuple[int | None, int | None]:
+    """Layer and expert of the source that a target's row comes from."""
+    if row.layer is None:
+        return None, None
+    layer = plan.kept_layers[row.layer]
+    return layer, None if row.expert is None else plan.experts[layer][row.expert]
+
+
+def _kind(row: TensorRow) -> str:
+    """The name without the numbers of its layer and expert."""
+    return row.key.replace(f".layers.{row.layer}.", ".layers.")

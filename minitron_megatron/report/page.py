@@ -21,6 +21,7 @@ from minitron_megatron.results import table
 SIZES = (
     ("layers", "layers"),
     ("embedding channels", "hidden"),
+    ("experts", "experts"),
     ("FFN neurons", "ffn"),
     ("query heads", "heads"),
     ("key/value groups", "kv_groups"),
@@ -137,7 +138,7 @@ def _shape_rows(run: RunData) -> list[ShapeRow]:
         return []
     source, target = run.shapes
     before, after = parameters_by_part(source), parameters_by_part(target)
-    sizes = [_change_row(label, getattr(source, name), getattr(target, name), "{:,}".format) for label, name in SIZES]
+    sizes = [_change_row(label, getattr(source, name), getattr(target, name), "{:,}".format) for label, name in SIZES if getattr(source, name)]
     used = [part for part in before if before[part]]
     parts = [_change_row(f"parameters: {PARTS.get(part, part)}", before[part], after[part]) for part in used]
     cache = kv_cache_bytes_per_token(source), kv_cache_bytes_per_token(target)

@@ -38,8 +38,10 @@ class RunData:
         return sorted(set(range(self.plan["source"]["layers"])) - set(self.plan["kept_layers"]))
 
     def kept_of(self, kind: str) -> list[int | None]:
-        """Units of a kind ("ffn", "heads") kept in each source layer, None where the layer is dropped."""
+        """Units of a kind ("ffn", "heads", "experts") kept in each source layer, None where the layer is dropped; ffn: of each expert."""
         if self.plan is None:
             return []
         kept, layers = self.plan[kind], set(self.plan["kept_layers"])
+        if kind == "ffn" and not kept:  # every expert keeps the same number
+            kept = {layer: next(iter(experts.values())) for layer, experts in self.plan["expert_ffn"].items()}
         return [len(kept[str(layer)]) if layer in layers else None for layer in range(self.plan["source"]["layers"])]

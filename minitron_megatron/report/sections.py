@@ -40,7 +40,8 @@ def importance_figures(run: RunData) -> list[Figure]:
     """Heat maps of what is ranked within a layer, and the Block Influence of the layers."""
     missing = "" if run.importance else "The importance figures are left out: the stage importance has no summary."
     heads_cut = run.shapes is not None and run.shapes[0].heads != run.shapes[1].heads
-    units = {"ffn": "FFN neuron", **({"heads": "query head"} if heads_cut else {})}
+    sparse = run.shapes is not None and run.shapes[0].experts > 0
+    units = {**({"experts": "expert"} if sparse else {"ffn": "FFN neuron"}), **({"heads": "query head"} if heads_cut else {})}
     influence = (run.importance or {}).get("block_influence", [])
     return [
         *(_heatmap(run, kind, unit, missing) for kind, unit in units.items()),
@@ -60,7 +61,8 @@ def cut_figure(run: RunData) -> Figure:
         source = Architecture.from_dict((run.plan or {})["source"])
         ffn = figures.Kept("FFN neurons", source.ffn, run.kept_of("ffn"))
         heads = figures.Kept("query heads", source.heads, run.kept_of("heads"))
-        return figures.kept_strips([ffn, heads])
+        experts = [figures.Kept("experts", source.experts, run.kept_of("experts"))] if source.experts else []
+        return figures.kept_strips([*experts, ffn, heads])
 
     missing = "" if run.plan else "What was cut is left out: the stage prune has no plan."
     return _figure("Layer by layer", "The share of each layer that is kept.", draw, missing)

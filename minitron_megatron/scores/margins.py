@@ -1,6 +1,6 @@
 """How clear a cut is: the gap between the last unit that is kept and the first that goes.
 
-Legend: L layers, D hidden, F ffn, G key/value groups, P heads of a group. A score is known to a tolerance (another layout adds in
+Legend: L layers, D hidden, F ffn, E experts, G key/value groups, P heads of a group. A score is known to a tolerance (another layout adds in
 another order), so a kept set is the same under every layout where the margin at its cut is above twice that tolerance.
 """
 
@@ -28,10 +28,15 @@ def cut_margins(scores_xU: Tensor) -> Tensor:
 
 
 def unit_margins(scores: UnitScores, kv_groups: int) -> dict[str, Tensor]:
-    """ffn.LAYER [F − 1], heads.LAYER [G, P − 1] (heads are ranked within their group), channels [D − 1], layers [L − 1]."""
+    """ffn.LAYER [F − 1], heads.LAYER [G, P − 1] (heads are ranked within their group), channels [D − 1], layers [L − 1].
+
+    Where layers have experts, experts.LAYER [E − 1] and expert_ffn.LAYER [E, F − 1] in place of ffn.
+    """
     ffn = {f"ffn.{layer}": cut_margins(values) for layer, values in enumerate(scores.ffn)}
     heads = {f"heads.{layer}": cut_margins(values.view(kv_groups, -1)) for layer, values in enumerate(scores.heads)}
-    return {**ffn, **heads, "channels": cut_margins(scores.channels), "layers": cut_margins(scores.layers)}
+    experts = {f"experts.{layer}": cut_margins(values) for layer, values in enumerate(scores.experts)}
+    neurons = {f"expert_ffn.{layer}": cut_margins(values_EF) for layer, values_EF in enumerate(scores.expert_ffn)}
+    return {**ffn, **experts, **neurons, **heads, "channels": cut_margins(scores.channels), "layers": cut_margins(scores.layers)}
 
 
 def margin_at(scores_xU: Tensor, kept: int) -> float | None:

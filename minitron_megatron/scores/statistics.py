@@ -22,6 +22,9 @@ AGGREGATES = ("mean", "l2", "variance")
 """Order of a statistic's first dimension: what is made of a sample's tokens."""
 AXES = ("ffn", "heads", "attention_norm", "mlp_norm")
 """Input of the second FFN matrix · head outputs before the projection · outputs of the two norms of a layer."""
+EXPERT_AXES = ("experts", "expert_ffn")
+"""In place of "ffn" where a layer has experts: norm of an expert's output times its router weight (as arXiv 2510.13999), and the input of its
+second matrix times that weight, [E·F]; both are 0 for the tokens that are not sent to it."""
 INFLUENCE = "influence"
 """Mean over a sample's tokens of cos(layer input, layer output); one unit."""
 Key = tuple[int, str]

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.arch.hf_config import SIZES
 from minitron_megatron.artifact import FORMAT, Artifact, find_artifact
 from minitron_megatron.chain import STAGES, run_stage, stage_settings
@@ -52,13 +53,13 @@ def recipe_for(runs: Path, parallel: Parallel = ONE, precision: str = "fp32", *,
     )
 
 
-def build_house(runs: Path) -> None:
+def build_house(runs: Path, source: Architecture = SOURCE) -> None:
     """Publishes `import` and `data` below runs/tiny."""
     folder = runs / "tiny"
-    digest = write_random(folder / "import" / "checkpoint", SOURCE, scale=0.2)
-    config = {"model_type": "llama", **{theirs: getattr(SOURCE, ours) for ours, theirs in SIZES.items()}}
+    digest = write_random(folder / "import" / "checkpoint", source, scale=0.2)
+    config = {"model_type": source.family_name, **{theirs: getattr(source, ours) for ours, theirs in SIZES.items()}}
     (folder / "import" / "hf_config.json").write_text(json.dumps(config))
-    put_manifest(folder, "import", {"architecture": SOURCE.to_dict(), "weights_sha256": digest})
+    put_manifest(folder, "import", {"architecture": source.to_dict(), "weights_sha256": digest})
     (folder / "data").mkdir()
     write_corpus(folder / "data" / "train", documents=60, seed=1)
     write_corpus(folder / "data" / "heldout", documents=6, seed=2)

@@ -1,6 +1,7 @@
 """The independent reference: a decoder written with plain torch in fp64, from the table's weights, without megatron.
 
-Legend: B batch, S sequence, D hidden, H heads, G key/value groups, K head channels, F ffn, V vocabulary, n tokens.
+Legend: B batch, S sequence, D hidden, H heads, G key/value groups, K head channels, F ffn, V vocabulary, n tokens,
+E experts.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class PlainModel:
             before = x
             normed = self.states["layer", layer] = self._norm(f"decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_weight", x)
             x = x + self._attention(layer, normed)
-            x = x + self._mlp(layer, self._norm(f"decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight", x))
+            x = x + self._after_attention(layer, x)
             product = (before * x).sum(-1) / (before.norm(dim=-1) * x.norm(dim=-1))
             self.seen[layer, "influence"] = product.detach()
         return self._norm("decoder.final_layernorm.weight", x)
@@ -52,7 +53,8 @@ class PlainModel:
     def _norm(self, name: str, x: Tensor) -> Tensor:
         scaled = x / (x.square().mean(-1, keepdim=True) + self.arch.norm_eps).sqrt() * self.weights[name]
         layer = name.split(".")[2]
-        for part, axis in (("linear_qkv.layer_norm", "attention_norm"), ("linear_fc1.layer_norm", "mlp_norm")):
+        axes = (("linear_qkv.layer_norm", "attention_norm"), ("linear_fc1.layer_norm", "mlp_norm"), ("pre_mlp_layernorm", "mlp_norm"))
+        for part, axis in axes:
             if part in name:
                 self.seen[int(layer), axis] = scaled.detach()
         return scaled
@@ -84,6 +86,28 @@ class PlainModel:
         angle = torch.outer(torch.arange(x.shape[1], dtype=torch.float64), frequency)[None, :, None, None, :]
         first, second = x[..., :half], x[..., half:]
         return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], dim=-1)
+
+    def _after_attention(self, layer: int, x: Tensor) -> Tensor:
+        if self.arch.experts:
+            return self._experts(layer, self._norm(f"decoder.layers.{layer}.pre_mlp_layernorm.weight", x))
+        return self._mlp(layer, self._norm(f"decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight", x))
+
+    def _experts(self, layer: int, x: Tensor) -> Tensor:
+        """Every expert for every token, times its router weight, which is 0 for those that were not chosen."""
+        ours = f"decoder.layers.{layer}.mlp"
+        logits_BSE = x @ self.weights[f"{ours}.router.weight"].T
+        lowest_chosen = logits_BSE.topk(self.arch.experts_per_token).values[..., -1:]
+        shares_BSE = torch.where(logits_BSE >= lowest_chosen, logits_BSE.softmax(-1), 0.0)
+        weights_BSE = shares_BSE / shares_BSE.sum(-1, keepdim=True) if self.arch.normalised_routing else shares_BSE
+        inner, outputs = [], []
+        for expert in range(self.arch.experts):
+            name = f"{ours}.experts.experts.{expert}"
+            gate, up = (x @ self.weights[f"{name}.linear_fc1.weight"].T).chunk(2, dim=-1)
+            inner.append(gate * torch.sigmoid(gate) * up * weights_BSE[..., expert : expert + 1])
+            outputs.append(inner[-1] @ self.weights[f"{name}.linear_fc2.weight"].T)
+        self.seen[layer, "expert_ffn"] = torch.cat(inner, dim=-1).detach()
+        self.seen[layer, "experts"] = torch.stack([output.norm(dim=-1) for output in outputs], dim=-1).detach()
+        return torch.stack(outputs).sum(0)
 
     def _mlp(self, layer: int, x: Tensor) -> Tensor:
         ours = f"decoder.layers.{layer}.mlp"

@@ -51,7 +51,9 @@ from .plain_model import PlainModel
 from .pool import Pool
 from .tiny import (
     DP2,
+    EP2_PP2,
     LLAMA,
+    MIXTRAL,
     ONE,
     PP2,
     PP2_VPP2,
@@ -69,6 +71,7 @@ from .tiny import (
 )
 
 ALPHA, RATE = 0.37, 1e-3
+SPARSE = MIXTRAL.resized(layers=5)
 # student layers 1, 3 and 4 of 5 and the embedding: on both of two stages and on all of four; the teacher's layer 2 serves two of them
 PAIRS = [(2, 1), (2, 3), (5, 4)]
 DP2_PP2, DP2_PP2_VPP2 = Parallel(pipeline=2, data=2), Parallel(pipeline=2, virtual=2, data=2)
@@ -97,7 +100,9 @@ MSE, PER_PAIR = distill_of(kind="mse"), distill_of(projection="per_pair")
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
     """A projection larger than the weight that lies next to it in the first stage's gradients: there a shard's cut would go through it."""
-    found = {name: Pair(arch, tmp_path_factory.mktemp(name), teacher_hidden=48) for name, arch in (("llama", LLAMA), ("wide", WIDE))}
+    found = {
+        name: Pair(arch, tmp_path_factory.mktemp(name), teacher_hidden=48) for name, arch in (("llama", LLAMA), ("wide", WIDE), ("sparse", SPARSE))
+    }
     for pair in found.values():
         write_random(pair.folder / "teacher", pair.teacher, seed=1, scale=0.2)
         write_random(pair.folder / "student", pair.student, seed=2, scale=0.2)
@@ -166,6 +171,7 @@ CASES = {
     "wide_tp2_pp2_sp-teacher_tp4": Case(with_teacher(TP2_PP2, TeacherParallel(tensor=4)), COSINE, shape="wide"),
     "pp2_full_recompute": Case(PP2, COSINE, recompute="full"),
     "pp2_dp2_distributed_optimizer": Case(DP2_PP2, COSINE, distributed_optimizer=True),
+    "experts_pp2_dp2_ep2": Case(EP2_PP2, COSINE, shape="sparse"),
 }
 SLOW_CASES = {
     "one_mse_per_pair": Case(ONE, MSE_PER_PAIR),

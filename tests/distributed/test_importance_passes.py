@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,16 +65,6 @@ def publish(world: World, recipe: Recipe, stop_behind: int | None = None) -> lis
     return watch(lambda: publish_stage(world, "importance", recipe), stop_behind)
 
 
-def publish_padded(world: World, recipe: Recipe) -> list[list[int]]:
-    """As expert parallel will: the same number of forward passes on every data-parallel rank."""
-    real = stage.samples_of_rank
-    stage.samples_of_rank = partial(real, equal_passes=True)
-    try:
-        return publish(world, recipe)
-    finally:
-        stage.samples_of_rank = real
-
-
 def scores_of(runs: Path) -> Statistics:
     return Statistics.load(runs / "tiny" / "importance" / "scores.safetensors")
 
@@ -132,15 +121,6 @@ def test_other_settings_start_from_the_first_sample(pool: Pool, house: Path, tmp
     pool.run(publish, recipe_with(runs, save_every_samples=16), 1, processes=1)
     assert flat(pool.run(publish, recipe_with(runs, seed=5), processes=1)) == list(range(35))
     assert not same_bits(scores_of(runs), scores_of(house))
-
-
-def test_dummy_passes_make_the_ranks_equal_and_change_no_bit(pool: Pool, house: Path, tmp_path: Path) -> None:
-    """Segments of 32 and 3 samples: in the second one, the second rank has none of its own."""
-    runs = without_importance(house, tmp_path / "runs")
-    groups = pool.run(publish_padded, recipe_with(runs, DP2, save_every_samples=32), processes=2)
-    assert [len(rank) for rank in groups] == [19, 19]
-    assert groups[1][16:] == [[-1]] * 3
-    assert same_bits(scores_of(runs), scores_of(house))
 
 
 @pytest.fixture(scope="module")

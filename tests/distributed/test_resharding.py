@@ -26,11 +26,27 @@ from .conftest import Identical, Record
 from .house import copy_of, publish_stage, recipe_for
 from .pool import Pool, WorkerError
 from .test_distill import distill_until
-from .tiny import DP2, LLAMA, ONE, PP2, PP2_EVEN, QWEN2_TIED, TP2, layout_name, relative_difference, teacher_of, write_random
+from .tiny import (
+    DP2,
+    EP2,
+    EP2_OF_DP4,
+    EP2_PP2,
+    LLAMA,
+    MIXTRAL,
+    ONE,
+    PP2,
+    PP2_EVEN,
+    QWEN2_TIED,
+    TP2,
+    layout_name,
+    relative_difference,
+    teacher_of,
+    write_random,
+)
 from .training_run import DISTRIBUTED, MOMENTS, OVERLAPPED, PLAIN, Job, Seen, assembled, train
 
 STOP, END = 3, 5
-STUDENTS = {"llama": LLAMA, "qwen2_tied": QWEN2_TIED}
+STUDENTS = {"llama": LLAMA, "qwen2_tied": QWEN2_TIED, "mixtral": MIXTRAL}
 DP4, TP2_DP2 = Parallel(data=4), Parallel(tensor=2, data=2)
 KINDS = {"plain": PLAIN, "distributed": DISTRIBUTED, "overlapped": OVERLAPPED}
 PAIRS = [
@@ -41,6 +57,12 @@ PAIRS = [
     ("llama", DP2, "overlapped", TP2, "plain"),
     ("llama", DP2, "overlapped", DP4, "distributed"),
     ("qwen2_tied", PP2_EVEN, "plain", DP2, "distributed"),
+    ("mixtral", EP2, "distributed", ONE, "plain"),
+    ("mixtral", ONE, "plain", EP2, "overlapped"),
+    ("mixtral", EP2, "distributed", DP2, "distributed"),
+    pytest.param("mixtral", DP2, "overlapped", EP2, "plain", marks=pytest.mark.slow),
+    pytest.param("mixtral", EP2_PP2, "overlapped", EP2_OF_DP4, "distributed", marks=pytest.mark.slow),
+    pytest.param("mixtral", EP2_OF_DP4, "distributed", EP2_PP2, "plain", marks=pytest.mark.slow),
 ]
 
 
@@ -142,13 +164,21 @@ def test_under_the_same_layout_it_continues_to_the_bit(pool: Pool, whole: Whole,
     assert all(torch.equal(found.weights()[name], tensor) for name, tensor in expected.weights().items())
 
 
-@pytest.mark.parametrize(("parallel", "kind", "other", "other_kind"), [(DP2, "distributed", TP2, "plain"), (TP2, "plain", DP2, "overlapped")])
+BF16_PAIRS = [
+    ("llama", DP2, "distributed", TP2, "plain"),
+    ("llama", TP2, "plain", DP2, "overlapped"),
+    pytest.param("mixtral", EP2, "distributed", ONE, "plain", marks=pytest.mark.slow),
+    pytest.param("mixtral", ONE, "plain", EP2, "distributed", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("student", "parallel", "kind", "other", "other_kind"), BF16_PAIRS)
 def test_bf16_main_parameters_move_between_plain_and_distributed_optimizers(
-    pool: Pool, weights: dict[str, Path], tmp_path: Path, parallel: Parallel, kind: str, other: Parallel, other_kind: str
+    pool: Pool, weights: dict[str, Path], tmp_path: Path, student: str, parallel: Parallel, kind: str, other: Parallel, other_kind: str
 ) -> None:
     """fp32 main parameters hold what bf16 weights cannot: made anew from the weights they would not be exact."""
-    job = Job(LLAMA, weights["llama"], tmp_path / "before", parallel, KINDS[kind], 2, (2,), dtype=torch.bfloat16)
-    before = Run(job, pool.run(train, job, processes=2))
+    job = Job(STUDENTS[student], weights[student], tmp_path / "before", parallel, KINDS[kind], 2, (2,), dtype=torch.bfloat16)
+    before = Run(job, pool.run(train, job, processes=parallel.processes))
     assert any(not tensor.equal(tensor.bfloat16().float()) for tensor in before.state()["main"].values())
     after = go_on(pool, before, other, other_kind, tmp_path / "after")
     assert_same_state(after, before)
@@ -192,15 +222,19 @@ def test_tensor_and_data_parallel_with_overlaps_and_recompute_train_like_one_pro
     assert measured("distributed, overlapped, recomputed: five losses", "tp2_dp2", drift) <= 1e-5
 
 
+@pytest.mark.parametrize(("student", "parallel"), [("llama", PP2), ("mixtral", EP2)])
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputed_activations_change_no_bit(pool: Pool, whole: Whole, tmp_path: Path, identical: Identical, recompute: str) -> None:
-    expected = whole("llama", PP2, "plain")
-    job = replace(expected.job, parallel=PP2, training=PLAIN.model_copy(update={"recompute": recompute}), save_at=(), folder=tmp_path)
+def test_recomputed_activations_change_no_bit(
+    pool: Pool, whole: Whole, tmp_path: Path, identical: Identical, student: str, parallel: Parallel, recompute: str
+) -> None:
+    expected = whole(student, parallel, "distributed" if student == "mixtral" else "plain")
+    training = expected.job.training.model_copy(update={"recompute": recompute})
+    job = replace(expected.job, training=training, save_at=(), folder=tmp_path)
     found = Run(job, pool.run(train, job, processes=2))
     assert found.losses() == expected.losses()
     assert found.seen[0].norms == expected.seen[0].norms
     same = all(torch.equal(found.weights()[name], tensor) for name, tensor in expected.weights().items())
-    assert identical("distillation steps with activation recompute, as without", f"pp2, {recompute}", same)
+    assert identical("distillation steps with activation recompute, as without", f"{student} {layout_name(parallel)}, {recompute}", same)
 
 
 def test_every_sample_is_taken_once_when_data_parallel_size_and_global_batch_change(pool: Pool, weights: dict[str, Path], tmp_path: Path) -> None:

@@ -21,6 +21,9 @@ QWEN2_TIED = Architecture("qwen2", 5, 24, 8, 2, 6, 40, VOCAB, True, 64, 1e-6, 10
 # 3 heads in each of 4 groups, for four tensor ranks
 WIDE = Architecture("llama", 5, 24, 12, 4, 6, 40, VOCAB, False, 64, 1e-5, 10000.0)
 QWEN3 = Architecture("qwen3", 3, 24, 8, 2, 6, 40, VOCAB, False, 64, 1e-6, 1000.0)
+# a quarter to a half of the experts a token, router weights that sum to 1 and such that do not, numbers that two ranks divide
+MIXTRAL = Architecture("mixtral", 3, 24, 8, 2, 6, 16, VOCAB, False, 64, 1e-5, 10000.0, None, None, 4, 2)
+QWEN3_MOE = Architecture("qwen3_moe", 3, 24, 8, 2, 6, 16, VOCAB, True, 64, 1e-6, 1000.0, None, None, 6, 3, normalised_routing=False)
 
 ONE = Parallel()
 TP2 = Parallel(tensor=2)
@@ -28,6 +31,9 @@ TP2_SP = Parallel(tensor=2, sequence=True)
 PP2 = Parallel(pipeline=2)
 PP2_EVEN = Parallel(pipeline=2, layers_per_stage="even")
 DP2 = Parallel(data=2)
+EP2 = Parallel(data=2, expert=2)
+EP2_PP2 = Parallel(pipeline=2, data=2, expert=2)
+EP2_OF_DP4 = Parallel(data=4, expert=2)
 TP2_PP2 = Parallel(tensor=2, pipeline=2, sequence=True)
 PP2_VPP2 = Parallel(pipeline=2, virtual=2)
 PP4_LISTED = Parallel(pipeline=4, layers_per_stage=[1, 2, 1, 1], teacher=TeacherParallel(pipeline=4, layers_per_stage=[2, 1, 2, 1]))
@@ -38,7 +44,7 @@ def with_teacher(student: Parallel, teacher: TeacherParallel | Literal["auto", "
 
 
 def layout_name(parallel: Parallel | TeacherParallel) -> str:
-    shorts = {"tp": "tensor", "pp": "pipeline", "vpp": "virtual", "dp": "data"}
+    shorts = {"tp": "tensor", "pp": "pipeline", "vpp": "virtual", "dp": "data", "ep": "expert"}
     sizes = [f"{short}{getattr(parallel, name)}" for short, name in shorts.items() if getattr(parallel, name, 1) > 1]
     marks = ["sp"] if parallel.sequence else []
     if parallel.layers_per_stage != "cost":
@@ -55,7 +61,8 @@ def name_of(value: Any) -> str:
 
 def teacher_of(student: Architecture) -> Architecture:
     """Wider and deeper than the student in every size that pruning cuts."""
-    return student.resized(layers=student.layers + 1, hidden=32, ffn=56)
+    experts = student.experts + 2 if student.experts else 0
+    return student.resized(layers=student.layers + 1, hidden=32, ffn=56, experts=experts)
 
 
 def write_random(folder: Path, arch: Architecture, seed: int = 0, scale: float = 0.3) -> str:

@@ -131,9 +131,10 @@ def train(world: World, job: Job) -> Seen:
     checkpoints.finish()
     with whole_parameters(student.wrapped):
         weights = [piece for chunk in model.chunks for piece in pieces(chunk, dict(chunk.named_parameters()))]
-    inner = student.optimizer.chained_optimizers[0]
-    held = sum(value.nbytes for state in inner.optimizer.state.values() for value in state.values())
-    return Seen(losses, norms, samples.taken, distillation.progress, type(inner).__name__, held, weights, state)
+    inner = student.optimizer.chained_optimizers  # experts that are shared out have one of their own
+    held = sum(value.nbytes for part in inner for state in part.optimizer.state.values() for value in state.values())
+    [kind] = {type(part).__name__ for part in inner}
+    return Seen(losses, norms, samples.taken, distillation.progress, kind, held, weights, state)
 
 
 def pieces(chunk: HiddenStateGPT, tensors: dict[str, Tensor]) -> list[Piece]:
@@ -144,7 +145,7 @@ def pieces(chunk: HiddenStateGPT, tensors: dict[str, Tensor]) -> list[Piece]:
         is_factory = isinstance(entry, ShardedTensorFactory)  # gate and up in one weight are two parts of the whole
         shards = nested_values(replace(entry, data=data).build()) if is_factory else [replace(entry, data=data, dtype=data.dtype)]
         for shard in shards:
-            found.append((shard.key, shard.global_shape, shard.global_offset, shard.data))
+            found.append((shard.key, shard.global_shape, shard.global_offset, shard.data[(None,) * shard.prepend_axis_num]))
     return found
 
 
@@ -159,25 +160,26 @@ def assembled(arch: Architecture, parts: list[list[Piece]]) -> dict[str, Tensor]
 
 def named_state(layout: Layout, student: Student) -> dict[str, list[Piece]]:
     """Moments and main parameters of this rank's weights, read out of the optimizers' own tables."""
-    inner = student.optimizer.chained_optimizers[0]
+    optimizers = student.optimizer.chained_optimizers
     named: dict[str, list[Piece]] = {moment: [] for moment in MOMENTS}
     for chunk, wrapped in zip(student.model.chunks, student.wrapped, strict=True):
         found = {}
         for name, parameter in chunk.named_parameters():
             if wrapped.ddp_config.use_distributed_optimizer:
-                found[name] = shared_out_state(inner, parameter, layout)
+                found[name] = shared_out_state(optimizers, parameter, layout)
             else:
                 main = getattr(parameter, "main_param", parameter)
-                found[name] = {**inner.optimizer.state[main], "main": main}
+                [state] = [inner.optimizer.state[main] for inner in optimizers if main in inner.optimizer.state]
+                found[name] = {**state, "main": main}
         for moment in MOMENTS:
             named[moment] += pieces(chunk, {name: state[moment] for name, state in found.items()})
     return named
 
 
-def shared_out_state(inner: Any, parameter: Tensor, layout: Layout) -> dict[str, Tensor]:
-    """Each data-parallel rank puts its part of a parameter's state into zeros; the sum is whole."""
+def shared_out_state(optimizers: list[Any], parameter: Tensor, layout: Layout) -> dict[str, Tensor]:
+    """Each data-parallel rank that holds a parameter puts its part of the parameter's state into zeros; the sum is whole."""
     found = {moment: torch.zeros(parameter.numel()) for moment in MOMENTS}
-    if parameter in inner.model_param_gbuf_map:
+    for inner in [inner for inner in optimizers if parameter in inner.model_param_gbuf_map]:
         part = inner._get_model_param_range_map(parameter)["param"]
         group, order = inner.model_param_group_index_map[parameter]
         main = inner.optimizer.param_groups[group]["params"][order]
@@ -185,5 +187,5 @@ def shared_out_state(inner: Any, parameter: Tensor, layout: Layout) -> dict[str,
         for moment in MOMENTS:
             found[moment][part.start : part.end] = state[moment]
     for whole in found.values():
-        dist.all_reduce(whole, group=layout.groups.dp)
+        dist.all_reduce(whole, group=layout.groups.dp if getattr(parameter, "allreduce", True) else layout.groups.expt_dp)
     return {moment: whole.view(parameter.shape) for moment, whole in found.items()}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 SENTENCE = "the old harbour lies behind a wall of stone and every boat that leaves it carries salt bread and one lamp"
 SEQUENCE, STEPS = 32, 60
@@ -25,12 +25,13 @@ def write_text(folder: Path, files: int = 24) -> None:
         (folder / f"{number:02d}.txt").write_text(" ".join(sentences))
 
 
-def write_model(folder: Path, text: Path) -> None:
-    """A Llama of 4 layers with 8 heads in 2 groups and head channels that are not hidden / heads, untied."""
+def write_model(folder: Path, text: Path, *, experts: int = 0) -> None:
+    """A Llama of 4 layers with 8 heads in 2 groups and head channels that are not hidden / heads, untied; with experts a Mixtral."""
     folder.mkdir()
     vocabulary = _write_tokenizer(folder, text)
     torch.manual_seed(0)
-    config = LlamaConfig(
+    family, model = (MixtralConfig, MixtralForCausalLM) if experts else (LlamaConfig, LlamaForCausalLM)
+    config = family(
         vocab_size=vocabulary + 3,  # a padded vocabulary, as many models have
         hidden_size=32,
         intermediate_size=48,
@@ -43,8 +44,9 @@ def write_model(folder: Path, text: Path) -> None:
         tie_word_embeddings=False,
         bos_token_id=0,
         eos_token_id=0,
+        **({"num_local_experts": experts, "num_experts_per_tok": 2} if experts else {}),
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model(config).save_pretrained(folder)
 
 
 def _write_tokenizer(folder: Path, text: Path) -> int:

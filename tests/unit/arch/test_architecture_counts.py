@@ -10,6 +10,7 @@ import torch
 
 from minitron_megatron.arch.architecture import (
     Architecture,
+    active_parameter_count,
     forward_flops_per_token,
     kv_cache_bytes_per_token,
     parameter_count,
@@ -71,6 +72,42 @@ def test_counts_of_every_family_are_exactly_those_of_transformers(every_family: 
     arch = source_architecture(str(every_family))
     assert parameter_count(arch) == parameters_of_transformers(AutoConfig.from_pretrained(every_family))
     assert sum(parameters_by_part(arch).values()) == parameter_count(arch)
+
+
+# name → (parameters, active parameters, family, L, D, H, G, F, V, E, experts a token): the models' own announcements
+PUBLISHED_EXPERTS = {
+    "Mixtral-8x7B": (46.7e9, 12.9e9, "mixtral", 32, 4096, 32, 8, 14336, 32000, 8, 2),
+    "Qwen3-30B-A3B": (30.5e9, 3.3e9, "qwen3_moe", 48, 2048, 32, 4, 768, 151936, 128, 8),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_EXPERTS)
+def test_counts_of_models_with_experts_are_the_published_ones_and_those_of_transformers(name: str) -> None:
+    from transformers import AutoConfig
+
+    total, active, family, *sizes = PUBLISHED_EXPERTS[name]
+    layers, hidden, heads, groups, ffn, vocab, experts, per_token = sizes
+    arch = Architecture(family, layers, hidden, heads, groups, 128, ffn, vocab, False, 8192, 1e-6, 1e6, None, None, experts, per_token, True)
+    # published to the first digit behind the point
+    assert parameter_count(arch) == pytest.approx(total, abs=0.06e9)
+    assert active_parameter_count(arch) == pytest.approx(active, abs=0.06e9)
+    config = AutoConfig.for_model(
+        family,
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=128,
+        **({"moe_intermediate_size": ffn, "num_experts": experts} if family == "qwen3_moe" else {"intermediate_size": ffn}),
+        vocab_size=vocab,
+    )
+    assert parameter_count(arch) == parameters_of_transformers(config)
+
+
+def test_a_dense_model_is_active_as_a_whole_and_a_model_with_experts_by_those_of_a_token(every_family: Path) -> None:
+    arch = source_architecture(str(every_family))
+    idle = arch.layers * (arch.experts - arch.experts_per_token) * 3 * arch.hidden * arch.ffn
+    assert active_parameter_count(arch) == parameter_count(arch) - idle
 
 
 def test_flops_are_those_that_torch_counts(tiny_hf_model: Callable[..., Path]) -> None:

@@ -26,6 +26,10 @@ LLAMA: dict[str, Any] = {
     "max_position_embeddings": 64,
     "rms_norm_eps": 1e-5,
 }
+SIZES_OF_EXPERTS: dict[str, dict[str, int]] = {
+    "mixtral": {"num_local_experts": 8},
+    "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 28},
+}
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -47,7 +51,9 @@ def test_the_architecture_is_what_transformers_reads_of_the_same_folder(every_fa
     assert (arch.max_positions, arch.norm_eps) == (config.max_position_embeddings, config.rms_norm_eps)
     assert arch.rope_theta == config.rope_parameters["rope_theta"]
     assert (arch.rope_scaling is not None) == (config.rope_parameters["rope_type"] == "llama3")
-    assert arch.attention_window == (config.sliding_window if config.model_type == "mistral" else None)
+    assert arch.attention_window == (config.sliding_window if config.model_type in ("mistral", "mixtral") else None)
+    assert (arch.experts, arch.experts_per_token) == (getattr(config, "num_experts", 0), getattr(config, "num_experts_per_tok", 0))
+    assert arch.normalised_routing == getattr(config, "norm_topk_prob", True)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -56,7 +62,9 @@ def test_fields_that_config_json_leaves_out_have_transformers_defaults(family: s
     from transformers import AutoConfig
 
     sizes = {key: value for key, value in LLAMA.items() if key not in ("rms_norm_eps", "model_type", "max_position_embeddings")}
+    sizes |= SIZES_OF_EXPERTS.get(family, {})
     theirs, ours = AutoConfig.for_model(family, **sizes), architecture_from_hf({**sizes, "model_type": family})
+    assert (ours.experts, ours.experts_per_token) == (getattr(theirs, "num_experts", 0), getattr(theirs, "num_experts_per_tok", 0))
     assert ours.norm_eps == theirs.rms_norm_eps
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
     assert ours.tied_embeddings == theirs.tie_word_embeddings
@@ -79,7 +87,7 @@ def test_both_spellings_of_the_rotary_embedding_are_the_same_architecture() -> N
 
 
 def test_an_unknown_family_is_refused_with_the_list() -> None:
-    assert refusal(model_type="gpt_neox") == "unknown model family 'gpt_neox'; known families: llama, mistral, qwen2, qwen3"
+    assert refusal(model_type="gpt_neox") == "unknown model family 'gpt_neox'; known families: llama, mistral, mixtral, qwen2, qwen3, qwen3_moe"
     assert "known families" in refusal(model_type=None)
 
 
@@ -123,6 +131,28 @@ def test_other_arithmetic_is_refused_with_the_field(family: str, field: str, val
     assert refusal(model_type=family, **{field: value}).startswith(f"config.json: {field}={value!r} of family '{family}' is not supported")
 
 
+@pytest.mark.parametrize(("field", "value"), [("mlp_only_layers", [1]), ("decoder_sparse_step", 2), ("shared_expert_intermediate_size", 64)])
+def test_layers_without_experts_and_shared_experts_are_refused_with_the_reason(field: str, value: Any) -> None:
+    message = refusal(model_type="qwen3_moe", **SIZES_OF_EXPERTS["qwen3_moe"], **{field: value})
+    assert message.startswith(f"config.json: {field}={value!r} of family 'qwen3_moe' is not supported; expected ")
+    assert message.endswith(("(every layer has to have experts)", "(shared experts are not built here)"))
+
+
+def test_both_spellings_of_the_number_of_experts_are_read_and_written_back_as_they_were() -> None:
+    """Published models say num_experts, transformers 5 writes num_local_experts."""
+    for field in ("num_experts", "num_local_experts"):
+        config = {**LLAMA, "model_type": "qwen3_moe", "moe_intermediate_size": 28, field: 12}
+        arch = architecture_from_hf(config)
+        assert arch.experts == 12
+        pruned = hf_config_for(config, [0, 1, 2], arch.resized(experts=9))
+        assert {key: pruned[key] for key in pruned if "experts" in key} == {field: 9}
+
+
+@pytest.mark.parametrize(("per_token", "what"), [(0, "at least 1"), (9, "at most experts=8"), (1, "cannot be trained")])
+def test_numbers_of_experts_that_make_no_router_are_refused(per_token: int, what: str) -> None:
+    assert what in refusal(model_type="mixtral", **SIZES_OF_EXPERTS["mixtral"], num_experts_per_tok=per_token)
+
+
 @pytest.mark.parametrize("field", ["num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size"])
 @pytest.mark.parametrize("value", [None, "40", 4.5])
 def test_a_size_that_is_missing_or_no_whole_number_is_named(field: str, value: Any) -> None:
@@ -152,10 +182,13 @@ def test_a_config_goes_round_and_comes_back_the_same(every_family: Path) -> None
 
 def test_a_pruned_config_is_read_back_as_the_pruned_architecture(every_family: Path) -> None:
     config = source_config(str(every_family))
-    target = architecture_from_hf(config).resized(layers=2, hidden=30, heads=6, ffn=20)
+    source = architecture_from_hf(config)
+    target = source.resized(layers=2, hidden=30, heads=6, ffn=20, experts=max(source.experts - 1, 0))
     pruned = hf_config_for(config, [0, 2], target)
     assert architecture_from_hf(pruned) == target
     untouched = {"num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "layer_types", "max_window_layers"}
+    untouched |= {"moe_intermediate_size", "num_experts", "num_local_experts"}
+    assert "moe_intermediate_size" not in config or pruned["intermediate_size"] == config["intermediate_size"]
     assert {key for key in config if pruned[key] != config[key]} <= untouched
 
 

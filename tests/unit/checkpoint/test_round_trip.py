@@ -16,7 +16,7 @@ from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.arch.source import source_architecture
 from minitron_megatron.checkpoint.huggingface import HuggingFaceSource, write_huggingface
 from minitron_megatron.checkpoint.tensors import tensor_table
-from minitron_megatron.checkpoint.torch_dist import MegatronSource, weights_digest, write_torch_dist
+from minitron_megatron.checkpoint.torch_dist import MegatronSource, TorchDistReader, weights_digest, write_torch_dist
 
 Tensors = Callable[[Path], dict[str, Tensor]]
 Import = Callable[[Path, Path], Architecture]
@@ -109,10 +109,11 @@ def test_the_digest_is_that_of_the_bits(tiny_hf_model: Callable[..., Path], tmp_
     assert write_torch_dist(tmp_path / "b", rows, arch, dtype=reader.dtype, read=one_bit_off) != first
 
 
-def test_tensors_are_read_once_each_in_the_order_of_the_table(tiny_hf_model: Callable[..., Path], tmp_path: Path) -> None:
-    """A stream: the memory it needs is that of one tensor."""
-    arch = source_architecture(str(tiny_hf_model("llama")))
-    reader, seen = HuggingFaceSource(tiny_hf_model("llama"), arch), []
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_tensors_are_read_once_each_in_the_order_of_the_table(family: str, tiny_hf_model: Callable[..., Path], tmp_path: Path) -> None:
+    """A stream: the memory it needs is that of one tensor, of one expert where a tensor on disk holds all of a layer."""
+    arch = source_architecture(str(tiny_hf_model(family)))
+    reader, seen = HuggingFaceSource(tiny_hf_model(family), arch), []
 
     def read(row: Any) -> Tensor:
         seen.append(row.name)
@@ -120,6 +121,11 @@ def test_tensors_are_read_once_each_in_the_order_of_the_table(tiny_hf_model: Cal
 
     write_torch_dist(tmp_path / "a", tensor_table(arch), arch, dtype=reader.dtype, read=read)
     assert seen == [row.name for row in tensor_table(arch)]
+    tensors = TorchDistReader(tmp_path / "a").tensors
+    pieces = {row.key: tuple(tensors[row.key].chunks[row.expert].sizes) for row in tensor_table(arch) if row.expert is not None}
+    matrices = {"linear_fc1": (1, 2 * arch.ffn, arch.hidden), "linear_fc2": (1, arch.hidden, arch.ffn)}
+    assert all(sizes == matrices[key.split(".")[-2]] for key, sizes in pieces.items())
+    assert bool(pieces) == bool(arch.experts)
 
 
 @torch.no_grad()

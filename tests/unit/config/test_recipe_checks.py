@@ -15,6 +15,7 @@ from minitron_megatron.errors import RecipeError
 Recipes = Callable[..., Path]
 # 12 heads in 4 groups: 3 and 6 divide the heads but not the groups
 MODEL = Architecture("llama", 6, 48, 12, 4, 8, 60, 131, True, 128, 1e-6, 10000.0)
+EXPERTS = Architecture("mixtral", 6, 48, 12, 4, 8, 60, 131, True, 128, 1e-6, 10000.0, None, None, 6, 2)
 WINDOWED = Architecture("mistral", 6, 48, 12, 4, 8, 60, 131, True, 128, 1e-6, 10000.0, attention_window=64)
 
 
@@ -126,6 +127,47 @@ def test_a_dynamic_weight_needs_the_loss_that_it_follows(problems: Callable[...,
 @pytest.mark.parametrize("override", CASES)
 def test_each_mistake_is_told_with_its_mend(override: str, problems: Callable[..., list[str]]) -> None:
     assert problems(override) == CASES[override]
+
+
+EXPERT_CASES = {
+    "prune.target.experts=7": ["prune.target.experts=7 is larger than the source's 6"],
+    "prune.target.experts=1": ["prune.target.experts=1 is less than the 2 that each token is sent to; at least 2"],
+    "prune.target={ffn: 20, hidden: 47}": [
+        "prune.target.hidden=47 is not a multiple of 8, and transformers would not run such experts; nearest: 40, 48",
+        "prune.target.ffn=20 is not a multiple of 8, and transformers would not run such experts; nearest: 16, 24",
+    ],
+    "parallel={data: 4, expert: 4}": [
+        "parallel.expert=4 does not divide the source model's 6 experts; nearest: 3, 6",
+        "parallel.expert=4 does not divide the pruned model's 6 experts; nearest: 3, 6",
+    ],
+    "parallel={pipeline: 2, teacher: {pipeline: 1}}": [
+        "parallel.teacher: a layout of its own is not supported for a source model with experts; set parallel.teacher=student"
+    ],
+    "parallel={data: 2, expert: 3}": ["parallel.expert=3 does not divide parallel.data=2; nearest: 2"],
+    "parallel.tensor=2": [
+        f"parallel.tensor=2: tensor parallelism is not supported for {whose} model, which has experts; "
+        "set parallel.tensor=1 and use parallel.expert and parallel.pipeline"
+        for whose in ("the source", "the pruned")
+    ],
+}
+
+
+@pytest.mark.parametrize("override", EXPERT_CASES)
+def test_each_mistake_with_experts_is_told_with_its_mend(override: str, problems: Callable[..., list[str]]) -> None:
+    assert problems(override, "distill.global_batch=12", model=EXPERTS) == EXPERT_CASES[override]
+
+
+def test_the_pruned_number_of_experts_must_divide_too(problems: Callable[..., list[str]]) -> None:
+    found = problems("parallel={data: 2, expert: 2}", "prune.target.experts=5", model=EXPERTS)
+    assert found == ["parallel.expert=2 does not divide the pruned model's 5 experts; nearest: 1, 5"]
+
+
+def test_experts_of_a_dense_model_are_refused(problems: Callable[..., list[str]]) -> None:
+    assert problems("prune.target.experts=4") == ["prune.target.experts=4: the family llama has no experts; leave it out"]
+    assert problems("parallel={data: 2, expert: 2}") == [
+        "parallel.expert=2, but the source model has no experts; set parallel.expert=1",
+        "parallel.expert=2, but the pruned model has no experts; set parallel.expert=1",
+    ]
 
 
 def test_tensor_parallel_must_divide_the_pruned_ffn_even_where_it_divides_the_source(problems: Callable[..., list[str]]) -> None:

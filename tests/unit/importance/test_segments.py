@@ -7,7 +7,7 @@ import torch
 
 from minitron_megatron.data.batches import FILLING
 from minitron_megatron.importance.accumulate import BLOCK, BlockSums, samples_of_rank, segments
-from minitron_megatron.importance.reduce import fold
+from minitron_megatron.importance.reduce import Part, _join, fold
 
 
 @pytest.mark.parametrize("samples", [range(0, 35), range(16, 64), range(5, 6), range(10, 100), range(0, 1024)])
@@ -36,16 +36,6 @@ def test_a_segment_has_as_many_blocks_for_each_rank_and_at_least_what_was_asked(
     assert [len(samples_of_rank(range(96, 192), rank, 3, 1)) for rank in range(3)] == [32, 32, 32]
 
 
-def test_dummies_make_the_passes_of_all_ranks_equal_and_only_where_they_are_asked_for() -> None:
-    """35 samples are three blocks: ranks 0 and 2 of three have 16 and 3 samples."""
-    asked = [samples_of_rank(range(35), rank, 3, 4, equal_passes=True) for rank in range(3)]
-    assert [len(groups) for groups in asked] == [4, 4, 4]
-    assert asked[2] == [[32, 33, 34, FILLING], *[[FILLING] * 4] * 3]
-    assert asked[:2] == [samples_of_rank(range(35), rank, 3, 4) for rank in range(2)]
-    assert samples_of_rank(range(35), 2, 3, 4) == [[32, 33, 34, FILLING]]
-    assert samples_of_rank(range(10), 1, 2, 4, equal_passes=True) == [[FILLING] * 4] * 3  # a rank without any sample takes part
-
-
 def test_a_dummy_leaves_no_trace_in_the_sums() -> None:
     def add(sums: BlockSums, ids: list[int]) -> BlockSums:
         values = torch.arange(1.0, 25.0).view(3, 2, 4)[:, : len(ids)]
@@ -57,6 +47,19 @@ def test_a_dummy_leaves_no_trace_in_the_sums() -> None:
     assert padded.blocks.keys() == {0}
     assert all(torch.equal(padded.blocks[0][key], value) for key, value in plain.blocks[0].items())
     assert add(BlockSums(), [FILLING, FILLING]).blocks == {}
+
+
+def test_experts_to_which_no_token_of_a_block_was_sent_count_zero_in_their_place() -> None:
+    """Experts on three ranks; block 4 is the third rank's, and none of its tokens went to the second rank's experts."""
+
+    def sums(value: float, *, owner: bool = False) -> dict[tuple[int, str], torch.Tensor]:
+        return {(0, "experts"): torch.full((3, 2, 2), value), **({(0, "heads"): torch.ones(3, 2, 4)} if owner else {})}
+
+    parts = [Part(0, 2, {4: sums(3.0, owner=True)}), Part(0, 1, {5: sums(7.0, owner=True)}), Part(0, 0, {4: sums(1.0)})]
+    found = _join(parts, 3)
+    assert found[4][0, "experts"][1, 1].tolist() == [1, 1, 0, 0, 3, 3]
+    assert found[5][0, "experts"][1, 1].tolist() == [0, 0, 7, 7, 0, 0]
+    assert found[4][0, "heads"].shape == (3, 2, 4)
 
 
 def test_blocks_are_added_in_their_order_wherever_the_pass_was_cut() -> None:

@@ -26,13 +26,15 @@ CUTS = {
     "one-head-per-group": {"heads": 2},
     "hidden": {"hidden": 33},
     "layers": {"layers": 2},
-    "all": {"layers": 2, "hidden": 30, "heads": 4, "ffn": 9},
+    "experts": {"experts": 4},
+    "all": {"layers": 2, "hidden": 30, "heads": 4, "ffn": 9, "experts": 3},
     "nothing": {},
 }
 
 
 def plan_for(folder: Path, sizes: dict[str, int], seed: int = 3) -> PrunePlan:
     arch = source_architecture(str(folder))
+    sizes = sizes if arch.experts else {name: size for name, size in sizes.items() if name != "experts"}
     return make_plan(random_scores(arch, seed), arch, arch.resized(**sizes))
 
 
@@ -101,8 +103,14 @@ def cut_by_hand(name: str, tensor: Tensor, plan: PrunePlan) -> Tensor:
     source = plan.source
     layer = int(name.split(".")[2]) if ".layers." in name else None
     part, width = name.removesuffix(".weight").removesuffix(".bias").split(".")[-1], source.head_channels
+    if ".experts." in name:
+        neurons = plan.expert_ffn[layer][int(name.split(".experts.")[1].split(".")[0])] if layer is not None else []
+        part = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}.get(part, part)
+    elif source.experts and part == "gate":
+        tensor = torch.stack([tensor[expert] for expert in plan.experts[layer or 0]])
+    elif layer is not None:
+        neurons = plan.ffn.get(layer, [])
     if layer is not None:
-        neurons = plan.ffn[layer]
         head_rows: list[int] = []
         for group in range(source.kv_groups):
             for head in range(source.heads_per_group):
@@ -116,7 +124,7 @@ def cut_by_hand(name: str, tensor: Tensor, plan: PrunePlan) -> Tensor:
             tensor = torch.stack([tensor[row] for row in head_rows])
         elif part == "o_proj":
             tensor = torch.stack([tensor[:, row] for row in head_rows], dim=1)
-    if part in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head") and tensor.dim() == 2:
+    if part in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "gate", "embed_tokens", "lm_head") and tensor.dim() == 2:
         return torch.stack([tensor[:, channel] for channel in plan.channels], dim=1)
     if part in ("o_proj", "down_proj", "input_layernorm", "post_attention_layernorm", "norm"):
         return torch.stack([tensor[channel] for channel in plan.channels])
@@ -135,8 +143,45 @@ def test_every_slice_is_what_the_slow_reference_cuts(cut: str, every_family: Pat
         for name, part in zip(from_row.hf_names, unpack(row, sliced, plan.target), strict=True):
             assert torch.equal(part, cut_by_hand(name, tensors[name], plan)), name
             seen.add(name)
-    kept = {name for name in tensors if ".layers." not in name or int(name.split(".")[2]) in plan.kept_layers}
-    assert seen == kept
+    assert seen == {name for name in tensors if is_kept(name, plan)}
+
+
+def is_kept(name: str, plan: PrunePlan) -> bool:
+    parts = name.split(".")
+    if "layers" not in parts:
+        return True
+    layer = int(parts[2])
+    return layer in plan.kept_layers and ("experts" not in parts or int(parts[parts.index("experts") + 1]) in plan.experts[layer])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_and_the_neurons_within_each_are_the_best_of_kept_layers(family: str, tiny_hf_model: Callable[..., Path]) -> None:
+    arch = source_architecture(str(tiny_hf_model(family)))
+    scores = random_scores(arch, 3)
+    plan = make_plan(scores, arch, arch.resized(layers=2, experts=3, ffn=9))
+    assert plan.ffn == {}
+    assert list(plan.experts) == list(plan.expert_ffn) == plan.kept_layers
+    for layer, experts in plan.experts.items():
+        others = [expert for expert in range(arch.experts) if expert not in experts]
+        assert len(experts) == 3 and scores.experts[layer][experts].min() > scores.experts[layer][others].max()
+        assert list(plan.expert_ffn[layer]) == experts
+        for expert, neurons in plan.expert_ffn[layer].items():
+            dropped = [neuron for neuron in range(arch.ffn) if neuron not in neurons]
+            of_expert = scores.expert_ffn[layer][expert]
+            assert len(neurons) == 9 and of_expert[neurons].min() > of_expert[dropped].max()
+    assert len({tuple(neurons) for experts in plan.expert_ffn.values() for neurons in experts.values()}) == 6  # each expert has its own
+
+
+@pytest.mark.parametrize("axis", ["experts", "expert_ffn"])
+def test_broken_scores_of_experts_are_refused(axis: str, tiny_hf_model: Callable[..., Path]) -> None:
+    arch = source_architecture(str(tiny_hf_model("mixtral")))
+    scores = random_scores(arch, 3)
+    fewer = replace(scores, **{axis: [row[:-1] for row in getattr(scores, axis)]})
+    with pytest.raises(PlanError, match="of another model than the source"):
+        make_plan(fewer, arch, arch.resized(ffn=9))
+    getattr(scores, axis)[1].view(-1)[0] = float("nan")
+    with pytest.raises(PlanError, match=f"{axis} are not all finite"):
+        make_plan(scores, arch, arch.resized(ffn=9))
 
 
 def test_layers_of_the_target_come_from_the_kept_layers_in_order(tiny_hf_model: Callable[..., Path]) -> None:

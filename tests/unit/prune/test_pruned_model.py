@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from minitron_megatron.arch.source import source_architecture
+
 Prune = Callable[..., Any]
 CUTS = {
     "ffn": {"ffn": 17},
@@ -22,6 +24,16 @@ CUTS = {
     "layers": {"layers": 2},
     "all": {"layers": 2, "hidden": 30, "heads": 6, "ffn": 9},
 }
+EXPERT_CUTS: dict[str, dict[str, int]] = {
+    "experts": {"experts": 3},
+    "expert neurons": {"ffn": 16},
+    "all": {"layers": 2, "hidden": 32, "heads": 6, "ffn": 8, "experts": 4},
+}
+
+
+def all_cuts(source: Path) -> dict[str, int]:
+    """Widths of experts are multiples of 8."""
+    return EXPERT_CUTS["all"] if source_architecture(str(source)).experts else CUTS["all"]
 
 
 def tokens() -> Tensor:
@@ -52,11 +64,15 @@ def removed_by_hand(folder: Path, plan: dict[str, Any]) -> Any:
     dropped = without(source["hidden"], plan["channels"])
     for layer in plan["kept_layers"]:
         module = model.model.layers[layer]
-        module.mlp.down_proj.weight[:, without(source["ffn"], plan["ffn"][str(layer)])] = 0
+        if source["experts"]:
+            keep_experts(module.mlp, plan["experts"][str(layer)], plan["expert_ffn"][str(layer)], source["ffn"])
+        else:
+            module.mlp.down_proj.weight[:, without(source["ffn"], plan["ffn"][str(layer)])] = 0
         for head in without(source["heads"], plan["heads"][str(layer)]):
             module.self_attn.o_proj.weight[:, head * width : (head + 1) * width] = 0
-        for writer in (module.self_attn.o_proj, module.mlp.down_proj):
-            writer.weight[dropped] = 0
+        down = module.mlp.experts.down_proj.transpose(0, 1) if source["experts"] else module.mlp.down_proj.weight
+        for writer in (module.self_attn.o_proj.weight, down):
+            writer[dropped] = 0
     if model.config.tie_word_embeddings:  # the output weight meets only channels that are zero there
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
     model.model.embed_tokens.weight[:, dropped] = 0
@@ -69,13 +85,57 @@ def removed_by_hand(folder: Path, plan: dict[str, Any]) -> Any:
     return model
 
 
+@torch.no_grad()
+def keep_experts(block: Any, kept: list[int], neurons: dict[str, list[int]], ffn: int) -> None:
+    """Cut neurons write nothing; cut experts and their router rows are gone, for the softmax must not see them."""
+    for expert in kept:
+        block.experts.down_proj[expert][:, without(ffn, neurons[str(expert)])] = 0
+    for owner, name in ((block.experts, "gate_up_proj"), (block.experts, "down_proj"), (block.gate, "weight")):
+        setattr(owner, name, nn.Parameter(getattr(owner, name)[kept].clone()))
+    block.experts.num_experts = block.gate.num_experts = len(kept)
+
+
+@pytest.mark.parametrize("cut", EXPERT_CUTS)
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_each_cut_of_experts_is_the_source_without_the_cut_units(
+    family: str, cut: str, tiny_hf_model: Callable[..., Path], prune_model: Prune
+) -> None:
+    assert_computes_the_same(tiny_hf_model(family), prune_model, EXPERT_CUTS[cut])
+
+
+def test_a_model_without_some_of_its_experts_loads_with_their_number(tiny_hf_model: Callable[..., Path], prune_model: Prune) -> None:
+    from transformers import AutoModelForCausalLM
+
+    for family in ("mixtral", "qwen3_moe"):
+        done = prune_model(tiny_hf_model(family), EXPERT_CUTS["all"])
+        model, report = AutoModelForCausalLM.from_pretrained(done.model, output_loading_info=True)
+        assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert (model.config.num_experts, model.config.num_experts_per_tok) == (4, done.target.experts_per_token)
+        assert tuple(model.model.layers[0].mlp.experts.gate_up_proj.shape) == (4, 2 * 8, 32)
+
+
+def test_magnitude_pruning_drops_the_expert_whose_weights_are_zero(tiny_hf_model: Callable[..., Path], tmp_path: Path, prune_model: Prune) -> None:
+    import shutil
+
+    from safetensors.torch import save_file
+
+    folder = Path(shutil.copytree(tiny_hf_model("mixtral"), tmp_path / "zeroed"))
+    tensors = load_file(folder / "model.safetensors")
+    for layer, expert in ((0, 4), (1, 0), (2, 2)):
+        for name in [name for name in tensors if f"layers.{layer}.block_sparse_moe.experts.{expert}." in name]:
+            tensors[name] = torch.zeros_like(tensors[name])
+    save_file(tensors, folder / "model.safetensors")
+    plan = json.loads((prune_model(folder, {"experts": 4}, scores="magnitude").pruned.path / "plan.json").read_text())
+    assert {layer: without(5, kept) for layer, kept in plan["experts"].items()} == {"0": [4], "1": [0], "2": [2]}
+
+
 @pytest.mark.parametrize("cut", CUTS)
 def test_each_cut_alone_is_the_source_without_the_cut_units(cut: str, tiny_hf_model: Callable[..., Path], prune_model: Prune) -> None:
     assert_computes_the_same(tiny_hf_model("qwen2"), prune_model, CUTS[cut])
 
 
 def test_all_cuts_together_are_the_source_without_the_cut_units(every_family: Path, prune_model: Prune) -> None:
-    assert_computes_the_same(every_family, prune_model, CUTS["all"])
+    assert_computes_the_same(every_family, prune_model, all_cuts(every_family))
 
 
 def assert_computes_the_same(source: Path, prune_model: Prune, sizes: dict[str, int]) -> None:
@@ -100,9 +160,12 @@ def test_a_plan_that_cuts_nothing_leaves_every_bit(every_family: Path, prune_mod
 def test_the_exported_config_is_the_pruned_architecture(every_family: Path, prune_model: Prune) -> None:
     from transformers import AutoConfig
 
-    done = prune_model(every_family, CUTS["all"])
+    sizes = all_cuts(every_family)
+    done = prune_model(every_family, sizes)
     config = AutoConfig.from_pretrained(done.model)
-    assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.intermediate_size) == (2, 30, 6, 9)
+    assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (2, sizes["hidden"], 6)
+    assert getattr(config, "moe_intermediate_size", config.intermediate_size) == sizes["ffn"]
+    assert getattr(config, "num_experts", None) == sizes.get("experts")
     assert (config.num_key_value_heads, config.head_dim, config.vocab_size) == (2, 6, 131)
     assert done.pruned.result["parameters"] == sum(tensor.numel() for tensor in load_file(done.model / "model.safetensors").values())
 

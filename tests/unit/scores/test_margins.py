@@ -44,6 +44,32 @@ def test_margins_of_every_cut_by_hand() -> None:
     }
 
 
+SPARSE_ARCH = Architecture("mixtral", 1, 3, 2, 1, 2, 4, 131, False, 64, 1e-6, 10000.0, None, None, 3, 2)
+SPARSE = UnitScores(
+    [],
+    heads=[fp64(1, 2)],
+    channels=fp64(10, 5, 4),
+    layers=fp64(1),
+    experts=[fp64(8, 2, 7)],
+    expert_ffn=[torch.stack([fp64(1, 8, 4, 7), fp64(99, 100, 98, 97), fp64(16, 4, 9, 9)])],
+)
+
+
+def test_margins_of_experts_and_of_the_neurons_within_each_by_hand(tmp_path: Path) -> None:
+    found = {name: values.tolist() for name, values in unit_margins(SPARSE, 1).items()}
+    assert found["experts.0"] == [1 / 8, 5 / 8]  # 8 7 2
+    assert found["expert_ffn.0"] == [[0.01, 0.03, 0.03], [0.01] * 3, [0.07, 0.0, 0.05]]  # over the largest of the layer
+    assert found.keys() == {"experts.0", "expert_ffn.0", "heads.0", "channels", "layers"}
+    make_plan(SPARSE, SPARSE_ARCH, SPARSE_ARCH.resized(experts=2, ffn=3)).save(tmp_path / "plan.json")
+    assert json.loads((tmp_path / "plan.json").read_text())["margins"] == {
+        "experts": {"0": 5 / 8},
+        "expert_ffn": {"0": 3 / 16},  # 4 - 1 in the first, 9 - 4 in the third; the second is not kept, and its scores are nothing to these
+        "heads": {"0": None},
+        "channels": None,
+        "layers": None,
+    }
+
+
 def test_scores_that_are_all_zero_have_no_margin_and_no_nan() -> None:
     assert cut_margins(torch.zeros(3, dtype=torch.float64)).tolist() == [0.0, 0.0]
 

@@ -18,7 +18,7 @@ from minitron_megatron.importance.accumulate import BlockSums
 from minitron_megatron.importance.hooks import token_sums
 from minitron_megatron.importance.reduce import fold
 from minitron_megatron.scores.statistics import Statistics, over_samples
-from minitron_megatron.scores.units import activation_scores, block_influence, head_scores, magnitude_scores, random_scores
+from minitron_megatron.scores.units import UnitScores, activation_scores, block_influence, head_scores, magnitude_scores, random_scores
 
 ARCH = Architecture("llama", 2, 6, 8, 2, 4, 10, 131, False, 64, 1e-6, 10000.0)
 WIDTHS = {"ffn": ARCH.ffn, "heads": ARCH.heads * ARCH.head_channels, "attention_norm": ARCH.hidden, "mlp_norm": ARCH.hidden}
@@ -122,6 +122,22 @@ def test_random_scores_leave_torchs_own_generator_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def norm(*parts: Tensor) -> Tensor:
+    return torch.stack([part.double().pow(2).sum() for part in parts]).sum().sqrt()
+
+
+def check_expert_magnitudes(own: dict[str, Tensor], scores: UnitScores, arch: Architecture, layer: int) -> None:
+    """own: Hugging Face's tensors of a layer; an expert goes with its row of the router."""
+    router = next(tensor for name, tensor in own.items() if name.endswith(".gate.weight"))
+    for expert in range(arch.experts):
+        parts = {name.split(".")[-2]: tensor for name, tensor in own.items() if f".experts.{expert}." in name}
+        gate, up, down = (parts.get(old, parts.get(new)) for old, new in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj")))
+        assert gate is not None and up is not None and down is not None
+        torch.testing.assert_close(scores.experts[layer][expert], norm(gate, up, down, router[expert]), rtol=1e-5, atol=0)
+        neurons = torch.stack([norm(gate[i], up[i], down[:, i]) for i in range(arch.ffn)])
+        torch.testing.assert_close(scores.expert_ffn[layer][expert], neurons, rtol=1e-5, atol=0)
+
+
 def test_magnitudes_are_norms_over_all_weights_that_go_with_a_unit(
     every_family: Path,
 ) -> None:
@@ -132,13 +148,14 @@ def test_magnitudes_are_norms_over_all_weights_that_go_with_a_unit(
     source = HuggingFaceSource(every_family, arch)
     scores = magnitude_scores(((row, source.read(row)) for row in tensor_table(arch)), arch)
 
-    def norm(*parts: Tensor) -> Tensor:
-        return torch.stack([part.double().pow(2).sum() for part in parts]).sum().sqrt()
-
     width = arch.head_channels
     for layer in range(arch.layers):
         own = {name.split(f"layers.{layer}.")[1]: tensor for name, tensor in tensors.items() if f"layers.{layer}." in name}
-        ffn = [norm(own["mlp.gate_proj.weight"][i], own["mlp.up_proj.weight"][i], own["mlp.down_proj.weight"][:, i]) for i in range(arch.ffn)]
+        if arch.experts:
+            check_expert_magnitudes(own, scores, arch, layer)
+        else:
+            ffn = [norm(own["mlp.gate_proj.weight"][i], own["mlp.up_proj.weight"][i], own["mlp.down_proj.weight"][:, i]) for i in range(arch.ffn)]
+            torch.testing.assert_close(scores.ffn[layer], torch.stack(ffn), rtol=1e-5, atol=0)
         heads = []
         for head in range(arch.heads):
             rows = slice(head * width, (head + 1) * width)
@@ -146,14 +163,13 @@ def test_magnitudes_are_norms_over_all_weights_that_go_with_a_unit(
             parts += [own["self_attn.q_proj.bias"][rows]] if arch.family.qkv_bias else []
             heads.append(norm(*parts))
         # fp32 squares of up to 131 × 40 weights
-        torch.testing.assert_close(scores.ffn[layer], torch.stack(ffn), rtol=1e-5, atol=0)
         torch.testing.assert_close(scores.heads[layer], torch.stack(heads), rtol=1e-5, atol=0)
         torch.testing.assert_close(scores.layers[layer], norm(*own.values()), rtol=1e-5, atol=0)
     channels = []
     for channel in range(arch.hidden):
         parts = []
         for name, tensor in tensors.items():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):  # these write into the residual stream: rows
+            if name.endswith(("o_proj.weight", "down_proj.weight", "w2.weight")):  # these write into the residual stream: rows
                 parts.append(tensor[channel])
             elif tensor.dim() == 2:
                 parts.append(tensor[:, channel])

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minitron_megatron.config.schema import Distill, Recipe
 from minitron_megatron.data.batches import Batch, MicroBatches, TokenDataset, collate, micro_batches, of_data_rank
-from minitron_megatron.distill.hidden_training import HiddenTraining
+from minitron_megatron.distill.hidden.training import HiddenTraining
 from minitron_megatron.distill.metrics import MetricsLog, console_line, validation_line
 from minitron_megatron.distill.optimizer import whole_parameters
 from minitron_megatron.distill.student import Student, learning_rate_schedule

@@ -18,10 +18,10 @@ from minitron_megatron.checkpoint.torch_dist import MegatronSource, weights_dige
 from minitron_megatron.config.schema import Distill, Parallel, Recipe, TeacherParallel
 from minitron_megatron.data.samples import evaluation_windows
 from minitron_megatron.data.shared import shared_samples
-from minitron_megatron.distill.hidden_training import HiddenTraining, add_hidden_losses
+from minitron_megatron.distill.hidden.projection import without_projections
+from minitron_megatron.distill.hidden.training import HiddenTraining, add_hidden_losses
 from minitron_megatron.distill.loop import Distillation
 from minitron_megatron.distill.output_layer import DistillationOutputLayer
-from minitron_megatron.distill.projection import without_projections
 from minitron_megatron.distill.student import make_student
 from minitron_megatron.distill.teacher import Teacher, load_teacher
 from minitron_megatron.distill.training_checkpoint import newest_progress

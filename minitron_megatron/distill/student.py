@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from minitron_megatron.config.schema import Distill, Training
 from minitron_megatron.data.batches import Batch
-from minitron_megatron.distill.hidden_training import HiddenTraining
+from minitron_megatron.distill.hidden.training import HiddenTraining
 from minitron_megatron.distill.kd_loss import LossSettings
 from minitron_megatron.distill.optimizer import make_optimizer
 from minitron_megatron.distill.teacher import TeacherStates

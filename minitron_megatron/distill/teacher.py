@@ -24,8 +24,8 @@ from minitron_megatron.checkpoint.torch_dist import MegatronSource
 from minitron_megatron.data.batches import Batch, MicroBatches, of_data_rank
 from minitron_megatron.distill.exchange import Exchange, Route, StateShape
 from minitron_megatron.distill.handover import HandoverStore, Held
-from minitron_megatron.distill.hidden_map import StateName, stage_of
-from minitron_megatron.distill.hidden_states import StateCapture
+from minitron_megatron.distill.hidden.map import StateName, stage_of
+from minitron_megatron.distill.hidden.states import StateCapture
 from minitron_megatron.distill.kd_loss import TeacherTarget
 from minitron_megatron.model.gpt import StageModel, build_model, padded_vocab
 from minitron_megatron.model.run import forward_only

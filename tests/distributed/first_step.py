@@ -19,10 +19,10 @@ from minitron_megatron.checkpoint.sharded import load_model, model_state, save_s
 from minitron_megatron.checkpoint.torch_dist import MegatronSource
 from minitron_megatron.config.schema import Distill, HiddenLoss, Parallel, Training
 from minitron_megatron.data.batches import Batch, MicroBatches, collate, micro_batches, of_data_rank
-from minitron_megatron.distill.hidden_map import Term, hidden_terms
-from minitron_megatron.distill.hidden_training import HiddenTraining, add_hidden_losses
+from minitron_megatron.distill.hidden.map import Term, hidden_terms
+from minitron_megatron.distill.hidden.projection import ATTRIBUTE, initial_weight
+from minitron_megatron.distill.hidden.training import HiddenTraining, add_hidden_losses
 from minitron_megatron.distill.output_layer import DistillationOutputLayer
-from minitron_megatron.distill.projection import ATTRIBUTE, initial_weight
 from minitron_megatron.distill.stage import settle_teacher
 from minitron_megatron.distill.student import Student, make_student
 from minitron_megatron.distill.teacher import Teacher, load_teacher

@@ -16,7 +16,7 @@ from torch import Tensor
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.checkpoint.tensors import tensor_table
 from minitron_megatron.checkpoint.torch_dist import MegatronSource
-from minitron_megatron.distill.hidden_map import Term
+from minitron_megatron.distill.hidden.map import Term
 
 
 class PlainModel:

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minitron_megatron.config.schema import Distill, HiddenLoss, Parallel, Recipe
-from minitron_megatron.distill import hidden_training, output_layer
+from minitron_megatron.distill import output_layer
+from minitron_megatron.distill.hidden import training as hidden_training
 from minitron_megatron.importance import stage as importance_stage
 from minitron_megatron.importance.accumulate import BlockSums, aggregate_tokens
 from minitron_megatron.importance.reduce import SEQUENCE_SHARDED
@@ -109,7 +110,7 @@ MISTAKES = [
     Mistake("a missing reduction: model/divergence.py gathers nothing", a_missing_reduction, TP2),
     Mistake("a wrong group: distill/output_layer.py, data for tensor ranks", a_wrong_group, Parallel(tensor=2, data=2)),
     Mistake("a swapped head layout: model/modules.py, keys tiled over heads", a_swapped_head_layout, ONE),
-    Mistake("a stage's α: distill/hidden_training.py, the first stage's is 1", a_stages_alpha, PP2, WITH_HIDDEN),
+    Mistake("a stage's α: distill/hidden/training.py, the first stage's is 1", a_stages_alpha, PP2, WITH_HIDDEN),
 ]
 
 

@@ -15,7 +15,7 @@ from minitron_megatron.checkpoint.tensors import tensor_table
 from minitron_megatron.checkpoint.torch_dist import TorchDistReader
 from minitron_megatron.config.schema import HiddenLoss, Parallel
 from minitron_megatron.data.samples import packed_samples
-from minitron_megatron.distill.hidden_map import hidden_terms
+from minitron_megatron.distill.hidden.map import hidden_terms
 
 from .conftest import Identical, Record
 from .house import SOURCE, STEPS, TARGET, copy_of, publish_stage, recipe_for

@@ -18,9 +18,9 @@ from minitron_megatron.checkpoint.sharded import load_model, model_state, save_s
 from minitron_megatron.config.schema import Distill, HiddenLoss, LearningRate, Parallel, TeacherParallel, Training
 from minitron_megatron.data.batches import collate, of_data_rank
 from minitron_megatron.distill import optimizer
-from minitron_megatron.distill.hidden_map import StateName
-from minitron_megatron.distill.hidden_states import StateCapture
-from minitron_megatron.distill.projection import without_projections
+from minitron_megatron.distill.hidden.map import StateName
+from minitron_megatron.distill.hidden.projection import without_projections
+from minitron_megatron.distill.hidden.states import StateCapture
 from minitron_megatron.distill.student import Student
 from minitron_megatron.distill.training_checkpoint import Progress, TrainingCheckpoints
 from minitron_megatron.model.gpt import build_model

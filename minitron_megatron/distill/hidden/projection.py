@@ -14,8 +14,8 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor, nn
 
-from minitron_megatron.distill.hidden_map import Term, projection_holders
-from minitron_megatron.distill.hidden_states import state_modules
+from minitron_megatron.distill.hidden.map import Term, projection_holders
+from minitron_megatron.distill.hidden.states import state_modules
 from minitron_megatron.model.gpt import HiddenStateGPT
 
 ATTRIBUTE = "distillation_projections"

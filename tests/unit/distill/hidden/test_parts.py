@@ -13,8 +13,8 @@ from minitron_megatron.platform import activate
 
 activate("cpu")
 
-from minitron_megatron.distill.hidden_loss import InjectLoss, summed_loss  # noqa: E402
-from minitron_megatron.distill.projection import (  # noqa: E402
+from minitron_megatron.distill.hidden.loss import InjectLoss, summed_loss  # noqa: E402
+from minitron_megatron.distill.hidden.projection import (  # noqa: E402
     _mark,
     initial_weight,
     sum_shared_projection_grads,

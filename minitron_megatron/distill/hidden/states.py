@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
-from minitron_megatron.distill.hidden_map import EMBEDDING, StateName, layer_state
+from minitron_megatron.distill.hidden.map import EMBEDDING, StateName, layer_state
 from minitron_megatron.model.gpt import HiddenStateGPT
 
 

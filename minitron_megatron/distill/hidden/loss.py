@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from minitron_megatron.distill.hidden_map import StateName, Term
-from minitron_megatron.distill.hidden_states import state_modules
+from minitron_megatron.distill.hidden.map import StateName, Term
+from minitron_megatron.distill.hidden.states import state_modules
 from minitron_megatron.model.gpt import HiddenStateGPT
 
 Kind = Literal["cosine", "mse"]

@@ -1,0 +1,1 @@
+"""Losses between hidden states of teacher and student, on any pipeline stage."""

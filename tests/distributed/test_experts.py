@@ -247,7 +247,7 @@ def assert_close_sums(found: Sums, expected: Sums) -> None:
     assert worst(part(found, [2]), part(expected, [2])) <= FP32
 
 
-@pytest.mark.parametrize(("begun", "continued"), [(EP2, ONE), (DP2, EP2_PP2)], ids=name_of)
+@pytest.mark.parametrize(("begun", "continued"), [(EP2, ONE), pytest.param(DP2, EP2_PP2, marks=pytest.mark.slow)], ids=name_of)
 def test_an_interrupted_pass_continues_with_experts_in_another_layout(
     pool: Pool, sparse_house: Path, sums_of_one: Sums, tmp_path: Path, begun: Parallel, continued: Parallel
 ) -> None:

@@ -21,7 +21,7 @@ from minitron_megatron.checkpoint.sharded import load_model  # noqa: E402
 from minitron_megatron.config.load import load_recipe  # noqa: E402
 from minitron_megatron.data.samples import evaluation_windows  # noqa: E402
 from minitron_megatron.evaluate.compare import compare, domain_figures  # noqa: E402
-from minitron_megatron.model.gpt import build_model  # noqa: E402
+from minitron_megatron.model.build import build_model  # noqa: E402
 from minitron_megatron.model.precision import torch_dtype  # noqa: E402
 from minitron_megatron.parallel.layout import global_layout  # noqa: E402
 from minitron_megatron.parallel.world import distributed_world  # noqa: E402

@@ -26,7 +26,8 @@ from minitron_megatron.distill.student import make_student
 from minitron_megatron.distill.teacher import Teacher, load_teacher
 from minitron_megatron.distill.training_checkpoint import newest_progress
 from minitron_megatron.errors import ArchitectureError, RecipeError, TrainingError
-from minitron_megatron.model.gpt import StageModel, build_model
+from minitron_megatron.model.build import build_model
+from minitron_megatron.model.gpt import StageModel
 from minitron_megatron.model.precision import torch_dtype
 from minitron_megatron.parallel.layout import global_layout, teacher_layout
 from minitron_megatron.parallel.split import distillation_work

@@ -17,7 +17,8 @@ from minitron_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_megatron.evaluate.compare import compare, domain_figures, real_logits
 from minitron_megatron.evaluate.scoring import Request, greedy_continuation, loglikelihoods
 from minitron_megatron.evaluate.tasks import task_accuracies, task_files_outside
-from minitron_megatron.model.gpt import StageModel, build_model
+from minitron_megatron.model.build import build_model
+from minitron_megatron.model.gpt import StageModel
 from minitron_megatron.model.precision import torch_dtype
 from minitron_megatron.model.run import forward_only
 from minitron_megatron.parallel.layout import global_layout

@@ -19,7 +19,8 @@ from minitron_megatron.importance.accumulate import BlockSums, samples_of_rank, 
 from minitron_megatron.importance.hooks import MicroBatchSums, collecting
 from minitron_megatron.importance.reduce import complete_over_sequence, fold, gather_blocks
 from minitron_megatron.importance.resume import load_finished, save_finished
-from minitron_megatron.model.gpt import StageModel, build_model
+from minitron_megatron.model.build import build_model
+from minitron_megatron.model.gpt import StageModel
 from minitron_megatron.model.precision import torch_dtype
 from minitron_megatron.model.run import forward_only
 from minitron_megatron.parallel.layout import Layout, global_layout

@@ -26,7 +26,8 @@ from minitron_megatron.distill.output_layer import DistillationOutputLayer
 from minitron_megatron.distill.stage import settle_teacher
 from minitron_megatron.distill.student import Student, make_student
 from minitron_megatron.distill.teacher import Teacher, load_teacher
-from minitron_megatron.model.gpt import StageModel, build_model
+from minitron_megatron.model.build import build_model
+from minitron_megatron.model.gpt import StageModel
 from minitron_megatron.model.run import forward_backward
 from minitron_megatron.parallel.layout import global_layout, teacher_layout
 from minitron_megatron.parallel.split import distillation_work

@@ -14,7 +14,7 @@ from minitron_megatron.checkpoint.torch_dist import MegatronSource, TorchDistRea
 from minitron_megatron.config.schema import Parallel
 from minitron_megatron.data.batches import Batch, collate
 from minitron_megatron.distill.output_layer import DistillationOutputLayer
-from minitron_megatron.model.gpt import build_model
+from minitron_megatron.model.build import build_model
 from minitron_megatron.model.run import forward_only
 from minitron_megatron.model.sequence import whole_sequence
 from minitron_megatron.parallel.layout import global_layout

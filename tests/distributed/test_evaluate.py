@@ -16,7 +16,7 @@ from minitron_megatron.config.schema import Parallel
 from minitron_megatron.evaluate import compare as comparison
 from minitron_megatron.evaluate import scoring
 from minitron_megatron.evaluate.scoring import Request, greedy_continuation, loglikelihoods
-from minitron_megatron.model.gpt import build_model
+from minitron_megatron.model.build import build_model
 from minitron_megatron.parallel.layout import global_layout
 from minitron_megatron.parallel.world import World
 

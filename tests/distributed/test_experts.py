@@ -56,8 +56,9 @@ from .tiny import (
 
 EP2_PP2_VPP2 = Parallel(pipeline=2, virtual=2, data=2, expert=2)
 SHAPES = {"mixtral": MIXTRAL, "qwen3_moe": QWEN3_MOE, "deep": MIXTRAL.resized(layers=5)}
-LAYOUTS = [(shape, layout) for shape in ("mixtral", "qwen3_moe") for layout in (ONE, EP2, PP2)]
+LAYOUTS = [(shape, layout) for shape in ("mixtral", "qwen3_moe") for layout in (ONE, EP2)]
 LAYOUTS += [("qwen3_moe", EP2_PP2), ("mixtral", EP2_OF_DP4), ("deep", EP2_PP2_VPP2)]
+SLOW_LAYOUTS = [pytest.param(shape, PP2, marks=pytest.mark.slow) for shape in ("mixtral", "qwen3_moe")]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
     return found
 
 
-@pytest.mark.parametrize(("shape", "parallel"), LAYOUTS, ids=name_of)
+@pytest.mark.parametrize(("shape", "parallel"), LAYOUTS + SLOW_LAYOUTS, ids=name_of)
 def test_a_layout_gives_the_states_of_one_plain_model_and_writes_the_same_weights(
     pool: Pool, measured: Record, pairs: dict[str, Pair], tmp_path: Path, shape: str, parallel: Parallel
 ) -> None:
@@ -96,7 +97,7 @@ def one_process(pool: Pool, pairs: dict[str, Pair], tmp_path_factory: pytest.Tem
     return {name: run_first_step(pool, ONE, pair, settings(), folder / name) for name, pair in pairs.items()}
 
 
-@pytest.mark.parametrize(("shape", "parallel"), [*[case for case in LAYOUTS if case[1] != ONE], ("mixtral", DP2)], ids=name_of)
+@pytest.mark.parametrize(("shape", "parallel"), [*[case for case in LAYOUTS if case[1] != ONE], ("mixtral", DP2), *SLOW_LAYOUTS], ids=name_of)
 def test_loss_gradients_and_their_norm_of_the_first_step_equal_a_plain_computation_and_one_process(
     pool: Pool,
     measured: Record,
@@ -113,7 +114,7 @@ def test_loss_gradients_and_their_norm_of_the_first_step_equal_a_plain_computati
     check(found, one_process[shape], measured, layout_name(parallel), "experts: first step, one process")
 
 
-@pytest.mark.parametrize("parallel", [EP2, EP2_OF_DP4], ids=layout_name)
+@pytest.mark.parametrize("parallel", [pytest.param(EP2, marks=pytest.mark.slow), EP2_OF_DP4], ids=layout_name)
 def test_overlaps_change_neither_loss_nor_gradients_of_experts(
     pool: Pool, measured: Record, pairs: dict[str, Pair], expected: dict[str, FirstStep], tmp_path: Path, parallel: Parallel
 ) -> None:
@@ -225,7 +226,18 @@ def test_experts_and_their_neurons_are_scored_as_a_plain_model_says(sums_of_one:
 
 
 @pytest.mark.parametrize(
-    ("parallel", "micro_batch"), [(ONE, 4), (EP2, 1), (EP2, 4), (PP2, 1), (EP2_PP2, 5), (EP2_OF_DP4, 4), (DP2, 1), (EP2_PP2_VPP2, 1)], ids=name_of
+    ("parallel", "micro_batch"),
+    [
+        (ONE, 4),
+        (EP2, 1),
+        (EP2, 4),
+        pytest.param(PP2, 1, marks=pytest.mark.slow),
+        pytest.param(EP2_PP2, 5, marks=pytest.mark.slow),
+        (EP2_OF_DP4, 4),
+        (DP2, 1),
+        (EP2_PP2_VPP2, 1),
+    ],
+    ids=name_of,
 )
 def test_tokens_of_several_samples_and_ranks_in_one_expert_are_each_their_own_samples(
     pool: Pool, sparse_house: Path, sums_of_one: Sums, naive: Sums, tmp_path: Path, measured: Record, parallel: Parallel, micro_batch: int

@@ -23,7 +23,7 @@ from minitron_megatron.distill.hidden.projection import without_projections
 from minitron_megatron.distill.hidden.states import StateCapture
 from minitron_megatron.distill.student import Student
 from minitron_megatron.distill.training_checkpoint import Progress, TrainingCheckpoints
-from minitron_megatron.model.gpt import build_model
+from minitron_megatron.model.build import build_model
 from minitron_megatron.model.run import forward_only
 from minitron_megatron.parallel.layout import global_layout
 from minitron_megatron.parallel.split import distillation_work, split_layers

@@ -22,7 +22,7 @@ from minitron_megatron.checkpoint.tensors import TensorRow, tensor_table
 from minitron_megatron.checkpoint.torch_dist import MegatronSource, TorchDistReader, weights_digest, write_torch_dist
 from minitron_megatron.config.schema import Parallel, Recipe
 from minitron_megatron.errors import ArtifactError, CheckpointError, MinitronError
-from minitron_megatron.model.gpt import build_model
+from minitron_megatron.model.build import build_model
 from minitron_megatron.parallel.layout import global_layout
 from minitron_megatron.parallel.world import World
 from minitron_megatron.prune.plan import PrunePlan, make_plan

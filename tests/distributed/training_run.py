@@ -23,7 +23,8 @@ from minitron_megatron.distill.stage import settle_teacher
 from minitron_megatron.distill.student import Student, learning_rate_schedule, make_student
 from minitron_megatron.distill.teacher import load_teacher
 from minitron_megatron.distill.training_checkpoint import Progress, TrainingCheckpoints
-from minitron_megatron.model.gpt import HiddenStateGPT, build_model
+from minitron_megatron.model.build import build_model
+from minitron_megatron.model.gpt import HiddenStateGPT
 from minitron_megatron.parallel.layout import Layout, global_layout, teacher_layout
 from minitron_megatron.parallel.split import distillation_work
 from minitron_megatron.parallel.world import World

@@ -17,7 +17,7 @@ from minitron_megatron.checkpoint.tensors import tensor_table
 from minitron_megatron.checkpoint.torch_dist import MegatronSource, write_torch_dist
 from minitron_megatron.data.batches import collate
 from minitron_megatron.data.tokenizer import load_tokenizer
-from minitron_megatron.model.gpt import build_model
+from minitron_megatron.model.build import build_model
 from minitron_megatron.model.run import forward_only
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.platform import activate

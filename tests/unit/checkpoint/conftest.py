@@ -45,7 +45,7 @@ def import_model() -> Callable[[Path, Path], Architecture]:
 def load_imported(layout: Any) -> Callable[..., Any]:
     """load_imported(checkpoint folder, arch): the megatron model in fp32 on one process."""
     from minitron_megatron.checkpoint.sharded import load_model
-    from minitron_megatron.model.gpt import build_model
+    from minitron_megatron.model.build import build_model
     from minitron_megatron.platform import activate
 
     def load(folder: Path, arch: Architecture) -> Any:

@@ -39,7 +39,7 @@ def write_megatron_lm(folder: Path, tensors: dict[str, Tensor], arch: Architectu
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-    from minitron_megatron.model.gpt import build_model
+    from minitron_megatron.model.build import build_model
     from minitron_megatron.platform import activate
 
     [model] = build_model(arch.resized(vocab=PADDED), layout, activate("cpu"), torch.float32).chunks

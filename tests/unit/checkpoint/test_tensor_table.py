@@ -23,7 +23,7 @@ def test_the_table_names_every_tensor_of_the_folder_with_its_shape(every_family:
 def test_names_of_rows_are_those_of_megatrons_own_model(every_family: Path, layout: object) -> None:
     """The keys of the sharded state that megatron-core would save, shapes included."""
     from minitron_megatron.checkpoint.sharded import chunk_state
-    from minitron_megatron.model.gpt import build_model
+    from minitron_megatron.model.build import build_model
     from minitron_megatron.platform import activate
 
     arch = source_architecture(str(every_family))

@@ -15,7 +15,7 @@ from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.arch.hf_config import SIZES
 from minitron_megatron.artifact import FORMAT, Artifact, find_artifact
 from minitron_megatron.chain import STAGES, run_stage, stage_settings
-from minitron_megatron.config.schema import Data, Distill, Importance, LearningRate, Model, Parallel, Prune, Recipe, Target
+from minitron_megatron.config.schema import Data, Distill, Importance, LearningRate, Model, Parallel, Prune, Recipe, Target, Training
 from minitron_megatron.parallel.world import World
 
 from .tiny import LLAMA, ONE, SEQUENCE, VOCAB, teacher_of, write_random
@@ -50,6 +50,8 @@ def recipe_for(runs: Path, parallel: Parallel = ONE, precision: str = "fp32", *,
         importance=Importance(samples=CALIBRATION, sequence_length=SEQUENCE, micro_batch=micro_batch),
         prune=Prune(target=Target(layers=TARGET.layers, hidden=TARGET.hidden, ffn=TARGET.ffn, heads=TARGET.heads)),
         distill=Distill(**{**defaults, **distill}),
+        # an asynchronous writer of so small a run is not through when a test stops it: it would start anew and show nothing
+        training=Training(asynchronous_checkpoints=False),
     )
 
 

@@ -15,10 +15,10 @@ from _pytest.monkeypatch import MonkeyPatch
 
 from minitron_megatron.artifact import find_artifact
 from minitron_megatron.checkpoint.torch_dist import MegatronSource, TorchDistReader, weights_digest
-from minitron_megatron.config.schema import Parallel, Recipe, TeacherParallel, Training, Wandb
+from minitron_megatron.config.schema import Parallel, Recipe, TeacherParallel, Wandb
 from minitron_megatron.distill import output_layer
 from minitron_megatron.distill.loop import Distillation
-from minitron_megatron.distill.training_checkpoint import Progress, TrainingCheckpoints
+from minitron_megatron.distill.training_checkpoint import Progress, TrainingCheckpoints, saved_steps
 from minitron_megatron.parallel.world import World
 
 from .conftest import Identical, Record
@@ -172,6 +172,7 @@ def test_an_interrupted_run_reproduces_the_whole_one_to_the_bit(
     for step in (BEFORE_THE_FIRST_CHECKPOINT, JUST_SAVED, UNSAVED_STEPS):
         pool.run(distill_until, recipe, step, processes=parallel.processes)
         assert find_artifact(tmp_path / "runs" / "tiny", "distill") is None
+        assert saved_steps(tmp_path / "runs" / "tiny" / ".distill.partial" / "training") == ([] if step < JUST_SAVED else [8])
     pool.run(publish_stage, "distill", recipe, processes=parallel.processes)
     continued = Run(tmp_path / "runs" / "tiny" / "distill", [])
     assert [record["step"] for record in continued.records()] == list(range(STEPS + 1))  # 0 is the validation ahead of all
@@ -212,7 +213,7 @@ def test_the_teacher_stays_frozen(whole: Whole, parallel: Parallel) -> None:
 
 def test_neither_published_nor_training_checkpoints_hold_the_teacher(pool: Pool, house: Path, whole: Whole, tmp_path: Path) -> None:
     """The teacher has one layer more than the student, and wider ones."""
-    recipe = recipe_for(copy_of(house, tmp_path / "runs"), PP2).model_copy(update={"training": Training(asynchronous_checkpoints=False)})
+    recipe = recipe_for(copy_of(house, tmp_path / "runs"), PP2)
     pool.run(distill_until, recipe, JUST_SAVED, processes=2)
     training = TorchDistReader(tmp_path / "runs" / "tiny" / ".distill.partial" / "training" / "step_00000008").tensors
     published = TorchDistReader(whole(PP2, "fp32").path / "checkpoint").tensors

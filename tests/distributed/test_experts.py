@@ -19,8 +19,8 @@ from minitron_megatron.data.batches import FILLING, collate
 from minitron_megatron.data.samples import packed_samples
 from minitron_megatron.evaluate import compare as comparison
 from minitron_megatron.evaluate import scoring
+from minitron_megatron.model.build import build_model
 from minitron_megatron.model.experts import same_number_of_passes
-from minitron_megatron.model.gpt import build_model
 from minitron_megatron.parallel.layout import global_layout
 from minitron_megatron.parallel.world import World
 from minitron_megatron.scores.merge import merge_files
@@ -187,8 +187,7 @@ def expert_recipe(
         ),
         "prune": Prune(target=Target(**TARGET)),
     }
-    # asynchronous writers of so small a run are not through when it is stopped, and it would start anew
-    return recipe_for(runs, parallel, precision, **distill).model_copy(update={**sections, "training": Training(asynchronous_checkpoints=False)})
+    return recipe_for(runs, parallel, precision, **distill).model_copy(update=sections)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -30,6 +31,10 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "GOMP_SPINC
 """One thread each, on purpose: the number of threads changes the order of additions."""
 
 
+RENEW_AFTER_CALLS = 60
+"""Every gloo group that megatron's caches keep alive keeps its threads: some calls on, a worker has hundreds. A new one is a fork."""
+
+
 class WorkerError(Exception):
     """A worker's traceback, or the stacks of those that did not answer in time."""
 
@@ -41,6 +46,8 @@ class Pool:
         self._folder = folder
         self._calls = 0
         self._workers: list[_Worker] = []
+        # one server for all calls: a file as a store is polled by every process for every group that is made
+        self._store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         os.environ.update(ENVIRONMENT)
         # the server is started with this environment and imports the workers' modules by name
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), *sys.path]))
@@ -50,11 +57,13 @@ class Pool:
     def run(self, function: Callable[..., Any], *args: Any, processes: int, timeout_seconds: float = 90) -> list[Any]:
         """[function(world, *args) in rank 0, rank 1, …]; raises WorkerError as soon as one raises, and replaces all workers then."""
         self._calls += 1
+        if self._calls % RENEW_AFTER_CALLS == 0:
+            self.close()
         while len(self._workers) < processes:
             self._workers.append(_Worker(self._context, self._folder / f"worker-{len(self._workers)}.log"))
-        store = self._folder / f"store-{self._calls}"
+        meeting = self._store.port, f"call-{self._calls}"
         for rank, worker in enumerate(self._workers[:processes]):
-            worker.connection.send_bytes(pickle.dumps((function, args, rank, processes, str(store), timeout_seconds)))
+            worker.connection.send_bytes(pickle.dumps((function, args, rank, processes, meeting, timeout_seconds)))
         try:
             return self._collect(self._workers[:processes], time.monotonic() + timeout_seconds)
         except WorkerError:
@@ -122,11 +131,11 @@ def serve(connection: Connection, log: str) -> None:
     faulthandler.register(signal.SIGUSR1, all_threads=False)
     while True:
         try:
-            function, args, rank, size, store, timeout_seconds = pickle.loads(connection.recv_bytes())
+            function, args, rank, size, meeting, timeout_seconds = pickle.loads(connection.recv_bytes())
         except EOFError:
             os.killpg(0, signal.SIGKILL)
         try:
-            answer = (True, _call(function, args, rank, size, store, timeout_seconds))
+            answer = (True, _call(function, args, rank, size, meeting, timeout_seconds))
         except BaseException:
             answer = (False, traceback.format_exc())
         connection.send_bytes(pickle.dumps(answer))
@@ -134,11 +143,13 @@ def serve(connection: Connection, log: str) -> None:
             time.sleep(60)  # still holds its sockets: the others must not fail first and hide the cause; the pool kills all
 
 
-def _call(function: Callable[..., Any], args: Any, rank: int, size: int, store: str, timeout_seconds: float) -> Any:
-    meeting = dist.FileStore(store, size)
-    dist.init_process_group("gloo", store=meeting, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_seconds))
+def _call(function: Callable[..., Any], args: Any, rank: int, size: int, meeting: tuple[int, str], timeout_seconds: float) -> Any:
+    port, call = meeting
+    store = dist.PrefixStore(call, dist.TCPStore("localhost", port, is_master=False, wait_for_workers=False))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_seconds))
     result = function(World(activate("cpu"), rank, size), *args)
     dist.barrier()  # a rank that is done must not take its connections away from the others
     destroy_layout()
     dist.destroy_process_group()
+    gc.collect()  # models and optimizers are cycles that hold groups, and a group of gloo keeps a thread
     return result

@@ -161,7 +161,13 @@ def whole(pool: Pool, house: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.mark.parametrize(
     ("parallel", "precision"),
-    [(ONE, "fp32"), (ONE, "bf16"), (PP2, "fp32"), (PP2, "bf16"), (DP2, "fp32"), (TP2_SP, "bf16"), (PP2_VPP2, "fp32")],
+    [
+        (ONE, "bf16"),
+        (PP2, "fp32"),
+        (DP2, "fp32"),
+        (PP2_VPP2, "fp32"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((ONE, "fp32"), (PP2, "bf16"), (TP2_SP, "bf16"))),
+    ],
     ids=name_of,
 )
 def test_an_interrupted_run_reproduces_the_whole_one_to_the_bit(

@@ -179,7 +179,11 @@ def test_a_hand_over_moves_each_state_exactly_once_and_nothing_in_one_layout(poo
         assert sum(answer.bytes_sent + answer.bytes_kept for answer in answers) == whole, parallel
 
 
-@pytest.mark.parametrize("parallel", [PP2, TP2_SP, with_teacher(PP2, "student"), *(mixed for _, mixed in MIXED)], ids=name_of)
+@pytest.mark.parametrize(
+    "parallel",
+    [PP2, TP2_SP, with_teacher(PP2, "student"), *(pytest.param(mixed, marks=pytest.mark.slow) for _, mixed in MIXED)],
+    ids=name_of,
+)
 def test_each_rank_holds_its_shard_of_the_teacher_and_one_output_weight_on_the_students_last_stage(
     pool: Pool, pairs: dict[str, Pair], tmp_path: Path, parallel: Parallel
 ) -> None:

@@ -162,11 +162,10 @@ def whole(pool: Pool, house: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.mark.parametrize(
     ("parallel", "precision"),
     [
-        (ONE, "bf16"),
         (PP2, "fp32"),
         (DP2, "fp32"),
         (PP2_VPP2, "fp32"),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((ONE, "fp32"), (PP2, "bf16"), (TP2_SP, "bf16"))),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((ONE, "fp32"), (ONE, "bf16"), (PP2, "bf16"), (TP2_SP, "bf16"))),
     ],
     ids=name_of,
 )

@@ -311,7 +311,8 @@ def digest(run: Run) -> str:
     return weights_digest(MegatronSource(run.path / "checkpoint", SOURCE.resized(**TARGET)))
 
 
-@pytest.mark.parametrize("parallel", [EP2, pytest.param(EP2_PP2, marks=pytest.mark.slow)], ids=layout_name)
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", [EP2, EP2_PP2], ids=layout_name)
 def test_losses_and_gradient_norms_of_twenty_steps_agree_with_one_process(whole: Whole, measured: Record, parallel: Parallel) -> None:
     """5 validation windows: ranks that share experts have different numbers of them."""
     one, found = whole(ONE), whole(parallel)

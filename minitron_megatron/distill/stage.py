@@ -16,20 +16,21 @@ from minitron_megatron.artifact import Artifact, require_disk_space
 from minitron_megatron.checkpoint.sharded import load_model, model_state, save_state
 from minitron_megatron.checkpoint.torch_dist import MegatronSource, weights_digest
 from minitron_megatron.config.schema import Distill, Parallel, Recipe, TeacherParallel
+from minitron_megatron.data.batches import TokenDataset
 from minitron_megatron.data.samples import evaluation_windows
 from minitron_megatron.data.shared import shared_samples
 from minitron_megatron.distill.hidden.projection import without_projections
 from minitron_megatron.distill.hidden.training import HiddenTraining, add_hidden_losses
 from minitron_megatron.distill.loop import Distillation
 from minitron_megatron.distill.output_layer import DistillationOutputLayer
-from minitron_megatron.distill.student import make_student
+from minitron_megatron.distill.student import Student, make_student
 from minitron_megatron.distill.teacher import Teacher, load_teacher
-from minitron_megatron.distill.training_checkpoint import newest_progress
+from minitron_megatron.distill.training_checkpoint import Progress, newest_progress
 from minitron_megatron.errors import ArchitectureError, RecipeError, TrainingError
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.gpt import StageModel
 from minitron_megatron.model.precision import torch_dtype
-from minitron_megatron.parallel.layout import global_layout, teacher_layout
+from minitron_megatron.parallel.layout import Layout, global_layout, teacher_layout
 from minitron_megatron.parallel.split import distillation_work
 from minitron_megatron.parallel.world import World
 
@@ -39,63 +40,23 @@ SCRATCH = ("training", "cache")
 
 def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: World) -> dict[str, Any]:
     """Writes checkpoint/ (weights), metrics.jsonl and tensorboard/; training/ holds the run's state until it is finished."""
-    settings, layout = recipe.distill, global_layout(recipe.parallel, world)
+    settings, layout, dtype = recipe.distill, global_layout(recipe.parallel, world), torch_dtype(recipe.precision)
     teacher_arch, student_arch = (Architecture.from_dict(inputs[name].result["architecture"]) for name in ("import", "prune"))
     refuse_other_vocabulary(teacher_arch, student_arch)
-    if settings.wandb and importlib.util.find_spec("wandb") is None:
-        raise RecipeError("distill.wandb: the package wandb is not installed; install it with: pip install 'minitron_megatron[wandb]'")
-    dtype = torch_dtype(recipe.precision)
+    _require_wandb(settings)
     if world.is_main:
         written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         needed = training_bytes(student_arch, dtype, settings.keep_checkpoints + 1)
         require_disk_space(folder, needed - written, "the training checkpoints")
-    original = inputs["import"].path / "checkpoint"
-    teacher = load_teacher(
-        MegatronSource(original, teacher_arch),
-        original,
-        teacher_layout(settle_teacher(recipe.parallel, teacher_arch, student_arch, dtype, world), world, layout),
-        layout,
-        world.platform,
-        dtype,
-        budget_bytes=settings.handover_device_gib * 2**30,
-    )
-    student = build_model(
-        student_arch,
-        layout,
-        world.platform,
-        dtype,
-        output_layer=DistillationOutputLayer,
-        ends=distillation_work(student_arch, teacher_arch),
-        trainable=True,
-        recompute=recipe.training.recompute,
-    )
-    load_model(student, inputs["prune"].path / "checkpoint")
-    hidden = _hidden(settings, teacher, student, inputs["prune"])
-    data, before = inputs["data"].path, newest_progress(folder / "training")
+    teacher = _teacher(recipe, inputs["import"], student_arch, layout, world)
+    student = _student(recipe, inputs["prune"], student_arch, teacher, world)
+    before = newest_progress(folder / "training")
     if before.step > settings.steps:
         raise TrainingError(f"{folder}: {before.step} steps are finished; set distill.steps to {before.step} or more, or remove the folder")
-    distillation = Distillation(
-        settings=settings,
-        layout=layout,
-        world=world,
-        teacher=teacher,
-        student=make_student(student, settings, recipe.training, hidden),
-        training=shared_samples(
-            world,
-            data / "train",
-            samples=before.samples + (settings.steps - before.step) * settings.global_batch,
-            sequence_length=settings.sequence_length,
-            seed=settings.seed,
-            cache=folder / "cache",
-        ),
-        heldout=evaluation_windows(
-            data / "heldout",
-            sequence_length=settings.sequence_length,
-            tokens=settings.validation_samples * settings.sequence_length,
-        ),
-    )
+    training, heldout = _texts(settings, inputs["data"], before, folder, world)
+    distillation = Distillation(settings, layout, world, teacher, student, training, heldout)
     last = distillation.run(folder, recipe)
-    _publish_weights(student, folder, world)
+    _publish_weights(student.model, folder, world)
     digest = weights_digest(MegatronSource(folder / "checkpoint", student_arch)) if world.is_main else ""
     tokens = distillation.progress.samples * settings.sequence_length
     return {
@@ -109,6 +70,43 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
         "validation": last,
         "weights_sha256": digest,
     }
+
+
+def _require_wandb(settings: Distill) -> None:
+    if settings.wandb and importlib.util.find_spec("wandb") is None:
+        raise RecipeError("distill.wandb: the package wandb is not installed; install it with: pip install 'minitron_megatron[wandb]'")
+
+
+def _teacher(recipe: Recipe, original: Artifact, student: Architecture, layout: Layout, world: World) -> Teacher:
+    """In its own layout beside the student's."""
+    arch, dtype = Architecture.from_dict(original.result["architecture"]), torch_dtype(recipe.precision)
+    own = teacher_layout(settle_teacher(recipe.parallel, arch, student, dtype, world), world, layout)
+    checkpoint, budget = original.path / "checkpoint", recipe.distill.handover_device_gib * 2**30
+    return load_teacher(MegatronSource(checkpoint, arch), checkpoint, own, layout, world.platform, dtype, budget_bytes=budget)
+
+
+def _student(recipe: Recipe, pruned: Artifact, arch: Architecture, teacher: Teacher, world: World) -> Student:
+    """The pruned model, made ready for training."""
+    model = build_model(
+        arch,
+        teacher.student,
+        world.platform,
+        torch_dtype(recipe.precision),
+        output_layer=DistillationOutputLayer,
+        ends=distillation_work(arch, teacher.model.architecture),
+        trainable=True,
+        recompute=recipe.training.recompute,
+    )
+    load_model(model, pruned.path / "checkpoint")
+    return make_student(model, recipe.distill, recipe.training, _hidden(recipe.distill, teacher, model, pruned))
+
+
+def _texts(settings: Distill, data: Artifact, before: Progress, folder: Path, world: World) -> tuple[TokenDataset, TokenDataset]:
+    """Samples to train on, those that are consumed already included, and held-out windows."""
+    length = settings.sequence_length
+    samples = before.samples + (settings.steps - before.step) * settings.global_batch
+    training = shared_samples(world, data.path / "train", samples=samples, sequence_length=length, seed=settings.seed, cache=folder / "cache")
+    return training, evaluation_windows(data.path / "heldout", sequence_length=length, tokens=settings.validation_samples * length)
 
 
 def refuse_other_vocabulary(teacher: Architecture, student: Architecture) -> None:

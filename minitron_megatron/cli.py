@@ -111,7 +111,7 @@ def run(recipe: RecipePath, overrides: Overrides = None) -> None:
 @app.command("show", help="Print the resolved recipe, both architectures, their parameters, FLOPs and KV-cache size.", rich_help_panel="Look first")
 def show(recipe: RecipePath, overrides: Overrides = None) -> None:
     from minitron_megatron.arch.source import source_architecture
-    from minitron_megatron.config.checks import check_recipe
+    from minitron_megatron.config.checks.recipe import check_recipe
     from minitron_megatron.config.load import load_recipe
     from minitron_megatron.show import show_recipe
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from minitron_megatron.arch.source import source_architecture
 from minitron_megatron.artifact import Artifact
 from minitron_megatron.chain import STAGES, Stage, finished, run_stage
-from minitron_megatron.config.checks import check_recipe
+from minitron_megatron.config.checks.recipe import check_recipe
 from minitron_megatron.config.load import load_recipe
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.errors import LayoutError, MinitronError

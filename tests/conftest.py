@@ -122,7 +122,7 @@ def world() -> Iterator[Any]:
 @pytest.fixture
 def make_layout(world: Any) -> Iterator[Callable[..., Any]]:
     """make_layout(**parallel): megatron's global groups made anew at each call, and forgotten after the test."""
-    from minitron_megatron.config.schema import Parallel
+    from minitron_megatron.config.parallel import Parallel
     from minitron_megatron.parallel.layout import destroy_layout, global_layout
 
     def make(**parallel: Any) -> Any:

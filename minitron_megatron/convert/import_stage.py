@@ -13,7 +13,8 @@ from minitron_megatron.artifact import Artifact, require_disk_space, write_json
 from minitron_megatron.checkpoint.huggingface import HuggingFaceSource
 from minitron_megatron.checkpoint.tensors import tensor_table
 from minitron_megatron.checkpoint.torch_dist import MegatronSource, checkpoint_bytes, checkpoint_folder, write_torch_dist
-from minitron_megatron.config.schema import Model, Recipe
+from minitron_megatron.config.schema import Recipe
+from minitron_megatron.config.source import Model
 from minitron_megatron.convert.tokenizer_files import copy_tokenizer
 
 

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minitron_megatron.config.schema import Distill, Recipe
+from minitron_megatron.config.distill import Distill
+from minitron_megatron.config.schema import Recipe
 from minitron_megatron.data.batches import Batch, MicroBatches, TokenDataset, collate, micro_batches, of_data_rank
 from minitron_megatron.distill.hidden.training import HiddenTraining
 from minitron_megatron.distill.metrics import MetricsLog, console_line, validation_line

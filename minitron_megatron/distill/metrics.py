@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from minitron_megatron.config.schema import Wandb
+from minitron_megatron.config.distill import Wandb
 
 NOT_PLOTTED = ("step", "steps", "validation", "seconds")
 

@@ -12,7 +12,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-from minitron_megatron.config.schema import Distill, Training
+from minitron_megatron.config.distill import Distill, Training
 from minitron_megatron.errors import PlatformError
 from minitron_megatron.model.gpt import HiddenStateGPT
 

@@ -15,7 +15,9 @@ from minitron_megatron.arch.architecture import Architecture, parameter_count
 from minitron_megatron.artifact import Artifact, require_disk_space
 from minitron_megatron.checkpoint.sharded import load_model, model_state, save_state
 from minitron_megatron.checkpoint.torch_dist import MegatronSource, weights_digest
-from minitron_megatron.config.schema import Distill, Parallel, Recipe, TeacherParallel
+from minitron_megatron.config.distill import Distill
+from minitron_megatron.config.parallel import Parallel, TeacherParallel
+from minitron_megatron.config.schema import Recipe
 from minitron_megatron.data.batches import TokenDataset
 from minitron_megatron.data.samples import evaluation_windows
 from minitron_megatron.data.shared import shared_samples

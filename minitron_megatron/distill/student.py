@@ -11,7 +11,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor, nn
 
-from minitron_megatron.config.schema import Distill, Training
+from minitron_megatron.config.distill import Distill, Training
 from minitron_megatron.data.batches import Batch
 from minitron_megatron.distill.hidden.training import HiddenTraining
 from minitron_megatron.distill.kd_loss import LossSettings

@@ -10,7 +10,8 @@ from typing import Any
 from minitron_megatron.arch.architecture import Architecture, parameter_count
 from minitron_megatron.artifact import Artifact
 from minitron_megatron.checkpoint.sharded import load_model
-from minitron_megatron.config.schema import Evaluate, Recipe
+from minitron_megatron.config.evaluate import Evaluate
+from minitron_megatron.config.schema import Recipe
 from minitron_megatron.data.batches import TokenDataset, collate
 from minitron_megatron.data.samples import evaluation_windows
 from minitron_megatron.data.tokenizer import Tokenizer, load_tokenizer

@@ -12,7 +12,8 @@ import torch
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.artifact import Artifact, write_json
 from minitron_megatron.checkpoint.sharded import load_model
-from minitron_megatron.config.schema import Importance, Recipe
+from minitron_megatron.config.importance import Importance
+from minitron_megatron.config.schema import Recipe
 from minitron_megatron.data.batches import FILLING, Batch, TokenDataset, collate
 from minitron_megatron.data.shared import shared_samples
 from minitron_megatron.importance.accumulate import BlockSums, samples_of_rank, segments

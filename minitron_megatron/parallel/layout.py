@@ -12,7 +12,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from minitron_megatron.config.schema import Parallel, Rule, TeacherParallel
+from minitron_megatron.config.parallel import Parallel, Rule, TeacherParallel
 from minitron_megatron.errors import LayoutError
 from minitron_megatron.parallel.world import World
 

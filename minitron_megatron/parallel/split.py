@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from minitron_megatron.arch.architecture import Architecture, layer_cost, output_cost
-from minitron_megatron.config.schema import Rule
+from minitron_megatron.config.parallel import Rule
 from minitron_megatron.errors import LayoutError
 
 

@@ -14,8 +14,9 @@ from minitron_megatron.arch.hf_config import hf_config_for
 from minitron_megatron.artifact import Artifact, require_disk_space, write_json
 from minitron_megatron.checkpoint.tensors import tensor_table
 from minitron_megatron.checkpoint.torch_dist import MegatronSource
-from minitron_megatron.config.checks import target_architecture
-from minitron_megatron.config.schema import Prune, Recipe
+from minitron_megatron.config.checks.target import target_architecture
+from minitron_megatron.config.prune import Prune
+from minitron_megatron.config.schema import Recipe
 from minitron_megatron.errors import ArtifactError
 from minitron_megatron.parallel.world import World
 from minitron_megatron.prune.plan import PrunePlan, make_plan

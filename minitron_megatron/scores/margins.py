@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from minitron_megatron.config.schema import ImportanceAggregation
+from minitron_megatron.config.importance import ImportanceAggregation
 from minitron_megatron.errors import ArtifactError
 from minitron_megatron.scores.statistics import MARGINS, Statistics
 from minitron_megatron.scores.units import UnitScores, activation_scores

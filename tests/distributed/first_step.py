@@ -17,7 +17,8 @@ from torch import Tensor
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.checkpoint.sharded import load_model, model_state, save_state
 from minitron_megatron.checkpoint.torch_dist import MegatronSource
-from minitron_megatron.config.schema import Distill, HiddenLoss, Parallel, Training
+from minitron_megatron.config.distill import Distill, HiddenLoss, Training
+from minitron_megatron.config.parallel import Parallel
 from minitron_megatron.data.batches import Batch, MicroBatches, collate, micro_batches, of_data_rank
 from minitron_megatron.distill.hidden.map import Term, hidden_terms
 from minitron_megatron.distill.hidden.projection import ATTRIBUTE, initial_weight

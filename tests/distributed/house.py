@@ -15,7 +15,12 @@ from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.arch.hf_config import SIZES
 from minitron_megatron.artifact import FORMAT, Artifact, find_artifact
 from minitron_megatron.chain import STAGES, run_stage, stage_settings
-from minitron_megatron.config.schema import Data, Distill, Importance, LearningRate, Model, Parallel, Prune, Recipe, Target, Training
+from minitron_megatron.config.distill import Distill, LearningRate, Training
+from minitron_megatron.config.importance import Importance
+from minitron_megatron.config.parallel import Parallel
+from minitron_megatron.config.prune import Prune, Target
+from minitron_megatron.config.schema import Recipe
+from minitron_megatron.config.source import Data, Model
 from minitron_megatron.parallel.world import World
 
 from .tiny import LLAMA, ONE, SEQUENCE, VOCAB, teacher_of, write_random

@@ -17,7 +17,9 @@ from megatron.core import parallel_state
 from torch import Tensor
 from torch.nn import functional as F
 
-from minitron_megatron.config.schema import Distill, HiddenLoss, Parallel, Recipe
+from minitron_megatron.config.distill import Distill, HiddenLoss
+from minitron_megatron.config.parallel import Parallel
+from minitron_megatron.config.schema import Recipe
 from minitron_megatron.distill import output_layer
 from minitron_megatron.distill.hidden import training as hidden_training
 from minitron_megatron.importance import stage as importance_stage

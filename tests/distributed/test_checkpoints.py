@@ -11,7 +11,7 @@ from torch import Tensor
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.checkpoint.sharded import load_model, model_state, save_state
 from minitron_megatron.checkpoint.torch_dist import MegatronSource, TorchDistReader, weights_digest
-from minitron_megatron.config.schema import Parallel
+from minitron_megatron.config.parallel import Parallel
 from minitron_megatron.data.batches import Batch, collate
 from minitron_megatron.distill.output_layer import DistillationOutputLayer
 from minitron_megatron.model.build import build_model

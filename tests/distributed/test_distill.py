@@ -15,7 +15,9 @@ from _pytest.monkeypatch import MonkeyPatch
 
 from minitron_megatron.artifact import find_artifact
 from minitron_megatron.checkpoint.torch_dist import MegatronSource, TorchDistReader, weights_digest
-from minitron_megatron.config.schema import Parallel, Recipe, TeacherParallel, Wandb
+from minitron_megatron.config.distill import Wandb
+from minitron_megatron.config.parallel import Parallel, TeacherParallel
+from minitron_megatron.config.schema import Recipe
 from minitron_megatron.distill import output_layer
 from minitron_megatron.distill.loop import Distillation
 from minitron_megatron.distill.training_checkpoint import Progress, TrainingCheckpoints, saved_steps

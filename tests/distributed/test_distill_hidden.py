@@ -13,7 +13,8 @@ import torch
 
 from minitron_megatron.checkpoint.tensors import tensor_table
 from minitron_megatron.checkpoint.torch_dist import TorchDistReader
-from minitron_megatron.config.schema import HiddenLoss, Parallel
+from minitron_megatron.config.distill import HiddenLoss
+from minitron_megatron.config.parallel import Parallel
 from minitron_megatron.data.samples import packed_samples
 from minitron_megatron.distill.hidden.map import hidden_terms
 

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import yaml
 
-from minitron_megatron.config.schema import Parallel
+from minitron_megatron.config.parallel import Parallel
 
 from .house import SOURCE, copy_of, recipe_for
 from .pool import ENVIRONMENT

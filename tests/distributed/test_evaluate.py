@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.checkpoint.sharded import load_model
-from minitron_megatron.config.schema import Parallel
+from minitron_megatron.config.parallel import Parallel
 from minitron_megatron.evaluate import compare as comparison
 from minitron_megatron.evaluate import scoring
 from minitron_megatron.evaluate.scoring import Request, greedy_continuation, loglikelihoods

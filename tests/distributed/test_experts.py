@@ -14,7 +14,11 @@ from torch import Tensor
 
 from minitron_megatron.checkpoint.sharded import load_model
 from minitron_megatron.checkpoint.torch_dist import MegatronSource, TorchDistReader, weights_digest
-from minitron_megatron.config.schema import Importance, Parallel, Prune, Recipe, Target, Training
+from minitron_megatron.config.distill import Training
+from minitron_megatron.config.importance import Importance
+from minitron_megatron.config.parallel import Parallel
+from minitron_megatron.config.prune import Prune, Target
+from minitron_megatron.config.schema import Recipe
 from minitron_megatron.data.batches import FILLING, collate
 from minitron_megatron.data.samples import packed_samples
 from minitron_megatron.evaluate import compare as comparison

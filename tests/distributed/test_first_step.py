@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from minitron_megatron.config.schema import Parallel, TeacherParallel, Training
+from minitron_megatron.config.distill import Training
+from minitron_megatron.config.parallel import Parallel, TeacherParallel
 from minitron_megatron.data.batches import of_data_rank
 from minitron_megatron.model.run import forward_only
 from minitron_megatron.parallel.split import hidden_state_work, split_layers

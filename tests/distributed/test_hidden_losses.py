@@ -15,7 +15,8 @@ from megatron.core import dist_checkpointing, tensor_parallel
 from torch import Tensor
 
 from minitron_megatron.checkpoint.sharded import load_model, model_state, save_state
-from minitron_megatron.config.schema import Distill, HiddenLoss, LearningRate, Parallel, TeacherParallel, Training
+from minitron_megatron.config.distill import Distill, HiddenLoss, LearningRate, Training
+from minitron_megatron.config.parallel import Parallel, TeacherParallel
 from minitron_megatron.data.batches import collate, of_data_rank
 from minitron_megatron.distill import optimizer
 from minitron_megatron.distill.hidden.map import StateName

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from minitron_megatron.config.schema import Parallel, Recipe
+from minitron_megatron.config.parallel import Parallel
+from minitron_megatron.config.schema import Recipe
 from minitron_megatron.data.samples import packed_samples
 from minitron_megatron.importance import stage as importance
 from minitron_megatron.parallel.world import World

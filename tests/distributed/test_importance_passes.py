@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from minitron_megatron.artifact import find_artifact
-from minitron_megatron.config.schema import Importance, Parallel, Recipe
+from minitron_megatron.config.importance import Importance
+from minitron_megatron.config.parallel import Parallel
+from minitron_megatron.config.schema import Recipe
 from minitron_megatron.errors import ArtifactError
 from minitron_megatron.importance import stage
 from minitron_megatron.parallel.world import World

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch.distributed as dist
 
-from minitron_megatron.config.schema import Parallel, TeacherParallel
+from minitron_megatron.config.parallel import Parallel, TeacherParallel
 from minitron_megatron.parallel.layout import Layout, Place, global_layout, teacher_layout
 from minitron_megatron.parallel.world import World
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from minitron_megatron.artifact import find_artifact
-from minitron_megatron.config.schema import Parallel
+from minitron_megatron.config.parallel import Parallel
 
 from .house import SOURCE, TARGET, copy_of, publish_stage, recipe_for
 from .pool import Pool

@@ -17,7 +17,8 @@ from megatron.core import optimizer
 from torch import Tensor
 
 from minitron_megatron.artifact import find_artifact
-from minitron_megatron.config.schema import Parallel, Training
+from minitron_megatron.config.distill import Training
+from minitron_megatron.config.parallel import Parallel
 from minitron_megatron.distill.training_checkpoint import TrainingCheckpoints, saved_steps
 from minitron_megatron.errors import TrainingError
 from minitron_megatron.parallel.world import World

@@ -20,7 +20,8 @@ from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.checkpoint.sharded import chunk_state, load_model, save_state
 from minitron_megatron.checkpoint.tensors import TensorRow, tensor_table
 from minitron_megatron.checkpoint.torch_dist import MegatronSource, TorchDistReader, weights_digest, write_torch_dist
-from minitron_megatron.config.schema import Parallel, Recipe
+from minitron_megatron.config.parallel import Parallel
+from minitron_megatron.config.schema import Recipe
 from minitron_megatron.errors import ArtifactError, CheckpointError, MinitronError
 from minitron_megatron.model.build import build_model
 from minitron_megatron.parallel.layout import global_layout

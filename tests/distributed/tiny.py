@@ -11,7 +11,7 @@ from torch import Tensor
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.checkpoint.tensors import TensorRow, tensor_table
 from minitron_megatron.checkpoint.torch_dist import MegatronSource, write_torch_dist
-from minitron_megatron.config.schema import Parallel, TeacherParallel
+from minitron_megatron.config.parallel import Parallel, TeacherParallel
 
 VOCAB, SEQUENCE = 131, 16  # 131 rows are uneven on two tensor ranks
 

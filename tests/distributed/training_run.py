@@ -15,7 +15,8 @@ from torch import Tensor
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.checkpoint.sharded import chunk_state, load_model
 from minitron_megatron.checkpoint.torch_dist import MegatronSource
-from minitron_megatron.config.schema import Distill, LearningRate, Parallel, Training
+from minitron_megatron.config.distill import Distill, LearningRate, Training
+from minitron_megatron.config.parallel import Parallel
 from minitron_megatron.distill.loop import Distillation
 from minitron_megatron.distill.optimizer import whole_parameters
 from minitron_megatron.distill.output_layer import DistillationOutputLayer

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.checkpoint.sharded import load_model
-from minitron_megatron.config.schema import Parallel
+from minitron_megatron.config.parallel import Parallel
 from minitron_megatron.data.batches import collate
 from minitron_megatron.evaluate.compare import real_logits
 from minitron_megatron.model.build import build_model

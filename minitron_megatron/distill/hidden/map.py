@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-from minitron_megatron.config.schema import HiddenLoss
+from minitron_megatron.config.distill import HiddenLoss
 from minitron_megatron.errors import PlanError
 
 StateName = tuple[str | int, ...]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from minitron_megatron.config.schema import HiddenLoss
+from minitron_megatron.config.distill import HiddenLoss
 from minitron_megatron.data.batches import Batch
 from minitron_megatron.distill.hidden.balance import LossBalance
 from minitron_megatron.distill.hidden.loss import HiddenLosses

@@ -8,7 +8,12 @@ import pytest
 
 from minitron_megatron.artifact import Artifact
 from minitron_megatron.chain import STAGES, refuse_foreign_inputs, run_id, stage_id, stage_inputs, stage_settings
-from minitron_megatron.config.schema import Data, Distill, Importance, Model, Parallel, Prune, Recipe, Target
+from minitron_megatron.config.distill import Distill
+from minitron_megatron.config.importance import Importance
+from minitron_megatron.config.parallel import Parallel
+from minitron_megatron.config.prune import Prune, Target
+from minitron_megatron.config.schema import Recipe
+from minitron_megatron.config.source import Data, Model
 from minitron_megatron.errors import ArtifactError
 
 

@@ -107,7 +107,7 @@ def test_norms_under_plain_names_are_found(stacked: bool, tiny_hf_model: Callabl
 def test_a_stacked_checkpoint_goes_through_the_import_like_a_hugging_face_folder(
     tiny_hf_model: Callable[..., Path], tmp_path: Path, layout: Any
 ) -> None:
-    from minitron_megatron.config.schema import Model
+    from minitron_megatron.config.source import Model
     from minitron_megatron.convert.import_stage import open_source
 
     folder = tiny_hf_model("qwen2")

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from minitron_megatron.arch.architecture import Architecture
-from minitron_megatron.config.checks import check_recipe, target_architecture
+from minitron_megatron.config.checks.recipe import check_recipe
+from minitron_megatron.config.checks.target import target_architecture
 from minitron_megatron.config.load import load_recipe
 from minitron_megatron.errors import RecipeError
 

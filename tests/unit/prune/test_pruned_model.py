@@ -195,7 +195,7 @@ def test_magnitude_pruning_drops_the_neuron_whose_weights_are_zero(tiny_hf_model
 def test_scores_of_another_model_are_refused(tiny_hf_model: Callable[..., Path], tmp_path: Path) -> None:
     from minitron_megatron.arch.source import source_architecture
     from minitron_megatron.artifact import Artifact, write_json
-    from minitron_megatron.config.schema import Prune as PruneSettings
+    from minitron_megatron.config.prune import Prune as PruneSettings
     from minitron_megatron.errors import ArtifactError
     from minitron_megatron.prune.stage import _scores
     from minitron_megatron.scores.statistics import Statistics

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from minitron_megatron.config.schema import HiddenLoss
+from minitron_megatron.config.distill import HiddenLoss
 from minitron_megatron.distill.hidden.map import Term, hidden_terms, layer_pairs, projection_holders
 from minitron_megatron.errors import PlanError
 

@@ -1,0 +1,51 @@
+"""Cross-checks of a recipe against the architecture: every problem at once, each with its mend."""
+
+from __future__ import annotations
+
+from minitron_megatron.arch.architecture import Architecture, nearest_multiples
+from minitron_megatron.config.checks.layout import layout_problems, list_problems, shape_problems, teacher_problems
+from minitron_megatron.config.checks.target import target_architecture
+from minitron_megatron.config.checks.training import batch_problems, hidden_problems, training_problems
+from minitron_megatron.config.schema import Recipe
+from minitron_megatron.errors import RecipeError
+
+
+def check_recipe(recipe: Recipe, source: Architecture) -> Architecture:
+    """Raises RecipeError with everything in the recipe that this source cannot do; returns the target architecture."""
+    problems: list[str] = []
+    target = source
+    try:
+        target = target_architecture(recipe, source)
+    except RecipeError as error:
+        problems += error.problems
+    else:
+        problems += hidden_problems(recipe, source, target)
+    problems += layout_problems(recipe.parallel, source, "the source model")
+    if target != source:
+        problems += layout_problems(recipe.parallel, target, "the pruned model")
+    stages, rule = recipe.parallel.pipeline * recipe.parallel.virtual, recipe.parallel.layers_per_stage
+    problems += list_problems("parallel", stages, rule, {source.layers, target.layers})
+    problems += shape_problems(recipe) + teacher_problems(recipe, source)
+    problems += _length_problems(recipe, source)
+    problems += batch_problems(recipe)
+    if recipe.prune.scores_file and recipe.prune.scores != "activation":
+        problems.append(f"prune.scores_file holds activation scores, but prune.scores={recipe.prune.scores}; leave one of them out")
+    problems += training_problems(recipe.training)
+    if problems:
+        raise RecipeError(list(dict.fromkeys(problems)))
+    return target
+
+
+def _length_problems(recipe: Recipe, arch: Architecture) -> list[str]:
+    problems = []
+    limit = min(arch.max_positions, arch.attention_window or arch.max_positions)
+    for section in ("importance", "distill", "evaluate"):
+        length = getattr(recipe, section).sequence_length
+        if length > limit:
+            problems.append(f"{section}.sequence_length={length} is beyond the model's {limit} positions; at most {limit}")
+        if recipe.parallel.sequence and length % recipe.parallel.tensor:
+            problems.append(
+                f"{section}.sequence_length={length} is not divisible by parallel.tensor={recipe.parallel.tensor} (sequence parallel); "
+                f"nearest: {nearest_multiples(length, recipe.parallel.tensor)}"
+            )
+    return problems

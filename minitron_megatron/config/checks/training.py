@@ -1,0 +1,66 @@
+"""What a distillation's batch, losses and machinery have to agree on."""
+
+from __future__ import annotations
+
+from minitron_megatron.arch.architecture import Architecture, nearest_multiples
+from minitron_megatron.config.distill import Training
+from minitron_megatron.config.schema import Recipe
+
+
+def batch_problems(recipe: Recipe) -> list[str]:
+    distill = recipe.distill
+    problems = []
+    together = distill.micro_batch * recipe.parallel.data
+    if distill.global_batch % together:
+        problems.append(
+            f"distill.global_batch={distill.global_batch} is not divisible by micro_batch × parallel.data = {together}; "
+            f"nearest: {nearest_multiples(distill.global_batch, together)}"
+        )
+    if distill.learning_rate.warmup_steps >= distill.steps:
+        problems.append(f"distill.learning_rate.warmup_steps={distill.learning_rate.warmup_steps} must be less than distill.steps={distill.steps}")
+    if distill.learning_rate.minimum > distill.learning_rate.peak:
+        problems.append("distill.learning_rate.minimum is above its peak")
+    if not any(distill.loss.values()) or any(weight < 0 for weight in distill.loss.values()):
+        problems.append(f"distill.loss={dict(distill.loss)} needs weights ≥ 0 and one above 0")
+    return problems
+
+
+def hidden_problems(recipe: Recipe, source: Architecture, target: Architecture) -> list[str]:
+    hidden = recipe.distill.hidden
+    if hidden is None:
+        return []
+    problems = []
+    if isinstance(hidden.pairs, list):
+        problems += _pair_problems(hidden.pairs, source.layers, target.layers)
+        if not hidden.pairs and not hidden.embeddings:
+            problems.append("distill.hidden compares nothing; give distill.hidden.pairs or set embeddings=true, or leave distill.hidden out")
+    elif hidden.pairs == "last_minus_2" and target.layers < 3:
+        problems.append(f"distill.hidden.pairs=last_minus_2 needs 3 layers, the pruned model has {target.layers}; give pairs such as [[0, 0]]")
+    elif hidden.pairs == "proportional" and target.layers < 2:
+        problems.append("distill.hidden.pairs=proportional needs 2 layers, the pruned model has 1; give pairs such as [[0, 0]]")
+    elif hidden.pairs == "kept" and target.layers == source.layers:
+        problems.append("distill.hidden.pairs=kept needs dropped layers, and no layer is pruned; use last_minus_2 or give pairs")
+    if hidden.weight == "dynamic" and not recipe.distill.loss.get("forward_kl"):
+        problems.append("distill.hidden.weight=dynamic follows forward_kl, which distill.loss lacks; give a number as weight, or add forward_kl")
+    return problems
+
+
+def _pair_problems(pairs: list[tuple[int, int]], teacher_layers: int, student_layers: int) -> list[str]:
+    problems = []
+    for teacher, student in dict.fromkeys(pairs):
+        where = f"distill.hidden.pairs: [{teacher}, {student}]"
+        for layer, layers, whose in ((teacher, teacher_layers, "source"), (student, student_layers, "pruned")):
+            if not 0 <= layer < layers:
+                problems.append(f"{where} names layer {layer} of the {whose} model, which has layers 0 to {layers - 1}")
+        if pairs.count((teacher, student)) > 1:
+            problems.append(f"{where} is there {pairs.count((teacher, student))} times; name each pair once")
+    return problems
+
+
+def training_problems(training: Training) -> list[str]:
+    """What megatron-core's buckets cannot do: weights are gathered into the buckets whose gradients were scattered ahead of it."""
+    needed = [name for name in ("distributed_optimizer", "overlap_grad_reduce") if not getattr(training, name)]
+    if not training.overlap_param_gather or not needed:
+        return []
+    mend = " and ".join(f"training.{name}=true" for name in needed)
+    return [f"training.overlap_param_gather=true needs {mend}; set that, or training.overlap_param_gather=false"]

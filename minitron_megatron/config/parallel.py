@@ -1,0 +1,62 @@
+"""Section `parallel`: the sizes of the process groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag
+
+from minitron_megatron.config.section import Section
+
+Rule = str | Sequence[int]
+"""How layers are dealt to pipeline stages: cost, even, or the layers of each stage."""
+
+
+def _rule_or_list(value: Any) -> Any:
+    listed = isinstance(value, list | tuple) and len(value) > 0 and all(type(item) is int and item >= 1 for item in value)
+    if value not in ("cost", "even") and not listed:
+        raise ValueError("input should be cost, even or a list of whole numbers of 1 or more")
+    return value
+
+
+LayersPerStage = Annotated[Literal["cost", "even"] | list[int], BeforeValidator(_rule_or_list)]
+
+
+class TeacherParallel(Section):
+    """The teacher's own layout in a distillation; its data-parallel size is what the processes leave."""
+
+    tensor: int = Field(1, ge=1)
+    pipeline: int = Field(1, ge=1)
+    sequence: bool = False
+    layers_per_stage: LayersPerStage = Field("cost", description="cost, even, or a list")
+
+
+TeacherLayout = Annotated[
+    Annotated[TeacherParallel, Tag("[own]")] | Annotated[Literal["auto", "student"], Tag("[name]")],
+    Discriminator(lambda value: "[name]" if isinstance(value, str) else "[own]"),
+]
+
+
+class Parallel(Section):
+    """Sizes of the process groups; their product is the number of processes. The source, the pruned model and the student use it."""
+
+    tensor: int = Field(1, ge=1)
+    pipeline: int = Field(1, ge=1)
+    virtual: int = Field(1, ge=1, description="virtual pipeline stages of each process (interleaved 1F1B)")
+    data: int = Field(1, ge=1)
+    expert: int = Field(1, ge=1, description="data-parallel ranks that share the experts of a layer out among themselves; divides data")
+    context: int = Field(1, ge=1, description="context parallel: Transformer Engine on a GPU only")
+    sequence: bool = Field(False, description="sequence parallel: activations between tensor-parallel regions are sharded along the sequence")
+    layers_per_stage: LayersPerStage = Field(
+        "cost", description="cost: stages of equal work, embedding and output layer counted; even: equal numbers; a list: layers of each stage"
+    )
+    teacher: TeacherLayout = Field(
+        "auto", description="layout of the teacher; auto: without a pipeline where its weights fit beside the student's; student: the same sizes"
+    )
+
+    timeout_seconds: int = Field(1800, ge=1, description="longest wait of a process for the others; then the run ends instead of hanging")
+
+    @property
+    def processes(self) -> int:
+        return self.tensor * self.context * self.pipeline * self.data

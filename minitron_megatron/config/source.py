@@ -1,0 +1,25 @@
+"""Sections `model` and `data`: what is compressed, and on what text."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from minitron_megatron.config.section import Section
+
+
+class Model(Section):
+    """The model to compress."""
+
+    path: str = Field(description="folder with config.json, safetensors and tokenizer, or a Megatron torch_dist checkpoint")
+    hf_config: str | None = Field(None, description="config.json that goes with a Megatron checkpoint")
+
+
+class Data(Section):
+    """Text for training, calibration and evaluation: globs of .txt, .jsonl(.gz, .zst) or .parquet."""
+
+    train: list[str] = Field(min_length=1, description="globs; one .txt file, one .jsonl line or one .parquet row is a document")
+    text_field: str = Field("text", description="field or column that holds the text in .jsonl and .parquet")
+    heldout_documents: int = Field(12, ge=1, description="the last documents of `train`, kept for evaluation; training never sees them")
+    out_of_domain: list[str] = Field([], description="globs of another corpus, evaluated only")
+    tokenizer: str | None = Field(None, description="folder of a Hugging Face tokenizer or a SentencePiece .model; default: the model's own")
+    workers: int = Field(2, ge=1, description="processes that tokenize")

@@ -12,6 +12,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from minitron_megatron import __version__
+from minitron_megatron.config.family import Step
 from minitron_megatron.errors import MinitronError
 
 
@@ -97,31 +98,29 @@ def _stage_command(name: str) -> None:
         rich_help_panel="Stages, in order",
     )
     def command(recipe: RecipePath, overrides: Overrides = None) -> None:
-        raise typer.Exit(_run_stages([name], recipe, overrides or []))
+        from minitron_megatron.conductor import run_stages
+
+        raise typer.Exit(run_stages([name], recipe, overrides or []))
 
 
 @app.command("run", help="Run the whole chain; finished stages whose inputs are unchanged are skipped.", rich_help_panel="The whole chain")
 def run(recipe: RecipePath, overrides: Overrides = None) -> None:
-    from minitron_megatron.chain import stages_of
-    from minitron_megatron.config.load import load_recipe
+    from minitron_megatron.conductor import run_steps
 
-    names = [stage.name for stage in stages_of(load_recipe(recipe, overrides or []))]
-    code = _run_stages(names, recipe, overrides or [])
+    steps = _steps(recipe, overrides or [])
+    code = run_steps(steps, recipe, overrides or [])
     if code == 0:
-        _show_results(recipe, overrides or [])
+        _show_results(steps, recipe)
     raise typer.Exit(code)
 
 
 @app.command("show", help="Print the resolved recipe, both architectures, their parameters, FLOPs and KV-cache size.", rich_help_panel="Look first")
 def show(recipe: RecipePath, overrides: Overrides = None) -> None:
-    from minitron_megatron.arch.source import source_architecture
-    from minitron_megatron.config.checks.recipe import check_recipe
-    from minitron_megatron.config.load import load_recipe
+    from minitron_megatron.config.family import checked_steps
     from minitron_megatron.show import show_recipe
 
-    loaded = load_recipe(recipe, overrides or [])
-    source = source_architecture(loaded.model.path, loaded.model.hf_config)
-    show_recipe(loaded, source, check_recipe(loaded, source), Console())
+    for step, source, target in checked_steps(_steps(recipe, overrides or [])):
+        show_recipe(step.recipe, source, target, Console())
 
 
 @app.command(
@@ -162,37 +161,27 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
-def _run_stages(names: list[str], recipe_path: str, overrides: list[str]) -> int:
-    """Starts each stage that is not up to date in its own processes; stops at the first that fails."""
-    from minitron_megatron.chain import STAGES, finished, require_asked
-    from minitron_megatron.launcher import launch
-    from minitron_megatron.worker import prepare
+def _steps(recipe: str, overrides: list[str]) -> list[Step]:
+    """One for an ordinary recipe; of a family all, or the one that `step=NAME` picks."""
+    from minitron_megatron.config.family import picked_steps
 
-    recipe, _ = prepare(recipe_path, overrides, needs_device=not all(STAGES[name].streams for name in names))
-    for name in names:
-        stage = STAGES[name]
-        require_asked(stage, recipe, recipe_path)
-        artifact = finished(stage, recipe)
-        if artifact:
-            print(f"{name}: up to date ({artifact.path})", flush=True)
-            continue
-        code = launch(name, recipe_path, overrides, recipe.parallel.processes if stage.distributed else 1)
-        if code:
-            return code
-    return 0
+    return picked_steps(recipe, overrides)
 
 
-def _show_results(recipe_path: str, overrides: list[str]) -> None:
+def _show_results(steps: list[Step], recipe_path: str) -> None:
     from minitron_megatron.artifact import open_artifact
     from minitron_megatron.chain import run_folder
-    from minitron_megatron.config.load import load_recipe
+    from minitron_megatron.results.family import publish_family
     from minitron_megatron.results.table import console_table, continuations
 
-    folder, console = run_folder(load_recipe(recipe_path, overrides)), Console()
-    result = open_artifact(folder, "evaluate", recipe_path).result
+    console = Console()
+    evaluated = {step.name: open_artifact(run_folder(step.recipe), "evaluate", recipe_path).result for step in steps if step.trained}
+    result = publish_family(evaluated, run_folder(steps[-1].recipe).parent) if len(evaluated) > 1 else next(iter(evaluated.values()))
     console.print(console_table(result))
     console.print(continuations(result), markup=False, highlight=False)
-    console.print(f"Report: {folder / 'report' / 'report.html'}")
+    for step in steps:
+        if step.trained:
+            console.print(f"Report: {run_folder(step.recipe) / 'report' / 'report.html'}")
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from minitron_megatron.arch.source import source_architecture
 from minitron_megatron.artifact import Artifact
 from minitron_megatron.chain import STAGES, Stage, finished, require_asked, run_stage
 from minitron_megatron.config.checks.recipe import check_recipe
-from minitron_megatron.config.load import load_recipe
+from minitron_megatron.config.family import load_recipe
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.errors import LayoutError, MinitronError
 from minitron_megatron.failure import tell

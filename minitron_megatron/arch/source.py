@@ -12,8 +12,9 @@ from minitron_megatron.errors import ArchitectureError
 
 
 def source_config(model_path: str, hf_config: str | None = None) -> dict[str, Any]:
-    """config.json of the source model; for a Megatron checkpoint the one that `model.hf_config` names."""
-    path = Path(hf_config) if hf_config else Path(model_path) / "config.json"
+    """config.json of the source model; for a folder without one, a Megatron checkpoint's say, that which `model.hf_config` names."""
+    own = Path(model_path) / "config.json"
+    path = Path(hf_config) if hf_config and not own.is_file() else own
     if not path.is_file():
         raise ArchitectureError(
             f"{path}: not found; model.path must name a Hugging Face folder with config.json"

@@ -1,8 +1,10 @@
-"""YAML file + `key=value` overrides → Recipe; every problem is reported at once."""
+"""YAML file + `key=value` overrides → Recipe; every problem is reported at once. `config/family.py` is what the commands call."""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,42 +17,54 @@ from minitron_megatron.config.schema import Recipe
 from minitron_megatron.errors import RecipeError
 
 
-def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Reads and validates a recipe; raises RecipeError with one line per problem."""
-    source = Path(path)
-    values = _read(source, overrides or [])
+def validated(source: str | Path, values: dict[str, Any]) -> Recipe:
+    """A recipe out of plain values; raises RecipeError with one line per problem."""
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise RecipeError([f"{source}: {_problem(item)}" for item in error.errors()]) from None
 
 
-def _read(source: Path, overrides: list[str]) -> dict[str, Any]:
+def recipe_file(path: str | Path) -> DictConfig:
+    """A YAML file that is a mapping; raises RecipeError for anything else."""
+    source = Path(path)
     if not source.is_file():
         raise RecipeError(f"{source}: no such recipe; `ls configs/*.yaml` shows those that come with the project")
+    with _told_as_one_line(source):
+        loaded = OmegaConf.load(source)
+    if not isinstance(loaded, DictConfig):
+        raise RecipeError(f"{source}: a recipe is a mapping of sections, found a list")
+    return loaded
+
+
+def merged(source: str | Path, loaded: Any, overrides: list[str]) -> dict[str, Any]:
+    """The file's values with `key=value` in their place; raises RecipeError for overrides that are none."""
     malformed = [item for item in overrides if "=" not in item]
     if malformed:
         raise RecipeError([f"override '{item}' is not of the form key=value, for example distill.steps=200" for item in malformed])
-    try:
-        loaded = OmegaConf.load(source)
-        if not isinstance(loaded, DictConfig):
-            raise RecipeError(f"{source}: a recipe is a mapping of sections, found a list")
-        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(overrides))
-        _replace_mappings(merged, overrides)
-        values: Any = OmegaConf.to_container(merged, resolve=True)
-    except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
-        raise RecipeError(f"{source}: no valid YAML or override: {' '.join(str(error).split())}") from None
+    with _told_as_one_line(source):
+        together = OmegaConf.merge(loaded, OmegaConf.from_dotlist(overrides))
+        _replace_mappings(together, overrides)
+        values: Any = OmegaConf.to_container(together, resolve=True)
     if not isinstance(values, dict):
         raise RecipeError(f"{source}: a recipe is a mapping of sections, found {type(values).__name__}")
     return values
 
 
-def _replace_mappings(merged: Any, overrides: list[str]) -> None:
+@contextmanager
+def _told_as_one_line(source: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
+        raise RecipeError(f"{source}: no valid YAML or override: {' '.join(str(error).split())}") from None
+
+
+def _replace_mappings(together: Any, overrides: list[str]) -> None:
     """`distill.loss=…` replaces the mapping of weights as a whole instead of merging into it."""
     for item in overrides:
         key, value = item.split("=", 1)
-        if key == "distill.loss" and isinstance(merged, DictConfig):
-            OmegaConf.update(merged, key, OmegaConf.from_dotlist([f"value={value}"]).value, merge=False)
+        if key == "distill.loss" and isinstance(together, DictConfig):
+            OmegaConf.update(together, key, OmegaConf.from_dotlist([f"value={value}"]).value, merge=False)
 
 
 def _problem(item: Any) -> str:

@@ -11,7 +11,8 @@ class Model(Section):
     """The model to compress."""
 
     path: str = Field(description="folder with config.json, safetensors and tokenizer, or a Megatron torch_dist checkpoint")
-    hf_config: str | None = Field(None, description="config.json that goes with a Megatron checkpoint")
+    hf_config: str | None = Field(None, description="config.json that goes with a Megatron checkpoint, or stands in for a model not yet on this disk")
+    tokenizer: str | None = Field(None, description="folder with the tokenizer's files, where they do not lie beside config.json")
 
 
 class Data(Section):

@@ -48,9 +48,16 @@ def open_source(model: Model, arch: Architecture) -> HuggingFaceSource | Megatro
 
 def outside_files(recipe: Recipe) -> list[Path]:
     """Every file of the source model, for the artifact's id."""
-    folders = [Path(recipe.model.path)] + ([Path(recipe.model.hf_config).parent] if recipe.model.hf_config else [])
+    model = recipe.model
+    folders = [Path(model.path), *([Path(model.hf_config).parent] if _needs_config(model) and model.hf_config else [])]
     return [path for folder in folders if folder.is_dir() for path in folder.rglob("*") if path.is_file()]
 
 
 def _tokenizer_folder(model: Model) -> Path:
-    return Path(model.hf_config).parent if model.hf_config else Path(model.path)
+    if model.tokenizer:
+        return Path(model.tokenizer)
+    return Path(model.hf_config).parent if _needs_config(model) and model.hf_config else Path(model.path)
+
+
+def _needs_config(model: Model) -> bool:
+    return not (Path(model.path) / "config.json").is_file()

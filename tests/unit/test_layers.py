@@ -22,6 +22,7 @@ ROWS = [
     {"chain"},
     {"failure"},
     {"worker", "launcher", "show"},
+    {"conductor"},
     {"cli"},
 ]
 ROW_OF = {room: number for number, row in enumerate(ROWS) for room in row}

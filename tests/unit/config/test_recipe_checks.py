@@ -10,7 +10,7 @@ import pytest
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.config.checks.recipe import check_recipe
 from minitron_megatron.config.checks.target import target_architecture
-from minitron_megatron.config.load import load_recipe
+from minitron_megatron.config.family import load_recipe
 from minitron_megatron.errors import RecipeError
 
 Recipes = Callable[..., Path]

@@ -9,7 +9,7 @@ from typing import Any
 import pydantic
 import pytest
 
-from minitron_megatron.config.load import load_recipe
+from minitron_megatron.config.family import load_recipe
 from minitron_megatron.errors import RecipeError
 
 Recipes = Callable[..., Path]

@@ -124,6 +124,21 @@ def show(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 @app.command(
+    "advise",
+    help="Hold a recipe, or every step of a family, against what the papers and later work found; nothing is run.",
+    epilog=f"Example: `minitron advise {DEMO}`",
+    rich_help_panel="Look first",
+)
+def advise_recipe(recipe: RecipePath, overrides: Overrides = None) -> None:
+    from minitron_megatron.advice.rules import Subject, advise
+    from minitron_megatron.advice.text import told
+    from minitron_megatron.config.family import checked_steps
+
+    for step, source, target in checked_steps(_steps(recipe, overrides or [])):
+        print(told(advise(Subject(step, source, target)), step.name))
+
+
+@app.command(
     "doctor", help="Print what this machine has (GPU, NCCL, Transformer Engine, apex, FP8, SLURM) and what follows.", rich_help_panel="Look first"
 )
 def doctor() -> None:

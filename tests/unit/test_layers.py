@@ -21,7 +21,7 @@ ROWS = [
     STAGES,
     {"chain"},
     {"failure"},
-    {"worker", "launcher", "show"},
+    {"worker", "launcher", "show", "advice"},
     {"conductor"},
     {"cli"},
 ]

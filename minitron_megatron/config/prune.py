@@ -9,6 +9,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from minitron_megatron.config.criteria import Aggregations, Criteria, Ranking
 from minitron_megatron.config.importance import ImportanceAggregation
 from minitron_megatron.config.section import Section
 
@@ -33,7 +34,13 @@ class Prune(Section):
     scores: Literal["activation", "magnitude", "random"] = Field("activation", description="magnitude and random are baselines")
     scores_file: str | None = Field(None, description="scores of a merge or of another run, in place of this run's importance stage")
     aggregation: ImportanceAggregation = ImportanceAggregation()
+    aggregations: Aggregations = Aggregations()
+    criteria: Criteria = Criteria()
     seed: int = Field(0, ge=0, description="of the random baseline")
+
+    @property
+    def ranking(self) -> Ranking:
+        return Ranking(self.aggregation, self.aggregations, self.criteria)
 
     @property
     def reads_importance(self) -> bool:

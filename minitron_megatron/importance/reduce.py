@@ -13,9 +13,9 @@ from minitron_megatron.importance.hooks import MicroBatchSums
 from minitron_megatron.parallel.collectives import sum_over
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.parallel.world import World
-from minitron_megatron.scores.statistics import EXPERT_AXES, INFLUENCE, Key
+from minitron_megatron.scores.statistics import EXPERT_AXES, FINAL_NORM, INFLUENCE, Key
 
-SEQUENCE_SHARDED = ("attention_norm", "mlp_norm")
+SEQUENCE_SHARDED = ("attention_norm", "mlp_norm", FINAL_NORM)
 """Axes whose hooks see a part of the sequence under sequence parallelism; the others see all of it and a part of the units."""
 
 

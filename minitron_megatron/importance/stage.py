@@ -12,6 +12,7 @@ import torch
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.artifact import Artifact, write_json
 from minitron_megatron.checkpoint.sharded import load_model
+from minitron_megatron.config.criteria import DEFAULT_RANKING
 from minitron_megatron.config.importance import Importance
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.data.batches import FILLING, Batch, TokenDataset, collate
@@ -45,7 +46,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
     none_yet = Statistics(arch, 0, {}, _origin(recipe, inputs))
     statistics = measure_all(model, samples, settings, none_yet, folder / "finished", world)
     if world.is_main:
-        write_json(folder / "summary.json", _summary(save_scores(statistics, folder / "scores.safetensors")))
+        write_json(folder / "summary.json", _summary(save_scores(statistics, folder / "scores.safetensors"), sparse=arch.experts > 0))
     tokens = settings.samples * settings.sequence_length
     return {
         "summary": f"{settings.samples} × {settings.sequence_length} = {tokens:,} tokens, {layout.describe()}, {recipe.precision}",
@@ -77,7 +78,7 @@ def measure_all(model: StageModel, samples: TokenDataset, settings: Importance, 
 def measure(model: StageModel, batches: list[Batch], advance: Callable[[], None]) -> BlockSums:
     """The forward pass: this process's layers, units and samples."""
     sums = BlockSums()
-    with collecting(model.layers()) as found:
+    with collecting(model.layers(), model.last.decoder.final_layernorm) as found:
 
         def before(_: int, batch: Batch) -> None:
             found.sample_ids_B = batch.sample_ids_B
@@ -140,10 +141,13 @@ def _origin(recipe: Recipe, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
     }
 
 
-def _summary(scores: UnitScores) -> dict[str, Any]:
+def _summary(scores: UnitScores, *, sparse: bool) -> dict[str, Any]:
+    """The default scores and what they are: by other criteria the same file ranks otherwise."""
     return {
+        "ranked_by": DEFAULT_RANKING.to_dict(sparse=sparse),
         "ffn": [values.tolist() for values in scores.ffn],
         "heads": [values.tolist() for values in scores.heads],
+        "kv_groups": [values.tolist() for values in scores.kv_groups],
         "experts": [values.tolist() for values in scores.experts],
         "channels": scores.channels.tolist(),
         "block_influence": scores.layers.tolist(),

@@ -46,6 +46,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
         "kept_layers": plan.kept_layers,
         "dropped_layers": plan.dropped_layers,
         "weights_sha256": digest,
+        "ranked_by": recipe.prune.ranking.to_dict(sparse=arch.experts > 0) if recipe.prune.scores == "activation" else recipe.prune.scores,
     }
 
 
@@ -73,7 +74,7 @@ def _scores(settings: Prune, inputs: Mapping[str, Artifact], source: MegatronSou
     statistics = Statistics.load(path)
     if statistics.origin.get("model") != inputs["import"].result["weights_sha256"]:
         raise ArtifactError(f"{path} was measured on another model than {inputs['import'].path}; make it anew with: minitron importance RECIPE")
-    return activation_scores(statistics, batch=settings.aggregation.batch, sequence=settings.aggregation.sequence)
+    return activation_scores(statistics, settings.ranking)
 
 
 def _what_is_cut(source: Architecture, target: Architecture) -> str:

@@ -71,13 +71,20 @@ def cut_figure(run: RunData) -> Figure:
 def _heatmap(run: RunData, kind: str, unit: str, missing: str) -> Figure:
     scores_LF = [np.asarray(scores_F) for scores_F in (run.importance or {}).get(kind, [])]
     kept_L: Sequence[int | None] = run.kept_of(kind) or [len(scores_F) for scores_F in scores_LF]
-    caption = f"One row per layer, its {unit}s sorted by score and divided by the layer's largest."
+    caption = f"One row per layer, its {unit}s sorted by score and divided by the layer's largest.{_scored_by(run, kind)}"
 
     def draw() -> str:
         return figures.importance_heatmap(scores_LF, kept_L, unit=unit)
 
     nothing = "" if scores_LF else f"Left out: the stage importance gives no scores of {unit}s."
     return _figure(f"Importance of each {unit}", caption, draw, missing or nothing)
+
+
+def _scored_by(run: RunData, kind: str) -> str:
+    """What the shown scores are: the file's default, whatever the recipe ranks by."""
+    by = (run.importance or {}).get("ranked_by", {}).get(kind)
+    told = f" Score: {by['criterion']}, {by['batch']} over samples of {by['sequence']} over tokens." if by else ""
+    return told.replace("_", " ")
 
 
 def _figure(title: str, caption: str, draw: Callable[[], str], missing: str) -> Figure:

@@ -43,7 +43,9 @@ class PlainModel:
             x = x + self._after_attention(layer, x)
             product = (before * x).sum(-1) / (before.norm(dim=-1) * x.norm(dim=-1))
             self.seen[layer, "influence"] = product.detach()
-        return self._norm("decoder.final_layernorm.weight", x)
+        final = self._norm("decoder.final_layernorm.weight", x)
+        self.seen[self.arch.layers - 1, "final_norm"] = final.detach()
+        return final
 
     def logits(self, tokens_BS: Tensor) -> Tensor:
         """[B, S, V]"""
@@ -77,6 +79,8 @@ class PlainModel:
         weight = score.masked_fill(future, -math.inf).softmax(-1)
         context = torch.einsum("bghst,btgik->bsghk", weight, value).reshape(B, S, arch.heads * K)
         self.seen[layer, "heads"] = context.detach()
+        norms = [head.norm(dim=-1) for head in context.detach().split(K, dim=-1)]
+        self.seen[layer, "head_norms"] = torch.stack(norms, dim=-1)
         return context @ self.weights[f"{ours}.linear_proj.weight"].T
 
     def _rotate(self, x: Tensor) -> Tensor:
@@ -113,7 +117,7 @@ class PlainModel:
         ours = f"decoder.layers.{layer}.mlp"
         gate, up = (x @ self.weights[f"{ours}.linear_fc1.weight"].T).chunk(2, dim=-1)
         inner = gate * torch.sigmoid(gate) * up
-        self.seen[layer, "ffn"] = inner.detach()
+        self.seen[layer, "ffn"], self.seen[layer, "ffn_before_activation"] = inner.detach(), gate.detach()
         return inner @ self.weights[f"{ours}.linear_fc2.weight"].T
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from minitron_megatron.arch.architecture import Architecture, nearest_multiples
+from minitron_megatron.config.checks.criteria import criteria_problems
 from minitron_megatron.config.checks.layout import layout_problems, list_problems, shape_problems, teacher_problems
 from minitron_megatron.config.checks.target import target_architecture
 from minitron_megatron.config.checks.training import batch_problems, hidden_problems, training_problems
@@ -30,6 +31,7 @@ def check_recipe(recipe: Recipe, source: Architecture) -> Architecture:
     problems += batch_problems(recipe)
     if recipe.prune.scores_file and recipe.prune.scores != "activation":
         problems.append(f"prune.scores_file holds activation scores, but prune.scores={recipe.prune.scores}; leave one of them out")
+    problems += criteria_problems(recipe.prune, source)
     problems += training_problems(recipe.training)
     if problems:
         raise RecipeError(list(dict.fromkeys(problems)))

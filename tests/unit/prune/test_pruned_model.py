@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minitron_megatron.arch.source import source_architecture
+from minitron_megatron.artifact import Artifact
 
 Prune = Callable[..., Any]
 CUTS = {
@@ -207,3 +208,36 @@ def test_scores_of_another_model_are_refused(tiny_hf_model: Callable[..., Path],
     settings = PruneSettings.model_validate({"target": {"ffn": 9}})
     with pytest.raises(ArtifactError, match="was measured on another model"):
         _scores(settings, inputs, None)  # type: ignore[arg-type] - the source is for magnitudes
+
+
+def test_one_scores_file_is_ranked_by_each_criterion_that_the_recipe_names(
+    tiny_hf_model: Callable[..., Path], tmp_path: Path, prune_model: Prune
+) -> None:
+    """Scores rise with the index by the default criteria and fall by the others; only channels' final norm outweighs the layers' norms."""
+    from minitron_megatron.arch.source import source_architecture
+    from minitron_megatron.scores.statistics import Statistics, measured_keys
+
+    source, sizes = tiny_hf_model("llama"), {"ffn": 9, "heads": 6, "hidden": 30}
+    arch = source_architecture(str(source))
+    widths = {"ffn": arch.ffn, "heads": arch.heads * arch.head_channels, "head_norms": arch.heads, "influence": 1}
+    sums = {}
+    for layer, axis in measured_keys(arch):
+        width = widths.get(axis.removesuffix("_before_activation"), arch.hidden)
+        ramp = torch.arange(1, width + 1, dtype=torch.float64)
+        falls = axis in ("ffn_before_activation", "head_norms", "final_norm")
+        sums[layer, axis] = (100 * ramp.flip(0) if falls else ramp).expand(3, 2, width).clone() if axis != "influence" else torch.ones(2).double()
+    digest = prune_model(source, sizes).imported.result["weights_sha256"]
+    Statistics(arch, 1, sums, {"model": digest}).save(tmp_path / "scores.safetensors")
+
+    def pruned(**criteria: str) -> Artifact:
+        return prune_model(source, sizes, scores="activation", scores_file=str(tmp_path / "scores.safetensors"), criteria=criteria).pruned
+
+    def kept(artifact: Artifact) -> tuple[list[int], list[int], list[int]]:
+        plan = json.loads((artifact.path / "plan.json").read_text())
+        return plan["ffn"]["0"], plan["heads"]["0"], plan["channels"]
+
+    best, others = pruned(), pruned(ffn="before_activation", heads="per_token_norm", channels="all_norms")
+    assert kept(best) == ([*range(arch.ffn - 9, arch.ffn)], [1, 2, 3, 5, 6, 7], [*range(arch.hidden - 30, arch.hidden)])
+    assert kept(others) == ([*range(9)], [0, 1, 2, 4, 5, 6], [*range(30)])
+    assert [artifact.result["ranked_by"]["heads"]["criterion"] for artifact in (best, others)] == ["per_channel", "per_token_norm"]
+    assert prune_model(source, sizes).pruned.result["ranked_by"] == "random"

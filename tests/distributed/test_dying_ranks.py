@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from minitron_megatron.config.parallel import Parallel
+from minitron_megatron.config.source import Model
 
 from .house import SOURCE, copy_of, recipe_for
 from .pool import ENVIRONMENT
@@ -54,7 +55,7 @@ def recipe(house: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = json.loads((runs / "tiny" / "import" / "hf_config.json").read_text())
     (folder / "model" / "config.json").write_text(json.dumps({**config, "vocab_size": SOURCE.vocab, "max_position_embeddings": SOURCE.max_positions}))
     values = recipe_for(runs, PARALLEL, steps=100_000, save_every_steps=100_000, validate_every_steps=100_000).model_dump(mode="json")
-    values["model"] = {"path": str(folder / "model"), "hf_config": None}
+    values["model"] = Model(path=str(folder / "model")).model_dump(mode="json")
     values["evaluate"] = {"sequence_length": SEQUENCE}
     manifest = runs / "tiny" / "import" / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "settings": {"model": values["model"]}}))

@@ -32,6 +32,8 @@ class UnitScores:
     """L × [E]; none in a dense model"""
     expert_ffn: list[Tensor] = field(default_factory=list)
     """L × [E, F], ranked within each expert"""
+    kv_groups: list[Tensor] = field(default_factory=list)
+    """L × [G]; empty: the L2 norm over each group's heads"""
 
 
 def activation_scores(statistics: Statistics, *, batch: str, sequence: str) -> UnitScores:
@@ -72,7 +74,7 @@ def random_scores(arch: Architecture, seed: int) -> UnitScores:
         return torch.rand(units, generator=generator, dtype=torch.float64)
 
     return UnitScores(
-        ffn=[draw(arch.ffn) for _ in range(arch.layers) if not arch.experts],
+        ffn=[draw(width) for width in arch.ffn_widths if not arch.experts],
         heads=[draw(arch.heads) for _ in range(arch.layers)],
         channels=draw(arch.hidden),
         layers=draw(arch.layers),
@@ -83,7 +85,7 @@ def random_scores(arch: Architecture, seed: int) -> UnitScores:
 
 def magnitude_scores(tensors: Iterable[tuple[TensorRow, Tensor]], arch: Architecture) -> UnitScores:
     """The baseline of weight magnitude: L2 norm over all weights that go with a unit; with an expert goes its row of the router."""
-    ffn, heads = torch.zeros(arch.layers, max(arch.experts, 1), arch.ffn), torch.zeros(arch.layers, arch.heads)
+    ffn, heads = [torch.zeros(max(arch.experts, 1), width) for width in arch.ffn_widths], torch.zeros(arch.layers, arch.heads)
     experts = torch.zeros(arch.layers, arch.experts)
     channels, layers = torch.zeros(arch.hidden), torch.zeros(arch.layers)
     for row, tensor in tensors:
@@ -98,18 +100,19 @@ def magnitude_scores(tensors: Iterable[tuple[TensorRow, Tensor]], arch: Architec
         elif row.expert is not None:
             experts[row.layer, row.expert] += squares.sum()
         if row.axes[0] == "2F":
-            ffn[row.layer, row.expert or 0] += _sum_but(squares, 0).view(2, arch.ffn).sum(0)
+            ffn[row.layer][row.expert or 0] += _sum_but(squares, 0).view(2, -1).sum(0)
         elif row.axes[-1] == "F":
-            ffn[row.layer, row.expert or 0] += _sum_but(squares, squares.dim() - 1)
+            ffn[row.layer][row.expert or 0] += _sum_but(squares, squares.dim() - 1)
         elif row.axes[0] == "QKV":
             queries = unpack(row, squares, arch)[0]
             heads[row.layer] += _sum_but(queries, 0).view(arch.heads, -1).sum(-1)
         elif row.axes[-1] == "HK":
             heads[row.layer] += _sum_but(squares, squares.dim() - 1).view(arch.heads, -1).sum(-1)
-    ffn, heads, channels, layers, experts = (value.double().sqrt() for value in (ffn, heads, channels, layers, experts))
+    heads, channels, layers, experts = (value.double().sqrt() for value in (heads, channels, layers, experts))
+    ffn = [value.double().sqrt() for value in ffn]
     if arch.experts:
-        return UnitScores([], list(heads), channels, layers, experts=list(experts), expert_ffn=list(ffn))
-    return UnitScores(list(ffn[:, 0]), list(heads), channels, layers)
+        return UnitScores([], list(heads), channels, layers, experts=list(experts), expert_ffn=ffn)
+    return UnitScores([value[0] for value in ffn], list(heads), channels, layers)
 
 
 def _sum_but(x: Tensor, dim: int) -> Tensor:

@@ -15,7 +15,8 @@ from minitron_megatron.arch.source import source_architecture
 from minitron_megatron.checkpoint.huggingface import HuggingFaceSource
 from minitron_megatron.checkpoint.tensors import tensor_table, unpack
 from minitron_megatron.errors import PlanError
-from minitron_megatron.prune.plan import PrunePlan, make_plan, top, top_heads
+from minitron_megatron.prune.plan import PrunePlan, make_plan
+from minitron_megatron.prune.rank import top, top_heads
 from minitron_megatron.prune.slice import slice_tensor
 from minitron_megatron.prune.stream import source_rows
 from minitron_megatron.scores.units import UnitScores, random_scores

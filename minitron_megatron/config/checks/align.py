@@ -33,13 +33,16 @@ def rounded_sizes(prune: Prune, source: Architecture) -> Rounded:
     wants a multiple of the heads for some families.
     """
     align, found = prune.align, Rounded(prune.target.sizes())
-    _round(found, "kv_groups", source, lcm(align.kv_groups, align.tensor))
-    _heads_follow_groups(found, source)
+    _round(found, "kv_groups", lcm(align.kv_groups, align.tensor), source.kv_groups)
     groups = found.of("kv_groups", source)
-    _round(found, "heads", source, lcm(align.heads, align.tensor, groups) if lcm(align.heads, align.tensor) > 1 else 1)
-    _round(found, "ffn", source, ffn_multiple(prune))
+    if "kv_groups" in found.sizes:
+        found.sizes.setdefault("heads", source.heads_per_group * groups)
+    if not found.problems and max(align.heads, align.tensor) > 1:
+        _round(found, "heads", lcm(align.heads, align.tensor, groups), source.heads_per_group * groups)
+    _round(found, "ffn", ffn_multiple(prune), source.ffn)
     heads = found.of("heads", source) if source.family.hidden_multiple_of_heads else 1
-    _round(found, "hidden", source, lcm(align.hidden, heads) if align.hidden > 1 else 1)
+    if align.hidden > 1:
+        _round(found, "hidden", lcm(align.hidden, heads), source.hidden)
     return found
 
 
@@ -55,16 +58,11 @@ def nearest_multiple(size: int, multiple: int, limit: int) -> int | None:
     return best or None
 
 
-def _heads_follow_groups(found: Rounded, source: Architecture) -> None:
-    if "heads" not in found.sizes and "kv_groups" in found.sizes:
-        found.sizes["heads"] = source.heads_per_group * found.of("kv_groups", source)
-
-
-def _round(found: Rounded, name: str, source: Architecture, multiple: int) -> None:
+def _round(found: Rounded, name: str, multiple: int, limit: int) -> None:
+    """limit: what the source has of it (in its kept groups); from there on sizes stay, larger ones are refused elsewhere."""
     named = found.sizes.get(name)
     if named is None or multiple == 1:
         return
-    limit = getattr(source, name)
     new = [size if size >= limit else nearest_multiple(size, multiple, limit) for size in ([named] if isinstance(named, int) else named)]
     sizes = [size for size in new if size is not None]
     if len(sizes) < len(new):

@@ -56,6 +56,7 @@ SPARSE = UnitScores(
     layers=fp64(1),
     experts=[fp64(8, 2, 7)],
     expert_ffn=[torch.stack([fp64(1, 8, 4, 7), fp64(99, 100, 98, 97), fp64(16, 4, 9, 9)])],
+    kv_groups=[torch.ones(1, dtype=torch.float64)],
 )
 
 
@@ -63,12 +64,13 @@ def test_margins_of_experts_and_of_the_neurons_within_each_by_hand(tmp_path: Pat
     found = {name: values.tolist() for name, values in unit_margins(SPARSE, 1).items()}
     assert found["experts.0"] == [1 / 8, 5 / 8]  # 8 7 2
     assert found["expert_ffn.0"] == [[0.01, 0.03, 0.03], [0.01] * 3, [0.07, 0.0, 0.05]]  # over the largest of the layer
-    assert found.keys() == {"experts.0", "expert_ffn.0", "heads.0", "channels", "layers"}
+    assert found.keys() == {"experts.0", "expert_ffn.0", "heads.0", "kv_groups.0", "channels", "layers"}
     make_plan(SPARSE, SPARSE_ARCH, SPARSE_ARCH.resized(experts=2, ffn=3)).save(tmp_path / "plan.json")
     assert json.loads((tmp_path / "plan.json").read_text())["margins"] == {
         "experts": {"0": 5 / 8},
         "expert_ffn": {"0": 3 / 16},  # 4 - 1 in the first, 9 - 4 in the third; the second is not kept, and its scores are nothing to these
         "heads": {"0": None},
+        "kv_groups": {"0": None},
         "channels": None,
         "layers": None,
     }
@@ -83,11 +85,12 @@ def test_the_plan_tells_the_margin_at_its_own_cut(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "plan.json").read_text())["margins"] == {
         "ffn": {"0": 3 / 8, "1": 1 / 2},
         "heads": {"0": 1 / 16, "1": 0.0},  # two of four in each group: the closer group's
+        "kv_groups": {"0": None, "1": None},
         "channels": 1 / 10,
         "layers": None,  # nothing is cut
     }
     of_kept = make_plan(SCORES, ARCH, ARCH.resized(layers=1)).to_dict()["margins"]
-    assert of_kept == {"ffn": {1: None}, "heads": {1: None}, "channels": None, "layers": 1 / 2}
+    assert of_kept == {"ffn": {1: None}, "heads": {1: None}, "kv_groups": {1: None}, "channels": None, "layers": 1 / 2}
 
 
 def statistics() -> Statistics:

@@ -11,7 +11,7 @@ from rich.console import Console
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.config.checks.recipe import check_recipe
 from minitron_megatron.config.checks.target import rounded_target
-from minitron_megatron.config.load import load_recipe
+from minitron_megatron.config.family import load_recipe
 from minitron_megatron.errors import RecipeError
 from minitron_megatron.show import show_recipe
 

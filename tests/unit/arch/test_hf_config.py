@@ -210,4 +210,4 @@ def test_a_folder_without_a_readable_config_is_one_line(tmp_path: Path, tiny_hf_
         with pytest.raises(ArchitectureError, match=expected):
             source_architecture(str(tmp_path))
     # a Megatron checkpoint has no config.json of its own
-    assert source_architecture(str(tmp_path), str(tiny_hf_model("qwen2") / "config.json")).family_name == "qwen2"
+    assert source_architecture(str(tmp_path / "checkpoint"), str(tiny_hf_model("qwen2") / "config.json")).family_name == "qwen2"

@@ -79,7 +79,7 @@ def mark_shards(model: nn.Module) -> None:
 class LayerWidthsConfig(TransformerConfig):
     """megatron's config of a model whose layers have FFNs of different widths.
 
-    megatron's own (heterogeneous_config.py) reads Nemotron-NAS's block list and rounds widths; its transformer block asks only for this method.
+    megatron's own (heterogeneous_config.py) reads a JSON of Nemotron-NAS's blocks; its transformer block asks only for this method.
     """
 
     ffn_per_layer: tuple[int, ...] = ()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minitron_megatron.distill.kd_loss import GradientBuffer, LossSettings, TeacherTarget, fused_distillation_loss
+from minitron_megatron.training.kd_loss import GradientBuffer, LossSettings, TeacherTarget, fused_distillation_loss
 
 N, ROWS, PADDED, D, E = 23, 131, 136, 16, 24
 LOSSES = {"kl": (1.0, 0.0), "ce": (0.0, 1.0), "both": (0.7, 0.4)}

@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from torch import Tensor
 
-from minitron_megatron.distill.kd_loss import GradientBuffer, LossSettings, TeacherTarget, fused_distillation_loss
+from minitron_megatron.training.kd_loss import GradientBuffer, LossSettings, TeacherTarget, fused_distillation_loss
 
 
 class DistillationOutputLayer(ColumnParallelLinear):

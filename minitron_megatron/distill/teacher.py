@@ -32,7 +32,7 @@ from minitron_megatron.model.run import forward_only
 from minitron_megatron.parallel.collectives import gather_first
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.platform import Platform
-from minitron_megatron.training.kd_loss import TeacherTarget
+from minitron_megatron.training.losses.target import WeightedTarget
 
 FINAL: StateName = ("final",)
 """The last hidden states, behind the final norm."""
@@ -105,16 +105,11 @@ class TeacherStates:
         self._teacher, self._held = teacher, held
         self._last = Wanted(FINAL, teacher.student.pipeline * teacher.student.virtual - 1)
 
-    def target(self, batch: Batch) -> TeacherTarget:
+    def target(self, batch: Batch) -> WeightedTarget:
         """What the student of this micro-batch is held against; the states are handed out once and forgotten."""
         if self._teacher.output_weight_vE is None:
             raise RuntimeError("the teacher's output weight is only on the student's last stage")
-        return TeacherTarget(
-            hidden_NE=self.whole(self._last, batch).flatten(0, 1),
-            weight_vE=self._teacher.output_weight_vE,
-            labels_N=batch.labels_BS.t().flatten(),
-            token_weights_N=batch.loss_mask_BS.t().flatten(),
-        )
+        return WeightedTarget(self.whole(self._last, batch).flatten(0, 1), self._teacher.output_weight_vE)
 
     def whole(self, wanted: Wanted, batch: Batch) -> Tensor:
         """[S, B, E] on every tensor rank of the student."""

@@ -103,7 +103,7 @@ class Distillation:
         kl, cross_entropy, tokens, *hidden_sums = sums.tolist()
         kl, cross_entropy = kl / tokens, cross_entropy / tokens
         losses = {"forward_kl": kl, "cross_entropy": cross_entropy}
-        loss = student.loss_settings.forward_kl * kl + student.loss_settings.cross_entropy * cross_entropy
+        loss = student.loss_settings.total(losses)
         if alpha is not None:
             losses |= {"hidden": sum(hidden_sums) / tokens, "alpha": float(alpha)}
             loss += losses["alpha"] * losses["hidden"]
@@ -155,7 +155,7 @@ class Distillation:
 
     def _rebalance(self, hidden: HiddenTraining, sums: Tensor) -> None:
         """α of the next step; tensors only, so that nothing waits for the device."""
-        hidden.balance.update(self.student.loss_settings.forward_kl * sums[0], sums[3:].sum())
+        hidden.balance.update(self.student.loss_settings.weights["forward_kl"] * sums[0], sums[3:].sum())
 
     def _loader(self, dataset: TokenDataset) -> Load:
         """Sample ids → batch on the device; teacher and student of a step share those that both want."""

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from minitron_megatron.config.distill import Distill, Training
 from minitron_megatron.data.batches import Batch
 from minitron_megatron.model.gpt import StageModel
-from minitron_megatron.training.kd_loss import LossSettings
+from minitron_megatron.training.losses.settings import LossSettings
+from minitron_megatron.training.losses.target import token_labels
 from minitron_megatron.training.optimizer import make_optimizer
 from minitron_megatron.training.teachers import HiddenTraining, TeacherStates
 
@@ -37,22 +38,23 @@ class Student:
         """
         last = self.model.last
         tied = last.output_weight() if last.output_layer.weight is None else None
-        total, kl, cross_entropy = last.output_layer(
-            hidden_SBD, tied, target=teacher.target(batch), settings=self.loss_settings, rows=last.valid_rows()
+        total, sums = last.output_layer(
+            hidden_SBD,
+            tied,
+            labels=token_labels(batch),
+            targets=[teacher.target(batch)],
+            settings=self.loss_settings,
+            rows=last.valid_rows(),
         )
         tokens = (batch.loss_mask_BS > 0).sum().int()  # fractional weights go into the sum alone
-        return total, tokens, {"forward_kl": kl, "cross_entropy": cross_entropy, "tokens": tokens.clone()}
+        return total, tokens, {**sums, "tokens": tokens.clone()}
 
 
 def make_student(model: StageModel, settings: Distill, training: Training | None = None, hidden: HiddenTraining | None = None) -> Student:
     """A loaded model made ready for training; see make_optimizer."""
     wrapped, optimizer = make_optimizer(model.chunks, settings, training or Training(), finalize=partial(_finalize, hidden))
-    loss = LossSettings(
-        forward_kl=settings.loss.get("forward_kl", 0.0),
-        cross_entropy=settings.loss.get("cross_entropy", 0.0),
-        temperature=settings.temperature,
-        chunk_tokens=settings.loss_chunk_tokens,
-    )
+    weights = {str(name): weight for name, weight in settings.loss.items() if weight}
+    loss = LossSettings(weights, settings.temperature, settings.loss_chunk_tokens)
     return Student(model.train(), wrapped, optimizer, loss, hidden)
 
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from minitron_megatron.data.batches import Batch, MicroBatches
-from minitron_megatron.training.kd_loss import TeacherTarget
+from minitron_megatron.training.losses.target import WeightedTarget
 
 Load = Callable[[tuple[int, ...]], Batch]
 """Sample ids → batch on the device."""
@@ -21,7 +21,7 @@ Load = Callable[[tuple[int, ...]], Batch]
 class TeacherStates(Protocol):
     """What teachers made of one global batch, found by the sample ids of a micro-batch."""
 
-    def target(self, batch: Batch) -> TeacherTarget: ...
+    def target(self, batch: Batch) -> WeightedTarget: ...
 
 
 class Teacher(Protocol):

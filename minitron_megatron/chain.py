@@ -49,9 +49,11 @@ STAGES = {
     for stage in (
         Stage("import", "convert.import_stage", (), ("model",), False),
         Stage("data", "data.stage", ("import",), ("data",), False),
+        Stage("chat", "data.chat.stage", ("import",), ("chat",), False, asked_by="chat"),
+        Stage("labels", "labels.stage", ("import", "data"), ("labels",), True, asked_by="labels"),
         Stage("importance", "importance.stage", ("import", "data"), ("importance",), True),
         Stage("prune", "prune.stage", ("import", "importance"), ("prune",), True, streams=True),
-        Stage("distill", "distill.stage", ("import", "data", "prune"), ("distill",), True, continues=MAY_CHANGE_IN_A_RUN),
+        Stage("distill", "distill.stage", ("import", "data", "labels", "prune"), ("distill",), True, continues=MAY_CHANGE_IN_A_RUN),
         Stage("evaluate", "evaluate.stage", ("import", "data", "prune", "distill"), ("evaluate",), True),
         Stage("export", "convert.export_stage", ("import", "prune", "distill"), (), False),
         Stage("report", "report.stage", ("import", "data", "importance", "prune", "distill", "evaluate", "export"), (), False),

@@ -16,7 +16,7 @@ from typing import Any
 from minitron_megatron import __version__
 from minitron_megatron.artifact import Artifact, artifact_id, draft, find_artifact, open_artifact, partial_folder, publish
 from minitron_megatron.config.schema import Recipe
-from minitron_megatron.errors import ArtifactError
+from minitron_megatron.errors import ArtifactError, RecipeError
 from minitron_megatron.parallel.world import World
 
 
@@ -35,6 +35,8 @@ class Stage:
     """Whether it moves tensors without building a model: on the CPU, and the recipe's precision is none of its business."""
     continues: tuple[str, ...] = ()
     """Fields of those parts that may change between two starts of an unfinished run: its work is found again, under another id."""
+    asked_by: str = ""
+    """Section of the recipe without which the stage is no part of the chain; every chain has the others."""
 
 
 MAY_CHANGE_IN_A_RUN = tuple(
@@ -55,6 +57,21 @@ STAGES = {
         Stage("report", "report.stage", ("import", "data", "importance", "prune", "distill", "evaluate", "export"), (), False),
     )
 }
+
+
+def stages_of(recipe: Recipe) -> list[Stage]:
+    """The recipe's chain, in order."""
+    return [stage for stage in STAGES.values() if is_asked(stage, recipe)]
+
+
+def is_asked(stage: Stage, recipe: Recipe) -> bool:
+    return not stage.asked_by or getattr(recipe, stage.asked_by) is not None
+
+
+def require_asked(stage: Stage, recipe: Recipe, recipe_path: str) -> None:
+    """Raises RecipeError for a stage whose section the recipe lacks."""
+    if not is_asked(stage, recipe):
+        raise RecipeError(f"{recipe_path}: no section '{stage.asked_by}', so there is nothing for stage {stage.name} to do; add the section")
 
 
 def run_folder(recipe: Recipe) -> Path:
@@ -84,13 +101,15 @@ def _hash(stage: Stage, recipe: Recipe, inputs: dict[str, Artifact], settings: d
 
 
 def stage_settings(stage: Stage, recipe: Recipe) -> dict[str, Any]:
-    return {section: getattr(recipe, section).shaping() for section in stage.sections}
+    """Of the sections that the recipe has."""
+    parts = {section: getattr(recipe, section) for section in stage.sections}
+    return {section: part.shaping() for section, part in parts.items() if part is not None}
 
 
 def stage_inputs(stage: Stage, recipe: Recipe) -> tuple[str, ...]:
     """The stages whose artifacts it reads under this recipe: pruning by scores from elsewhere needs no importance pass of this run."""
     spared = ("importance",) if stage.name == "prune" and not recipe.prune.reads_importance else ()
-    return tuple(name for name in stage.inputs if name not in spared)
+    return tuple(name for name in stage.inputs if name not in spared and is_asked(STAGES[name], recipe))
 
 
 def refuse_foreign_inputs(inputs: dict[str, Artifact], recipe: Recipe, recipe_path: str) -> None:

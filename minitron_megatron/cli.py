@@ -102,7 +102,11 @@ def _stage_command(name: str) -> None:
 
 @app.command("run", help="Run the whole chain; finished stages whose inputs are unchanged are skipped.", rich_help_panel="The whole chain")
 def run(recipe: RecipePath, overrides: Overrides = None) -> None:
-    code = _run_stages(list(STAGE_HELP), recipe, overrides or [])
+    from minitron_megatron.chain import stages_of
+    from minitron_megatron.config.load import load_recipe
+
+    names = [stage.name for stage in stages_of(load_recipe(recipe, overrides or []))]
+    code = _run_stages(names, recipe, overrides or [])
     if code == 0:
         _show_results(recipe, overrides or [])
     raise typer.Exit(code)
@@ -160,13 +164,14 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 def _run_stages(names: list[str], recipe_path: str, overrides: list[str]) -> int:
     """Starts each stage that is not up to date in its own processes; stops at the first that fails."""
-    from minitron_megatron.chain import STAGES, finished
+    from minitron_megatron.chain import STAGES, finished, require_asked
     from minitron_megatron.launcher import launch
     from minitron_megatron.worker import prepare
 
     recipe, _ = prepare(recipe_path, overrides, needs_device=not all(STAGES[name].streams for name in names))
     for name in names:
         stage = STAGES[name]
+        require_asked(stage, recipe, recipe_path)
         artifact = finished(stage, recipe)
         if artifact:
             print(f"{name}: up to date ({artifact.path})", flush=True)

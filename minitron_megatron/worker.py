@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 from minitron_megatron.arch.source import source_architecture
 from minitron_megatron.artifact import Artifact
-from minitron_megatron.chain import STAGES, Stage, finished, run_stage
+from minitron_megatron.chain import STAGES, Stage, finished, require_asked, run_stage
 from minitron_megatron.config.checks.recipe import check_recipe
 from minitron_megatron.config.load import load_recipe
 from minitron_megatron.config.schema import Recipe
@@ -62,6 +62,7 @@ def _run(connections: ExitStack, stage_name: str, recipe_path: str, *overrides: 
         raise MinitronError(f"unknown stage '{stage_name}'; stages: {', '.join(STAGES)}")
     stage, is_main = STAGES[stage_name], rank_and_size()[0] == 0
     recipe, platform = prepare(recipe_path, list(overrides), needs_device=not stage.streams)
+    require_asked(stage, recipe, recipe_path)
     if finished(stage, recipe):
         print(f"{stage.name}: up to date", flush=True) if is_main else None
         return

@@ -23,11 +23,7 @@ from minitron_megatron.data.samples import evaluation_windows
 from minitron_megatron.data.shared import shared_samples
 from minitron_megatron.distill.hidden.projection import without_projections
 from minitron_megatron.distill.hidden.training import HiddenTraining, add_hidden_losses
-from minitron_megatron.distill.loop import Distillation
-from minitron_megatron.distill.output_layer import DistillationOutputLayer
-from minitron_megatron.distill.student import Student, make_student
 from minitron_megatron.distill.teacher import Teacher, load_teacher
-from minitron_megatron.distill.training_checkpoint import Progress, newest_progress
 from minitron_megatron.errors import ArchitectureError, RecipeError, TrainingError
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.gpt import StageModel
@@ -35,6 +31,10 @@ from minitron_megatron.model.precision import torch_dtype
 from minitron_megatron.parallel.layout import Layout, global_layout, teacher_layout
 from minitron_megatron.parallel.split import distillation_work
 from minitron_megatron.parallel.world import World
+from minitron_megatron.training.loop import Distillation
+from minitron_megatron.training.output_layer import DistillationOutputLayer
+from minitron_megatron.training.student import Student, make_student
+from minitron_megatron.training.training_checkpoint import Progress, newest_progress
 
 SCRATCH = ("training", "cache")
 """Removed once the artifact is published: until then an interrupted start continues from them."""

@@ -26,13 +26,13 @@ from minitron_megatron.distill.exchange import Exchange, Route, StateShape
 from minitron_megatron.distill.handover import HandoverStore, Held
 from minitron_megatron.distill.hidden.map import StateName, stage_of
 from minitron_megatron.distill.hidden.states import StateCapture
-from minitron_megatron.distill.losses.target import WeightedTarget
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.gpt import StageModel, padded_vocab
 from minitron_megatron.model.run import forward_only
 from minitron_megatron.parallel.collectives import gather_first
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.platform import Platform
+from minitron_megatron.training.losses.target import WeightedTarget
 
 FINAL: StateName = ("final",)
 """The last hidden states, behind the final norm."""

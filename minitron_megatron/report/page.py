@@ -29,7 +29,6 @@ SIZES = (
 PARTS = {"ffn": "FFN"}
 ShapeRow = tuple[str, str, str, str]
 """Label, before, after, relative change."""
-STAGES = ("import", "data", "importance", "prune", "distill", "evaluate", "export", "report")
 
 
 def render_page(run: RunData) -> str:
@@ -57,9 +56,9 @@ def render_page(run: RunData) -> str:
         prompt=(run.evaluation or {}).get("prompt", ""),
         continuations=_continuations(run),
         recipe_yaml=yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True, width=110),
-        stages=[(name, run.manifests[name]) for name in STAGES if name in run.manifests],
+        stages=list(run.manifests.items()),
         versions=_versions(run),
-        commands=[f"minitron {name} recipe.yaml" for name in STAGES],
+        commands=[f"minitron {name} recipe.yaml" for name in (*run.manifests, "report")],
     )
 
 

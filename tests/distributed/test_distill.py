@@ -18,10 +18,10 @@ from minitron_megatron.checkpoint.torch_dist import MegatronSource, TorchDistRea
 from minitron_megatron.config.distill import Wandb
 from minitron_megatron.config.parallel import Parallel, TeacherParallel
 from minitron_megatron.config.schema import Recipe
-from minitron_megatron.distill import output_layer
-from minitron_megatron.distill.loop import Distillation
-from minitron_megatron.distill.training_checkpoint import Progress, TrainingCheckpoints, saved_steps
 from minitron_megatron.parallel.world import World
+from minitron_megatron.training import output_layer
+from minitron_megatron.training.loop import Distillation
+from minitron_megatron.training.training_checkpoint import Progress, TrainingCheckpoints, saved_steps
 
 from .conftest import Identical, Record
 from .house import SOURCE, STEPS, TARGET, copy_of, publish_stage, recipe_for

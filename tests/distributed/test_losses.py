@@ -13,12 +13,12 @@ from plain_losses import cross_entropy, token_losses
 from torch import Tensor
 
 from minitron_megatron.config.parallel import Parallel
-from minitron_megatron.distill.kd_loss import fused_distillation_loss
-from minitron_megatron.distill.losses.settings import LossSettings
-from minitron_megatron.distill.losses.target import TokenLabels, WeightedTarget
 from minitron_megatron.model.gpt import padded_vocab
 from minitron_megatron.parallel.layout import global_layout
 from minitron_megatron.parallel.world import World
+from minitron_megatron.training.kd_loss import fused_distillation_loss
+from minitron_megatron.training.losses.settings import LossSettings
+from minitron_megatron.training.losses.target import TokenLabels, WeightedTarget
 
 from .conftest import Record
 from .pool import Pool

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minitron_megatron.distill.kd_loss import GradientBuffer, fused_distillation_loss
-from minitron_megatron.distill.losses.settings import LossSettings
-from minitron_megatron.distill.losses.target import TokenLabels, WeightedTarget
+from minitron_megatron.training.kd_loss import GradientBuffer, fused_distillation_loss
+from minitron_megatron.training.losses.settings import LossSettings
+from minitron_megatron.training.losses.target import TokenLabels, WeightedTarget
 
 N, ROWS, PADDED, D, E = 23, 131, 136, 16, 24
 LOSSES = {"kl": {"forward_kl": 1.0}, "ce": {"cross_entropy": 1.0}, "both": {"forward_kl": 0.7, "cross_entropy": 0.4}}

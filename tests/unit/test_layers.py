@@ -18,6 +18,7 @@ ROWS = [
     {"platform", "parallel"},
     {"artifact", "progress"},
     {"model", "checkpoint", "data", "scores", "results"},
+    {"training"},
     STAGES,
     {"chain"},
     {"failure"},

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minitron_megatron.distill.losses.terms import Loss, Shard, Term
 from minitron_megatron.model.divergence import Softmax, log_normaliser
 from minitron_megatron.parallel.collectives import gather_first
+from minitron_megatron.training.losses.terms import Loss, Shard, Term
 
 
 class TopK(NamedTuple):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -18,18 +17,15 @@ from torch import Tensor
 from minitron_megatron.config.distill import Distill
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.data.batches import Batch, MicroBatches, TokenDataset, collate, micro_batches, of_data_rank
-from minitron_megatron.distill.hidden.training import HiddenTraining
-from minitron_megatron.distill.metrics import MetricsLog, console_line, validation_line
-from minitron_megatron.distill.optimizer import whole_parameters
-from minitron_megatron.distill.student import Student, learning_rate_schedule
-from minitron_megatron.distill.teacher import Teacher, TeacherStates
-from minitron_megatron.distill.training_checkpoint import Progress, TrainingCheckpoints
 from minitron_megatron.errors import TrainingError
 from minitron_megatron.model.run import forward_backward, forward_only
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.parallel.world import World
-
-Load = Callable[[tuple[int, ...]], Batch]
+from minitron_megatron.training.metrics import MetricsLog, console_line, validation_line
+from minitron_megatron.training.optimizer import whole_parameters
+from minitron_megatron.training.student import Student, learning_rate_schedule
+from minitron_megatron.training.teachers import HiddenTraining, Load, Teacher, TeacherStates
+from minitron_megatron.training.training_checkpoint import Progress, TrainingCheckpoints
 
 
 @dataclass

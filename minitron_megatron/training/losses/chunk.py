@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minitron_megatron.distill.losses.settings import TOP_K, LossSettings
-from minitron_megatron.distill.losses.terms import TERMS, Shard, Term
-from minitron_megatron.distill.losses.top_k import top_k_term
 from minitron_megatron.model.divergence import Softmax, crossed_sums, forward_kl, label_logits, log_normaliser, shard_sums
 from minitron_megatron.parallel.collectives import gather_first
+from minitron_megatron.training.losses.settings import TOP_K, LossSettings
+from minitron_megatron.training.losses.terms import TERMS, Shard, Term
+from minitron_megatron.training.losses.top_k import top_k_term
 
 
 @dataclass

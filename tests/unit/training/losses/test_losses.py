@@ -14,12 +14,12 @@ import torch
 from plain_losses import cross_entropy, token_losses
 from torch import Tensor
 
-from minitron_megatron.distill.kd_loss import fused_distillation_loss
-from minitron_megatron.distill.losses import chunk, terms, top_k
-from minitron_megatron.distill.losses.settings import LossSettings
-from minitron_megatron.distill.losses.target import TokenLabels, WeightedTarget
-from minitron_megatron.distill.losses.terms import Shard
 from minitron_megatron.model.divergence import Softmax, shard_sums
+from minitron_megatron.training.kd_loss import fused_distillation_loss
+from minitron_megatron.training.losses import chunk, terms, top_k
+from minitron_megatron.training.losses.settings import LossSettings
+from minitron_megatron.training.losses.target import TokenLabels, WeightedTarget
+from minitron_megatron.training.losses.terms import Shard
 
 N, ROWS, PADDED, D, E = 23, 131, 136, 16, 24
 ALONE = [{name: 1.0} for name in ("forward_kl", "reverse_kl", "jensen_shannon", "mse", "cosine", "cross_entropy")]

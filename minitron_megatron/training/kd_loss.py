@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minitron_megatron.distill.losses.chunk import chunk_losses
-from minitron_megatron.distill.losses.settings import LossSettings
-from minitron_megatron.distill.losses.target import TokenLabels, WeightedTarget
-from minitron_megatron.distill.losses.terms import Shard
+from minitron_megatron.training.losses.chunk import chunk_losses
+from minitron_megatron.training.losses.settings import LossSettings
+from minitron_megatron.training.losses.target import TokenLabels, WeightedTarget
+from minitron_megatron.training.losses.terms import Shard
 
 
 class GradientBuffer:

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from minitron_megatron.config.distill import Distill, Training
 from minitron_megatron.data.batches import Batch
-from minitron_megatron.distill.hidden.training import HiddenTraining
-from minitron_megatron.distill.losses.settings import LossSettings
-from minitron_megatron.distill.losses.target import token_labels
-from minitron_megatron.distill.optimizer import make_optimizer
-from minitron_megatron.distill.teacher import TeacherStates
 from minitron_megatron.model.gpt import StageModel
+from minitron_megatron.training.losses.settings import LossSettings
+from minitron_megatron.training.losses.target import token_labels
+from minitron_megatron.training.optimizer import make_optimizer
+from minitron_megatron.training.teachers import HiddenTraining, TeacherStates
 
 
 @dataclass

@@ -12,9 +12,9 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from torch import Tensor
 
-from minitron_megatron.distill.kd_loss import GradientBuffer, fused_distillation_loss
-from minitron_megatron.distill.losses.settings import LossSettings
-from minitron_megatron.distill.losses.target import TokenLabels, WeightedTarget
+from minitron_megatron.training.kd_loss import GradientBuffer, fused_distillation_loss
+from minitron_megatron.training.losses.settings import LossSettings
+from minitron_megatron.training.losses.target import TokenLabels, WeightedTarget
 
 
 class DistillationOutputLayer(ColumnParallelLinear):

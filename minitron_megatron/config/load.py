@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -76,17 +76,20 @@ def _unknown_key(where: list[Any]) -> str:
 
 def _fields_at(where: list[Any]) -> list[str]:
     section = _section_at(where)
-    return sorted(section.model_fields) if section else []
+    return sorted(field.alias or name for name, field in section.model_fields.items()) if section else []
 
 
 def _section_at(where: list[Any]) -> type[BaseModel] | None:
     section: type[BaseModel] = Recipe
-    for part in where:
+    parts = iter(where)
+    for part in parts:
         field = section.model_fields.get(str(part))
         inner = _sections_in(field.annotation) if field else []
         if not inner:
             return None
         section = inner[0]
+        if field and get_origin(field.annotation) is dict:
+            next(parts, None)  # a key of the mapping
     return section
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from minitron_megatron.config.distill import HiddenLoss
 from minitron_megatron.data.batches import Batch
-from minitron_megatron.distill.hidden.balance import LossBalance
+from minitron_megatron.training.balance import LossBalance
 from minitron_megatron.distill.hidden.loss import HiddenLosses
 from minitron_megatron.distill.hidden.map import Term, hidden_terms, layer_pairs, projection_holders, stage_of
 from minitron_megatron.distill.hidden.projection import add_projections, shared_projection_group, sum_shared_projection_grads

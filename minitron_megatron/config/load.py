@@ -83,6 +83,8 @@ def _section_at(where: list[Any]) -> type[BaseModel] | None:
     section: type[BaseModel] = Recipe
     parts = iter(where)
     for part in parts:
+        if isinstance(part, int):  # of a list
+            continue
         field = section.model_fields.get(str(part))
         inner = _sections_in(field.annotation) if field else []
         if not inner:

@@ -11,7 +11,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor, nn
 
-from minitron_megatron.config.distill import Distill, Training
+from minitron_megatron.config.distill import Distill, Training, TrainingRun
 from minitron_megatron.data.batches import Batch
 from minitron_megatron.model.gpt import StageModel
 from minitron_megatron.training.losses.settings import LossSettings
@@ -42,7 +42,7 @@ class Student:
             hidden_SBD,
             tied,
             labels=token_labels(batch),
-            targets=[teacher.target(batch)],
+            targets=teacher.targets(batch),
             settings=self.loss_settings,
             rows=last.valid_rows(),
         )
@@ -50,12 +50,18 @@ class Student:
         return total, tokens, {**sums, "tokens": tokens.clone()}
 
 
-def make_student(model: StageModel, settings: Distill, training: Training | None = None, hidden: HiddenTraining | None = None) -> Student:
+def make_student(model: StageModel, settings: TrainingRun, training: Training | None = None, hidden: HiddenTraining | None = None) -> Student:
     """A loaded model made ready for training; see make_optimizer."""
     wrapped, optimizer = make_optimizer(model.chunks, settings, training or Training(), finalize=partial(_finalize, hidden))
+    return Student(model.train(), wrapped, optimizer, loss_settings(settings), hidden)
+
+
+def loss_settings(settings: TrainingRun) -> LossSettings:
+    """The recipe's losses against teachers; cross-entropy alone for what has none."""
+    if not isinstance(settings, Distill):
+        return LossSettings({"cross_entropy": 1.0}, chunk_tokens=settings.loss_chunk_tokens, has_teacher=False)
     weights = {str(name): weight for name, weight in settings.loss.items() if weight}
-    loss = LossSettings(weights, settings.temperature, settings.loss_chunk_tokens)
-    return Student(model.train(), wrapped, optimizer, loss, hidden)
+    return LossSettings(weights, settings.temperature, settings.loss_chunk_tokens)
 
 
 def _finalize(hidden: HiddenTraining | None, wrapped: list[nn.Module], *arguments: Any, **keywords: Any) -> None:
@@ -65,7 +71,7 @@ def _finalize(hidden: HiddenTraining | None, wrapped: list[nn.Module], *argument
         hidden.sum_shared_gradients(wrapped)
 
 
-def learning_rate_schedule(optimizer: Any, settings: Distill, finished_steps: int) -> OptimizerParamScheduler:
+def learning_rate_schedule(optimizer: Any, settings: TrainingRun, finished_steps: int) -> OptimizerParamScheduler:
     """Linear warm-up, then cosine; set for the step after finished_steps, so that the first step has a rate above 0."""
     rate, decay = settings.learning_rate, settings.adam.weight_decay
     schedule = OptimizerParamScheduler(

@@ -21,14 +21,37 @@ Load = Callable[[tuple[int, ...]], Batch]
 class TeacherStates(Protocol):
     """What teachers made of one global batch, found by the sample ids of a micro-batch."""
 
-    def target(self, batch: Batch) -> WeightedTarget: ...
+    def targets(self, batch: Batch) -> Sequence[WeightedTarget]:
+        """One for each teacher; handed out once."""
 
 
-class Teacher(Protocol):
+class Teachers(Protocol):
     """Frozen models that run ahead of the student."""
 
-    def states(self, groups: MicroBatches, load: Load, wanted: Sequence[Any] = ()) -> Any:
-        """TeacherStates of the micro-batches, wanted inner states among them; every process calls this."""
+    @property
+    def identity(self) -> str:
+        """Of the artifact that teaches now, where it changes in the course of a run; else empty."""
+
+    def states(self, groups: MicroBatches, load: Load, wanted: Sequence[Any] = ()) -> TeacherStates:
+        """Of the micro-batches; inner states where they are wanted. Every process calls this."""
+
+    def renew(self) -> None:
+        """Takes up the newest teacher, where it changes in the course of a run; every process calls this."""
+
+
+class NoTeachers:
+    """The text alone: nothing runs ahead, and no states are held."""
+
+    identity = ""
+
+    def states(self, groups: MicroBatches, load: Load, wanted: Sequence[Any] = ()) -> NoTeachers:
+        return self
+
+    def targets(self, batch: Batch) -> Sequence[WeightedTarget]:
+        return ()
+
+    def renew(self) -> None:
+        """There is none."""
 
 
 class Balance(Protocol):

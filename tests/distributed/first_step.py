@@ -23,8 +23,8 @@ from minitron_megatron.data.batches import Batch, MicroBatches, collate, micro_b
 from minitron_megatron.distill.hidden.map import Term, hidden_terms
 from minitron_megatron.distill.hidden.projection import ATTRIBUTE, initial_weight
 from minitron_megatron.distill.hidden.training import HiddenTraining, add_hidden_losses
-from minitron_megatron.distill.stage import settle_teacher
 from minitron_megatron.distill.teacher import Teacher, load_teacher
+from minitron_megatron.distill.teachers import settle_teacher
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.gpt import StageModel
 from minitron_megatron.model.run import forward_backward

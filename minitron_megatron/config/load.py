@@ -108,5 +108,6 @@ def _is_section(kind: Any) -> bool:
 
 def _description(where: list[Any]) -> str:
     section = _section_at(where[:-1])
-    field = section.model_fields.get(str(where[-1])) if section else None
+    fields = {item.alias or name: item for name, item in section.model_fields.items()} if section else {}
+    field = fields.get(str(where[-1]))
     return field.description if field and field.description else "it has no default"

@@ -5,6 +5,7 @@ Legend: N tokens, V vocabulary, v a rank's rows, D student's hidden, E a teacher
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -21,8 +22,11 @@ from minitron_megatron.training.losses.settings import LossSettings
 from minitron_megatron.training.losses.target import TokenLabels, WeightedTarget
 
 from .conftest import Record
+from .first_step import Pair, plain_first_step, run_first_step
+from .first_step import settings as of_distill
 from .pool import Pool
-from .tiny import VOCAB, relative_difference
+from .test_first_step import check
+from .tiny import DP2, LLAMA, PP2, PP2_EVEN, QWEN2_TIED, TP2_SP, VOCAB, layout_name, name_of, relative_difference, write_random
 
 N, D, E = 19, 12, 20
 ALL = {"forward_kl": 0.7, "reverse_kl": 0.3, "jensen_shannon": 1.3, "mse": 0.2, "cosine": 3.0, "cross_entropy": 0.4}
@@ -115,3 +119,44 @@ def test_losses_and_gradients_are_those_of_whole_logits_on_any_number_of_tensor_
         # fp32 sums in another order
         assert measured("every loss of the output layer: loss", f"tp{tensor}", loss) <= 1e-6, name
         assert measured("every loss of the output layer: gradients", f"tp{tensor}", max(hidden, weight)) <= 1e-5, name
+
+
+MIXES = {
+    "kinds": of_distill(loss={"reverse_kl": 0.7, "jensen_shannon": 0.6, "cross_entropy": 0.2}, temperature=2.0),
+    "distances": of_distill(loss={"cosine": 3.0, "mse": 0.1}),
+    "top 5": of_distill(loss={"forward_kl": 0.8, "cross_entropy": 0.2}, top_k=5),
+}
+SHAPES = {"llama": LLAMA, "tied": QWEN2_TIED}
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
+    found = {name: Pair(arch, tmp_path_factory.mktemp(name)) for name, arch in SHAPES.items()}
+    for pair in found.values():
+        write_random(pair.folder / "teacher", pair.teacher, seed=1, scale=0.2)
+        write_random(pair.folder / "student", pair.student, seed=2, scale=0.2)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("mix", "shape", "parallel"),
+    [
+        ("kinds", "llama", PP2),
+        ("kinds", "tied", TP2_SP),
+        ("distances", "tied", PP2_EVEN),
+        ("distances", "llama", TP2_SP),
+        ("top 5", "tied", TP2_SP),
+        ("top 5", "llama", PP2),
+        *(pytest.param(mix, "llama", DP2, marks=pytest.mark.slow) for mix in MIXES),
+    ],
+    ids=name_of,
+)
+def test_the_first_step_on_other_losses_is_that_of_a_plain_computation(
+    pool: Pool, measured: Record, pairs: dict[str, Pair], tmp_path: Path, mix: str, shape: str, parallel: Parallel
+) -> None:
+    found = run_first_step(pool, parallel, pairs[shape], MIXES[mix], tmp_path / "gradients")
+    expected = plain_first_step(pairs[shape], MIXES[mix])
+    assert found.others.keys() == expected.others.keys() != set()
+    apart = max(relative_difference(found.others[name], value) for name, value in expected.others.items())
+    assert measured("first step, other losses: their values", layout_name(parallel), apart) <= 1e-6  # fp32 against fp64
+    check(found, expected, measured, layout_name(parallel), "first step, other losses")

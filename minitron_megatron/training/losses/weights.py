@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from minitron_megatron.config.losses import LossWeight, WeightSchedule
+from minitron_megatron.config.losses import LossName, LossWeight, WeightSchedule
 from minitron_megatron.training.balance import LossBalance
 
 
@@ -19,9 +19,9 @@ class LossWeights:
     does with the losses on hidden states. It stays on the device.
     """
 
-    def __init__(self, weights: Mapping[str, LossWeight], *, run_steps: int, device: torch.device | str) -> None:
+    def __init__(self, weights: Mapping[LossName, LossWeight], *, run_steps: int, device: torch.device | str) -> None:
         """weights: by the recipe's names, in its order; those that are the number 0 are no losses. run_steps: of the whole run."""
-        self._weights = {name: weight for name, weight in weights.items() if weight != 0}
+        self._weights: dict[str, LossWeight] = {name: weight for name, weight in weights.items() if weight != 0}
         self._last_step = max(run_steps - 1, 1)
         self._balances = {name: LossBalance("dynamic", device) for name, weight in self._weights.items() if weight == "dynamic"}
 
@@ -39,12 +39,11 @@ class LossWeights:
         """step: counted from 0."""
         return {name: self._at(name, weight, step) for name, weight in self._weights.items()}
 
-    def update(self, step: int, sums: Mapping[str, Tensor]) -> None:
-        """Takes the dynamic weights of the next step from a step's losses by name, each [], over all tokens and equal on every process."""
+    def update(self, used: Mapping[str, float | Tensor], sums: Mapping[str, Tensor]) -> None:
+        """Takes the dynamic weights of the next step from a step's weights and losses by name, each [], over all tokens of all processes."""
         first = next(iter(self._weights))
-        followed = self.at(step)[first] * sums[first]
         for name, balance in self._balances.items():
-            balance.update(followed, sums[name])
+            balance.update(used[first] * sums[first], sums[name])
 
     def state_dict(self) -> dict[str, Tensor]:
         """For the checkpoint: a continued run starts with the weights that it would have had."""

@@ -102,6 +102,7 @@ class TrainingLoop:
         student.begin_step(step)
         if not student.is_balanced:
             self._measure(hidden, groups, load)
+            student.begin_step(step)
         alpha = hidden.balance.alpha if hidden else None
         for chunk in student.wrapped:
             chunk.zero_grad_buffer()

@@ -112,7 +112,7 @@ class TrainingLoop:
         rate = student.optimizer.param_groups[0]["lr"]
         _, gradient_norm, _ = student.optimizer.step()
         losses = sums.means()
-        loss = float(student.loss_settings.total(losses))
+        loss = student.weighted(losses)
         if alpha is not None:
             losses["alpha"] = float(alpha)
             loss += losses["alpha"] * losses["hidden"]

@@ -72,6 +72,11 @@ class Student:
         if self.hidden:
             self.hidden.balance.update(settings.total(by_objective, without=("cross_entropy",)), sums.hidden)
 
+    def weighted(self, means: dict[str, float]) -> float:
+        """The loss of this step from its losses by name."""
+        weights = {name: float(weight) for name, weight in self.loss_settings.weights.items()}
+        return float(replace(self.loss_settings, weights=weights).total(means))
+
     def moving_weights(self) -> dict[str, float]:
         """For the log: those of this step that are not the same at every one."""
         return {f"weight_{name}": float(self.loss_settings.weights[name]) for name in (self.weights.moving if self.weights else ())}

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
+from minitron_megatron.config.losses import LossName, LossWeight
 from minitron_megatron.config.section import UNSHAPING, Section
 
 
@@ -95,8 +96,13 @@ def _is_pair(value: Any) -> bool:
 class Distill(TrainingRun):
     """The original teaches what is left (P1 section 3): forward KL on the logits alone, temperature 1, by default."""
 
-    loss: dict[Literal["forward_kl", "cross_entropy"], float] = Field({"forward_kl": 1.0}, description="weight of each loss; a name alone weighs 1")
-    temperature: float = Field(1.0, gt=0)
+    loss: dict[LossName, LossWeight] = Field(
+        {"forward_kl": 1.0},
+        description="weight of each loss: a number, {from: a, to: b, kind: cosine or linear, steps: n}, "
+        "or dynamic: such that it weighs as much as the first one did at the step before; a name alone weighs 1",
+    )
+    temperature: float = Field(1.0, gt=0, description="of KL, reverse KL and Jensen–Shannon, which count its square")
+    top_k: int | None = Field(None, ge=1, description="forward KL over the teacher's K likeliest tokens and one class for all others")
     hidden: HiddenLoss | None = Field(None, description="compares hidden states as well; without it the logits alone")
     handover_device_gib: Annotated[float, UNSHAPING] = Field(
         4.0, ge=0, description="teacher's states of a step kept on the device, the rest on the host"

@@ -17,6 +17,7 @@ from torch import Tensor
 from minitron_megatron.training.losses.chunk import chunk_losses
 from minitron_megatron.training.losses.settings import LossSettings
 from minitron_megatron.training.losses.target import TokenLabels, WeightedTarget
+from minitron_megatron.training.losses.terms import Shard
 
 
 class GradientBuffer:
@@ -55,15 +56,15 @@ class FusedDistillationLoss(torch.autograd.Function):
         needs_grad: bool,
     ) -> tuple[Tensor, Tensor]:
         """The losses and, while a chunk's logits exist, the gradients that backward delivers."""
-        grad_hidden = torch.empty_like(hidden_ND) if needs_grad else None
+        grad_hidden = torch.zeros_like(hidden_ND) if needs_grad else None  # zeros: every weight may be 0 at this step
         grad_weight = buffer.take(weight_vD) if needs_grad else None
         sums = torch.zeros(len(settings.names), device=hidden_ND.device)
-        first_row = group.rank() * weight_vD.shape[0]
+        shard = Shard(group.rank() * weight_vD.shape[0], group)
         for start in range(0, hidden_ND.shape[0], settings.chunk_tokens):
             chunk = slice(start, start + settings.chunk_tokens)
             of_chunk = TokenLabels(labels.labels_N[chunk], labels.token_weights_N[chunk])
             parts = [WeightedTarget(target.hidden_NE[chunk], target.weight_vE[:rows], target.weight) for target in targets]
-            grad_nv = _chunk(sums, hidden_ND[chunk], weight_vD[:rows], of_chunk, parts, settings, first_row, group, needs_grad)
+            grad_nv = _chunk(sums, hidden_ND[chunk], weight_vD[:rows], of_chunk, parts, settings, shard, needs_grad)
             if grad_hidden is not None and grad_weight is not None and grad_nv is not None:
                 torch.mm(grad_nv, weight_vD[:rows], out=grad_hidden[chunk])
                 _add_product(grad_weight[:rows], grad_nv, hidden_ND[chunk])
@@ -96,6 +97,8 @@ def fused_distillation_loss(
     rows: real rows of this rank's shard, the padded ones behind them are left out. The hidden states must be the same on
     every tensor rank (gathered under sequence parallelism), their gradient is this rank's part of the sum.
     """
+    if settings.has_teacher != bool(targets):
+        raise ValueError(f"{len(targets)} teachers, while the settings say has_teacher={settings.has_teacher}")
     # asked here: inside forward gradients are always off, and ctx.needs_input_grad says True under no_grad as well
     needs_grad = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_vD.requires_grad)
     own_buffer = buffer or GradientBuffer()
@@ -111,14 +114,13 @@ def _chunk(
     labels: TokenLabels,
     targets: Sequence[WeightedTarget],
     settings: LossSettings,
-    first_row: int,
-    group: dist.ProcessGroup,
+    shard: Shard,
     needs_grad: bool,
 ) -> Tensor | None:
     """Adds the chunk's losses to sums; returns the gradient of its raw logits [n, v] in the weight's type."""
     raw_nv = (hidden_nD @ weight_vD.t()).float()
     teachers = (((target.hidden_NE @ target.weight_vE.t()).float().div_(settings.temperature), target.weight) for target in targets)
-    values, gradient_nv = chunk_losses(raw_nv, labels.labels_N, teachers, settings, first_row=first_row, group=group, needs_grad=needs_grad)
+    values, gradient_nv = chunk_losses(raw_nv, labels.labels_N, teachers, settings, shard, needs_grad=needs_grad)
     sums += torch.stack([(values[name] * labels.token_weights_N).sum() for name in settings.names])
     return None if gradient_nv is None else gradient_nv.mul_(labels.token_weights_N[:, None]).to(weight_vD.dtype)
 

@@ -53,8 +53,7 @@ class TrainingLoop:
 
     def _train(self, checkpoints: TrainingCheckpoints, folder: Path, recipe: Recipe) -> dict[str, float]:
         self.progress = checkpoints.load(self.student).started_with(**self._changeable())
-        if self.student.hidden and self.progress.extra:
-            self.student.hidden.balance.load_state_dict(self.progress.extra)
+        self.student.load_balances(self.progress.extra)
         finished = self.progress.step
         log = self._open_log(folder, finished, recipe)
         schedule = learning_rate_schedule(self.student.optimizer, self.settings, finished)
@@ -90,8 +89,7 @@ class TrainingLoop:
     def _save(self, checkpoints: TrainingCheckpoints) -> None:
         """The next step's teacher is settled first: a run that continues from here has the same."""
         self.teachers.renew()
-        extra = self.student.hidden.balance.state_dict() if self.student.hidden else {}
-        checkpoints.save(replace(self.progress, extra=extra, teacher=self.teachers.identity), self.student)
+        checkpoints.save(replace(self.progress, extra=self.student.balances(), teacher=self.teachers.identity), self.student)
         if self.saved:
             with whole_parameters(self.student.wrapped):
                 self.saved(self.progress)
@@ -101,19 +99,20 @@ class TrainingLoop:
         began, student, hidden = time.monotonic(), self.student, self.student.hidden
         load = self._loader(self.training)
         groups = micro_batches(self.progress.samples, global_batch=self.settings.global_batch, micro_batch=self.settings.micro_batch)
-        if hidden and not hidden.balance.is_set:
+        student.begin_step(step)
+        if not student.is_balanced:
             self._measure(hidden, groups, load)
+            student.begin_step(step)
         alpha = hidden.balance.alpha if hidden else None
         for chunk in student.wrapped:
             chunk.zero_grad_buffer()
         student.optimizer.zero_grad()
         sums = self._forward_backward(groups, load)
-        if hidden:
-            self._rebalance(hidden, sums)
+        student.rebalance(sums)
         rate = student.optimizer.param_groups[0]["lr"]
         _, gradient_norm, _ = student.optimizer.step()
         losses = sums.means()
-        loss = student.loss_settings.total(losses)
+        loss = student.weighted(losses)
         if alpha is not None:
             losses["alpha"] = float(alpha)
             loss += losses["alpha"] * losses["hidden"]
@@ -129,6 +128,7 @@ class TrainingLoop:
             "steps": self.settings.steps,
             "loss": loss,
             **losses,
+            **student.moving_weights(),
             "gradient_norm": float(gradient_norm),
             "learning_rate": rate,
             "tokens_per_second": self.settings.global_batch * self.settings.sequence_length / seconds,
@@ -156,17 +156,13 @@ class TrainingLoop:
         model.train()
         return logged
 
-    def _measure(self, hidden: HiddenTraining, groups: MicroBatches, load: Load) -> None:
-        """The first α: forward only, over the whole global batch, because fewer samples would be others in another layout."""
-        teacher = self.teachers.states(groups, load, hidden.wanted)
+    def _measure(self, hidden: HiddenTraining | None, groups: MicroBatches, load: Load) -> None:
+        """The first weights that follow losses: forward only, over the whole global batch; fewer samples would be others in another layout."""
+        teacher = self.teachers.states(groups, load, hidden.wanted if hidden else ())
         batches = [load(ids) for ids in of_data_rank(groups, self.layout.data_rank, self.layout.data)]
         with whole_parameters(self.student.wrapped):
             logged = self._forward_only(teacher, batches, hidden)
-        self._rebalance(hidden, self._over_processes(logged, hidden))
-
-    def _rebalance(self, hidden: HiddenTraining, sums: Sums) -> None:
-        """α of the next step; tensors only, so that nothing waits for the device."""
-        hidden.balance.update(self.student.loss_settings.weights["forward_kl"] * sums.of("forward_kl"), sums.hidden)
+        self.student.rebalance(self._over_processes(logged, hidden))
 
     def _loader(self, dataset: TokenDataset) -> Load:
         """Sample ids → batch on the device; teacher and student of a step share those that both want."""

@@ -11,6 +11,8 @@ from torch.utils.tensorboard import SummaryWriter
 from minitron_megatron.config.distill import Wandb
 
 NOT_PLOTTED = ("step", "steps", "validation", "seconds", "teacher")
+SHORT = {"forward_kl_top_k": "top-k kl", "reverse_kl": "reverse kl", "jensen_shannon": "js", "mse": "mse", "cosine": "cosine"}
+"""Losses that are on the console where they are trained on; KL and cross-entropy always are."""
 
 
 class MetricsLog:
@@ -62,6 +64,7 @@ def console_line(stage: str, record: dict[str, Any], remaining_seconds: float) -
         f"{stage} {step}/{steps} {100 * step // steps}%",
         *([f"kl {record['forward_kl']:.3f}"] if "forward_kl" in record else []),
         f"lm {record['cross_entropy']:.2f}",
+        *(f"{short} {record[name]:.3f}" for name, short in SHORT.items() if name in record),
         *([f"hidden {record['hidden']:.3f}"] if "hidden" in record else []),
         f"|g| {record['gradient_norm']:.2f}",
         f"lr {record['learning_rate']:.1e}",

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from minitron_megatron.errors import TrainingError
+
 
 @dataclass(frozen=True)
 class Sums:
@@ -26,4 +28,6 @@ class Sums:
         values = self.values.tolist()
         by_name = dict(zip(self.names, values, strict=False))
         tokens, inner = by_name.pop("tokens"), values[len(self.names) :]
+        if not tokens:
+            raise TrainingError("no token counts: the loss masks of all samples are zero; look at the data, or make distill.global_batch larger")
         return {name: value / tokens for name, value in by_name.items()} | ({"hidden": sum(inner) / tokens} if inner else {})

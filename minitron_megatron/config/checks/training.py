@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from minitron_megatron.arch.architecture import Architecture, nearest_multiples
+from minitron_megatron.config.checks.losses import loss_problems
 from minitron_megatron.config.distill import Training, TrainingRun
 from minitron_megatron.config.schema import Recipe
 
 
 def batch_problems(recipe: Recipe) -> list[str]:
     problems = [problem for section, run in recipe.training_runs().items() for problem in _run_problems(section, run, recipe.parallel.data)]
-    distill = recipe.distill
-    if not any(distill.loss.values()) or any(weight < 0 for weight in distill.loss.values()):
-        problems.append(f"distill.loss={dict(distill.loss)} needs weights ≥ 0 and one above 0")
-    return problems
+    return problems + loss_problems(recipe.distill)
 
 
 def _run_problems(section: str, run: TrainingRun, data: int) -> list[str]:
@@ -35,6 +33,7 @@ def hidden_problems(recipe: Recipe, source: Architecture, target: Architecture) 
     if hidden is None:
         return []
     problems = []
+    against_teacher = [name for name, weight in recipe.distill.loss.items() if name != "cross_entropy" and weight]
     if isinstance(hidden.pairs, list):
         problems += _pair_problems(hidden.pairs, source.layers, target.layers)
         if not hidden.pairs and not hidden.embeddings:
@@ -45,8 +44,11 @@ def hidden_problems(recipe: Recipe, source: Architecture, target: Architecture) 
         problems.append("distill.hidden.pairs=proportional needs 2 layers, the pruned model has 1; give pairs such as [[0, 0]]")
     elif hidden.pairs == "kept" and target.layers == source.layers:
         problems.append("distill.hidden.pairs=kept needs dropped layers, and no layer is pruned; use last_minus_2 or give pairs")
-    if hidden.weight == "dynamic" and not recipe.distill.loss.get("forward_kl"):
-        problems.append("distill.hidden.weight=dynamic follows forward_kl, which distill.loss lacks; give a number as weight, or add forward_kl")
+    if hidden.weight == "dynamic" and not against_teacher:
+        problems.append(
+            "distill.hidden.weight=dynamic follows the losses against the teacher's logits, of which distill.loss has none; "
+            "give a number as weight, or add forward_kl"
+        )
     return problems
 
 

@@ -2,21 +2,40 @@
 
 Legend: n tokens of a chunk, v this rank's rows of the vocabulary, r tensor ranks.
 Each rank reduces its shard to some numbers a token, one all-gather a teacher carries them (the student's come with the first
-teacher's), and log-sum-exp weights combine them. One teacher's logits exist at a time.
+teacher's), and log-sum-exp weights combine them. Jensen–Shannon and top-K need one more. One teacher's logits exist at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from minitron_megatron.model.divergence import Softmax, crossed_sums, forward_kl, label_logits, log_normaliser, shard_sums
 from minitron_megatron.parallel.collectives import gather_first
-from minitron_megatron.training.losses.settings import LossSettings
+from minitron_megatron.training.losses.settings import TOP_K, LossSettings
+from minitron_megatron.training.losses.terms import TERMS, Shard, Term
+from minitron_megatron.training.losses.top_k import top_k_term
+
+
+@dataclass
+class _Sums:
+    """What a chunk's losses add up to."""
+
+    needs_grad: bool
+    values: dict[str, Tensor] = field(default_factory=dict)
+    gradient_nv: Tensor | None = None
+
+    def add(self, name: str, value_n: Tensor) -> None:
+        self.values[name] = self.values[name] + value_n if name in self.values else value_n
+
+    def add_gradient(self, weight: float | Tensor, gradient: Callable[[], Tensor]) -> None:
+        if self.needs_grad and not (isinstance(weight, int | float) and weight == 0):
+            part_nv = gradient().mul_(weight)
+            self.gradient_nv = part_nv if self.gradient_nv is None else self.gradient_nv.add_(part_nv)
 
 
 class _Student(NamedTuple):
@@ -26,14 +45,7 @@ class _Student(NamedTuple):
 
 
 def chunk_losses(
-    raw_nv: Tensor,
-    labels_n: Tensor,
-    teachers: Iterable[tuple[Tensor, float]],
-    settings: LossSettings,
-    *,
-    first_row: int,
-    group: dist.ProcessGroup,
-    needs_grad: bool,
+    raw_nv: Tensor, labels_n: Tensor, teachers: Iterable[tuple[Tensor, float]], settings: LossSettings, shard: Shard, *, needs_grad: bool
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """[n] of each loss of settings.names, equal on every rank, and the gradient of the weighted losses [n, v].
 
@@ -41,28 +53,53 @@ def chunk_losses(
     taken one after another.
     """
     student_nv = raw_nv / settings.temperature if settings.temperature != 1 else raw_nv
-    sums = _student_sums(raw_nv, student_nv, label_logits(raw_nv, labels_n, first_row=first_row))
-    student: _Student | None = None
-    values: dict[str, Tensor] = {}
-    gradient: Tensor | None = None
+    own = _student_sums(raw_nv, student_nv, label_logits(raw_nv, labels_n, first_row=shard.first_row))
+    terms, found, student = _terms(settings), _Sums(needs_grad), None
     for teacher_nv, share in teachers:
-        crossed = crossed_sums(student_nv, teacher_nv)
-        gathered = gather_first(crossed if student else torch.cat([sums, crossed], dim=-1), group)
+        crossed = [crossed_sums(student_nv, teacher_nv), *(term.sums(student_nv, teacher_nv, shard) for term in terms.values())]
+        first, *others = _gather([own, *crossed] if student is None else crossed, shard)
         if student is None:
-            student, gathered = _student(student_nv, gathered[..., : sums.shape[-1]]), gathered[..., sums.shape[-1] :]
-        teacher, kl_n = forward_kl(student.at_temperature, teacher_nv, gathered.unbind(-1))
-        kl_n = settings.temperature**2 * share * kl_n
-        values["forward_kl"] = values["forward_kl"] + kl_n if "forward_kl" in values else kl_n
-        if needs_grad and "forward_kl" in settings.weights:
-            part = _kl_gradient(student.at_temperature, teacher).mul_(settings.weights["forward_kl"] * share * settings.temperature)
-            gradient = part if gradient is None else gradient.add_(part)
-        del teacher_nv, teacher  # before the next one's are made
-    student = student or _student(student_nv, gather_first(sums, group))
-    values["cross_entropy"] = student.raw_log_norm_n - student.label_logit_n
-    if needs_grad and "cross_entropy" in settings.weights:
-        part = _cross_entropy_gradient(raw_nv, student.raw_log_norm_n, labels_n - first_row).mul_(settings.weights["cross_entropy"])
-        gradient = part if gradient is None else gradient.add_(part)
-    return values, gradient
+            student, (first, *others) = _student(student_nv, first), others
+        _hold_against(found, student.at_temperature, teacher_nv, first, dict(zip(terms, others, strict=True)), settings, shard, share)
+        del teacher_nv  # before the next one's are made
+    student = student or _student(student_nv, *_gather([own], shard))
+    found.add("cross_entropy", student.raw_log_norm_n - student.label_logit_n)
+    log_norm_n = student.raw_log_norm_n
+    found.add_gradient(settings.objective.get("cross_entropy", 0.0), lambda: _cross_entropy_gradient(raw_nv, log_norm_n, labels_n - shard.first_row))
+    return found.values, found.gradient_nv
+
+
+def _terms(settings: LossSettings) -> dict[str, Term]:
+    """Those of the objective that have sums of their own; KL and cross-entropy are always there."""
+    known = TERMS | ({TOP_K: top_k_term(settings.top_k)} if settings.top_k else {})
+    return {name: known[name] for name in settings.objective if name in known}
+
+
+def _hold_against(
+    found: _Sums,
+    student: Softmax,
+    teacher_nv: Tensor,
+    crossed_rn3: Tensor,
+    sums: dict[str, Tensor],
+    settings: LossSettings,
+    shard: Shard,
+    share: float,
+) -> None:
+    """Adds the losses against one teacher. sums: [r, n, k] of each term."""
+    temperature, terms = settings.temperature, _terms(settings)
+    teacher, kl_n = forward_kl(student, teacher_nv, crossed_rn3.unbind(-1))
+    for name, sums_rnk in sums.items():
+        loss, power = terms[name].loss(student, teacher, sums_rnk, shard), terms[name].power
+        found.add(name, temperature**power * share * loss.value_n)
+        found.add_gradient(settings.objective[name] * share * temperature ** (power - 1), loss.gradient)
+    found.add("forward_kl", temperature**2 * share * kl_n)
+    found.add_gradient(settings.objective.get("forward_kl", 0.0) * share * temperature, lambda: _kl_gradient(student, teacher))
+
+
+def _gather(parts: Sequence[Tensor], shard: Shard) -> list[Tensor]:
+    """Each [n, k] → [r, n, k]; one all-gather for all of them."""
+    gathered = gather_first(torch.cat(list(parts), dim=-1), shard.group)
+    return list(gathered.split([part.shape[-1] for part in parts], dim=-1))
 
 
 def _student_sums(raw_nv: Tensor, student_nv: Tensor, label_logit_n: Tensor) -> Tensor:

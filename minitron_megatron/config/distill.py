@@ -91,6 +91,7 @@ class Distill(Section):
     )
     loss_chunk_tokens: int = Field(256, ge=1, description="tokens whose logits exist at one time")
     seed: int = Field(1234, ge=0, description="order of the training samples")
+    mask_boundaries: bool = Field(False, description="the first token of a document, a guess from the end of an unrelated one, does not count")
     wandb: Annotated[Wandb | None, UNSHAPING] = None
 
     @field_validator("loss", mode="before")

@@ -20,7 +20,7 @@ from minitron_megatron.config.parallel import Parallel, TeacherParallel
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.data.batches import TokenDataset
 from minitron_megatron.data.samples import evaluation_windows
-from minitron_megatron.data.shared import shared_samples
+from minitron_megatron.data.shared import training_text
 from minitron_megatron.distill.hidden.projection import without_projections
 from minitron_megatron.distill.hidden.training import HiddenTraining, add_hidden_losses
 from minitron_megatron.distill.loop import Distillation
@@ -55,7 +55,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
     before = newest_progress(folder / "training")
     if before.step > settings.steps:
         raise TrainingError(f"{folder}: {before.step} steps are finished; set distill.steps to {before.step} or more, or remove the folder")
-    training, heldout = _texts(settings, inputs["data"], before, folder, world)
+    training, heldout = _texts(settings, inputs, before, folder, world)
     distillation = Distillation(settings, layout, world, teacher, student, training, heldout)
     last = distillation.run(folder, recipe)
     _publish_weights(student.model, folder, world)
@@ -103,12 +103,13 @@ def _student(recipe: Recipe, pruned: Artifact, arch: Architecture, teacher: Teac
     return make_student(model, recipe.distill, recipe.training, _hidden(recipe.distill, teacher, model, pruned))
 
 
-def _texts(settings: Distill, data: Artifact, before: Progress, folder: Path, world: World) -> tuple[TokenDataset, TokenDataset]:
+def _texts(settings: Distill, inputs: Mapping[str, Artifact], before: Progress, folder: Path, world: World) -> tuple[TokenDataset, TokenDataset]:
     """Samples to train on, those that are consumed already included, and held-out windows."""
     length = settings.sequence_length
     samples = before.samples + (settings.steps - before.step) * settings.global_batch
-    training = shared_samples(world, data.path / "train", samples=samples, sequence_length=length, seed=settings.seed, cache=folder / "cache")
-    return training, evaluation_windows(data.path / "heldout", sequence_length=length, tokens=settings.validation_samples * length)
+    order: dict[str, Any] = {"samples": samples, "sequence_length": length, "seed": settings.seed, "cache": folder / "cache"}
+    training = training_text(world, inputs, **order, mask_boundaries=settings.mask_boundaries)
+    return training, evaluation_windows(inputs["data"].path / "heldout", sequence_length=length, tokens=settings.validation_samples * length)
 
 
 def refuse_other_vocabulary(teacher: Architecture, student: Architecture) -> None:

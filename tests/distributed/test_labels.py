@@ -27,7 +27,7 @@ from .plain_model import PlainModel
 from .pool import Pool
 from .tiny import DP2, ONE, PP2, PP2_VPP2, SEQUENCE, TP2_SP, layout_name, relative_difference
 
-TEXTS, PROMPT = 7, 5
+TEXTS, PROMPT = 8, 5
 NEW = SEQUENCE + 1 - PROMPT  # a text fills a sample
 
 
@@ -102,7 +102,7 @@ def interrupted_and_continued(world: World, runs: Path) -> list[int]:
 def test_an_interrupted_stage_writes_what_is_missing(pool: Pool, house: Path, written: Path, tmp_path: Path) -> None:
     runs = copy_of(house, tmp_path / "runs")
     sizes = pool.run(interrupted_and_continued, runs, processes=1)[0]
-    assert sizes == [3, 3, 2, 2]  # a block, the one that broke, and the other four texts in blocks of the new size
+    assert sizes == [3, 3, 2, 2, 1]  # a block, the one that broke, and the other five texts in blocks of the new size
     assert files_of(runs) == files_of(written)
 
 
@@ -110,7 +110,7 @@ def test_distillation_trains_on_what_the_teacher_wrote(pool: Pool, written: Path
     """The first step takes each text once: its cross-entropy is that of the written tokens alone, by the plain model in fp64."""
     runs = copy_of(written, tmp_path / "runs")
     texts = IndexedDataset(str(runs / "tiny" / "labels" / "train"))
-    settings = {"steps": 4, "global_batch": TEXTS, "micro_batch": 1, "save_every_steps": 9}
+    settings = {"steps": 4, "global_batch": TEXTS, "save_every_steps": 9}
     recipe = asked(runs, distill=settings)
     pool.run(publish_stage, "distill", recipe, processes=1)
     records = [json.loads(line) for line in (runs / "tiny" / "distill" / "metrics.jsonl").read_text().splitlines()]

@@ -32,6 +32,29 @@ class Wandb(Section):
     mode: Literal["online", "offline"] = "online"
 
 
+class TrainingRun(Section):
+    """What every stage that trains is told: how much of which text at a time, and the optimizer."""
+
+    steps: int = Field(ge=1)
+    sequence_length: int = Field(8192, ge=2)
+    global_batch: int = Field(1152, ge=1, description="samples a step, over all processes")
+    micro_batch: int = Field(1, ge=1, description="samples in one forward and backward pass of one process")
+    learning_rate: LearningRate = LearningRate()
+    adam: Adam = Adam()
+    clip_gradient_norm: float = Field(1.0, gt=0)
+    save_every_steps: Annotated[int, UNSHAPING] = Field(100, ge=1)
+    keep_checkpoints: Annotated[int, UNSHAPING] = Field(2, ge=1, description="newest checkpoints kept while training")
+    validate_every_steps: int = Field(100, ge=1)
+    validation_samples: int = Field(32, ge=1)
+    loss_chunk_tokens: int = Field(256, ge=1, description="tokens whose logits exist at one time")
+    seed: int = Field(1234, ge=0, description="order of the training samples")
+    wandb: Annotated[Wandb | None, UNSHAPING] = None
+
+
+MAY_CHANGE_IN_A_RUN = ("steps", "global_batch", "micro_batch", "loss_chunk_tokens", "validate_every_steps", "validation_samples")
+"""What people change when a job is moved to other machines or made longer; samples are counted one by one."""
+
+
 class HiddenLoss(Section):
     """Hidden states compared as well as logits (P1 section 3); it pays where depth was cut a lot.
 
@@ -69,30 +92,16 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(layer, int) and not isinstance(layer, bool) for layer in value)
 
 
-class Distill(Section):
+class Distill(TrainingRun):
     """The original teaches what is left (P1 section 3): forward KL on the logits alone, temperature 1, by default."""
 
     loss: dict[Literal["forward_kl", "cross_entropy"], float] = Field({"forward_kl": 1.0}, description="weight of each loss; a name alone weighs 1")
     temperature: float = Field(1.0, gt=0)
     hidden: HiddenLoss | None = Field(None, description="compares hidden states as well; without it the logits alone")
-    steps: int = Field(ge=1)
-    sequence_length: int = Field(8192, ge=2)
-    global_batch: int = Field(1152, ge=1, description="samples a step, over all processes")
-    micro_batch: int = Field(1, ge=1, description="samples in one forward and backward pass of one process")
-    learning_rate: LearningRate = LearningRate()
-    adam: Adam = Adam()
-    clip_gradient_norm: float = Field(1.0, gt=0)
-    save_every_steps: Annotated[int, UNSHAPING] = Field(100, ge=1)
-    keep_checkpoints: Annotated[int, UNSHAPING] = Field(2, ge=1, description="newest checkpoints kept while training")
-    validate_every_steps: int = Field(100, ge=1)
-    validation_samples: int = Field(32, ge=1)
     handover_device_gib: Annotated[float, UNSHAPING] = Field(
         4.0, ge=0, description="teacher's states of a step kept on the device, the rest on the host"
     )
-    loss_chunk_tokens: int = Field(256, ge=1, description="tokens whose logits exist at one time")
-    seed: int = Field(1234, ge=0, description="order of the training samples")
     mask_boundaries: bool = Field(False, description="the first token of a document, a guess from the end of an unrelated one, does not count")
-    wandb: Annotated[Wandb | None, UNSHAPING] = None
 
     @field_validator("loss", mode="before")
     @classmethod

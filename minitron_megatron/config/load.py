@@ -82,6 +82,8 @@ def _fields_at(where: list[Any]) -> list[str]:
 def _section_at(where: list[Any]) -> type[BaseModel] | None:
     section: type[BaseModel] = Recipe
     for part in where:
+        if isinstance(part, int):  # of a list
+            continue
         field = section.model_fields.get(str(part))
         inner = _sections_in(field.annotation) if field else []
         if not inner:

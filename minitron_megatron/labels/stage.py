@@ -39,7 +39,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
     Returns texts, tokens and sha256, how many tokens the teacher wrote and how many texts it ended.
     """
     settings, data = labels_section(recipe), inputs["data"]
-    model = _teacher(recipe, inputs["import"], world)
+    model = _teacher(recipe, inputs.get("correct", inputs["import"]), world)
     prompts = shared_samples(
         world,
         data.path / "train",
@@ -105,6 +105,7 @@ def _encoded(texts: list[list[int]], prompt_tokens: int, dtype: str) -> EncodedB
 
 
 def _teacher(recipe: Recipe, source: Artifact, world: World) -> StageModel:
+    """source: the original, or the teacher that a finished correction has made of it."""
     arch = Architecture.from_dict(source.result["architecture"])
     layout = global_layout(writing_layout(recipe.parallel, arch), world)
     model = build_model(arch, layout, world.platform, torch_dtype(recipe.precision), variable_lengths=True)

@@ -23,16 +23,16 @@ from minitron_megatron.data.batches import Batch, MicroBatches, collate, micro_b
 from minitron_megatron.distill.hidden.map import Term, hidden_terms
 from minitron_megatron.distill.hidden.projection import ATTRIBUTE, initial_weight
 from minitron_megatron.distill.hidden.training import HiddenTraining, add_hidden_losses
-from minitron_megatron.distill.output_layer import DistillationOutputLayer
-from minitron_megatron.distill.stage import settle_teacher
-from minitron_megatron.distill.student import Student, make_student
 from minitron_megatron.distill.teacher import Teacher, load_teacher
+from minitron_megatron.distill.teachers import settle_teacher
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.gpt import StageModel
 from minitron_megatron.model.run import forward_backward
 from minitron_megatron.parallel.layout import global_layout, teacher_layout
 from minitron_megatron.parallel.split import distillation_work
 from minitron_megatron.parallel.world import World
+from minitron_megatron.training.output_layer import DistillationOutputLayer
+from minitron_megatron.training.student import Student, make_student
 
 from .plain_model import PlainModel, cross_entropy, hidden_loss, kd_loss
 from .pool import Pool

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from minitron_megatron.distill.metrics import keep_until
+from minitron_megatron.training.metrics import keep_until
 
 
 def test_steps_behind_the_checkpoint_and_a_torn_last_line_are_dropped(tmp_path: Path) -> None:

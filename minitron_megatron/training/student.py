@@ -11,13 +11,13 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor, nn
 
-from minitron_megatron.config.distill import Distill, Training
+from minitron_megatron.config.distill import Distill, Training, TrainingRun
 from minitron_megatron.data.batches import Batch
-from minitron_megatron.distill.hidden.training import HiddenTraining
-from minitron_megatron.distill.kd_loss import LossSettings
-from minitron_megatron.distill.optimizer import make_optimizer
-from minitron_megatron.distill.teacher import TeacherStates
 from minitron_megatron.model.gpt import StageModel
+from minitron_megatron.training.losses.settings import LossSettings
+from minitron_megatron.training.losses.target import token_labels
+from minitron_megatron.training.optimizer import make_optimizer
+from minitron_megatron.training.teachers import HiddenTraining, TeacherStates
 
 
 @dataclass
@@ -38,23 +38,30 @@ class Student:
         """
         last = self.model.last
         tied = last.output_weight() if last.output_layer.weight is None else None
-        total, kl, cross_entropy = last.output_layer(
-            hidden_SBD, tied, target=teacher.target(batch), settings=self.loss_settings, rows=last.valid_rows()
+        total, sums = last.output_layer(
+            hidden_SBD,
+            tied,
+            labels=token_labels(batch),
+            targets=teacher.targets(batch),
+            settings=self.loss_settings,
+            rows=last.valid_rows(),
         )
         tokens = (batch.loss_mask_BS > 0).sum().int()  # fractional weights go into the sum alone
-        return total, tokens, {"forward_kl": kl, "cross_entropy": cross_entropy, "tokens": tokens.clone()}
+        return total, tokens, {**sums, "tokens": tokens.clone()}
 
 
-def make_student(model: StageModel, settings: Distill, training: Training | None = None, hidden: HiddenTraining | None = None) -> Student:
+def make_student(model: StageModel, settings: TrainingRun, training: Training | None = None, hidden: HiddenTraining | None = None) -> Student:
     """A loaded model made ready for training; see make_optimizer."""
     wrapped, optimizer = make_optimizer(model.chunks, settings, training or Training(), finalize=partial(_finalize, hidden))
-    loss = LossSettings(
-        forward_kl=settings.loss.get("forward_kl", 0.0),
-        cross_entropy=settings.loss.get("cross_entropy", 0.0),
-        temperature=settings.temperature,
-        chunk_tokens=settings.loss_chunk_tokens,
-    )
-    return Student(model.train(), wrapped, optimizer, loss, hidden)
+    return Student(model.train(), wrapped, optimizer, loss_settings(settings), hidden)
+
+
+def loss_settings(settings: TrainingRun) -> LossSettings:
+    """The recipe's losses against teachers; cross-entropy alone for what has none."""
+    if not isinstance(settings, Distill):
+        return LossSettings({"cross_entropy": 1.0}, chunk_tokens=settings.loss_chunk_tokens, has_teacher=False)
+    weights = {str(name): weight for name, weight in settings.loss.items() if weight}
+    return LossSettings(weights, settings.temperature, settings.loss_chunk_tokens)
 
 
 def _finalize(hidden: HiddenTraining | None, wrapped: list[nn.Module], *arguments: Any, **keywords: Any) -> None:
@@ -64,7 +71,7 @@ def _finalize(hidden: HiddenTraining | None, wrapped: list[nn.Module], *argument
         hidden.sum_shared_gradients(wrapped)
 
 
-def learning_rate_schedule(optimizer: Any, settings: Distill, finished_steps: int) -> OptimizerParamScheduler:
+def learning_rate_schedule(optimizer: Any, settings: TrainingRun, finished_steps: int) -> OptimizerParamScheduler:
     """Linear warm-up, then cosine; set for the step after finished_steps, so that the first step has a rate above 0."""
     rate, decay = settings.learning_rate, settings.adam.weight_decay
     schedule = OptimizerParamScheduler(

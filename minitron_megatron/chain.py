@@ -54,7 +54,7 @@ STAGES = {
         Stage("prune", "prune.stage", ("import", "importance"), ("prune",), True, streams=True),
         Stage("teachers", "convert.teachers_stage", ("import",), ("teachers",), False, asked_by="teachers"),
         Stage("correct", "correct.stage", ("import", "data"), ("correct",), True, continues=_may_change("correct"), asked_by="correct"),
-        Stage("labels", "labels.stage", ("import", "data", "correct"), ("labels",), True, asked_by="labels"),
+        Stage("labels", "labels.stage", ("import", "data", "teachers", "correct"), ("labels",), True, asked_by="labels"),
         Stage(
             "distill",
             "distill.stage",

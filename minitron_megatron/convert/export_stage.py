@@ -1,4 +1,4 @@
-"""Stage `export`: the distilled checkpoint → a Hugging Face folder that plain `transformers` loads."""
+"""Stage `export`: the last checkpoint of the chain → a Hugging Face folder that plain `transformers` loads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path) -> dict[st
     """Writes model/ into the folder: config.json, safetensors, tokenizer."""
     pruned, original = inputs["prune"], inputs["import"]
     arch = Architecture.from_dict(pruned.result["architecture"])
-    source = MegatronSource(inputs["distill"].path / "checkpoint", arch)
+    source = MegatronSource(inputs.get("finetune", inputs["distill"]).path / "checkpoint", arch)
     require_disk_space(folder, checkpoint_bytes(tensor_table(arch), arch, source.dtype), "the exported model")
     target = folder / "model"
     copy_tokenizer(original.path / "tokenizer", target)

@@ -28,6 +28,7 @@ from minitron_megatron.model.sampling import Sampling
 from minitron_megatron.parallel.layout import global_layout
 from minitron_megatron.parallel.world import World
 from minitron_megatron.progress import progress
+from minitron_megatron.training.given import given_teachers
 
 SCRATCH = ("cache", "blocks")
 """Removed once the artifact is published: until then an interrupted start continues from them."""
@@ -39,7 +40,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
     Returns texts, tokens and sha256, how many tokens the teacher wrote and how many texts it ended.
     """
     settings, data = labels_section(recipe), inputs["data"]
-    model = _teacher(recipe, inputs.get("correct", inputs["import"]), world)
+    model = _teacher(recipe, inputs, world)
     prompts = shared_samples(
         world,
         data.path / "train",
@@ -104,12 +105,12 @@ def _encoded(texts: list[list[int]], prompt_tokens: int, dtype: str) -> EncodedB
     return EncodedBlock(np.concatenate([np.array(text, dtype=dtype) for text in texts]), lengths, np.concatenate(weights).astype(np.float32))
 
 
-def _teacher(recipe: Recipe, source: Artifact, world: World) -> StageModel:
-    """source: the original, or the teacher that a finished correction has made of it."""
-    arch = Architecture.from_dict(source.result["architecture"])
-    layout = global_layout(writing_layout(recipe.parallel, arch), world)
-    model = build_model(arch, layout, world.platform, torch_dtype(recipe.precision), variable_lengths=True)
-    load_model(model, source.path / "checkpoint")
+def _teacher(recipe: Recipe, inputs: Mapping[str, Artifact], world: World) -> StageModel:
+    """The first of the recipe's teachers: the source, corrected where a finished correction has done so, or the one in its place."""
+    teacher = given_teachers(recipe, inputs, inputs.get("correct", inputs["import"]).path / "checkpoint")[0]
+    layout = global_layout(writing_layout(recipe.parallel, teacher.architecture), world)
+    model = build_model(teacher.architecture, layout, world.platform, torch_dtype(recipe.precision), variable_lengths=True)
+    load_model(model, teacher.checkpoint)
     return model
 
 

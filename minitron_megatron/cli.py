@@ -60,6 +60,11 @@ STAGE_HELP = {
         "train, heldout and out_of_domain .bin and .idx",
         "data.workers=8",
     ),
+    "chat": StageHelp(
+        "Tokenize conversations for fine-tuning by the chat template, with a weight for each token (needs section `chat`).",
+        "train and heldout .bin and .idx, each with -weights beside it",
+        "'chat.train=[chats/*.jsonl]'",
+    ),
     "importance": StageHelp(
         "Score layers, FFN neurons, attention heads and embedding channels in one forward pass.",
         "scores.safetensors (sums from which every aggregation follows), summary.json",
@@ -71,10 +76,26 @@ STAGE_HELP = {
         "checkpoint/, plan.json (what is kept), hf_config.json",
         "prune.target.ffn=768 prune.target.layers=24",
     ),
+    "teachers": StageHelp("Import the teachers that the recipe names beside the source, or in its place.", "N/checkpoint/ for each"),
+    "correct": StageHelp(
+        "Train the teacher on the distillation data first; with correct.beside=true as a job beside the distillation.",
+        "checkpoint/, metrics.jsonl, tensorboard/; beside: runs/NAME/corrected/ at each save",
+        "correct.source_peak=6e-4 correct.steps=300",
+    ),
+    "labels": StageHelp(
+        "Let the teacher continue training text; distillation then learns what it wrote (needs section `labels`).",
+        "train and train-weights .bin and .idx",
+        "labels.samples=4096 labels.new_tokens=128",
+    ),
     "distill": StageHelp(
         "Train the pruned student to follow the frozen teacher; continues where it was interrupted.",
         "checkpoint/, metrics.jsonl, tensorboard/",
         "distill.steps=300 distill.learning_rate.peak=1e-4",
+    ),
+    "finetune": StageHelp(
+        "Train the distilled student on conversations: the answers' tokens alone.",
+        "checkpoint/, metrics.jsonl, tensorboard/",
+        "finetune.steps=300 finetune.learning_rate.peak=1e-5",
     ),
     "evaluate": StageHelp(
         "Compare teacher, pruned and distilled model: perplexity, KL, agreement, tasks, speed, a continuation.",

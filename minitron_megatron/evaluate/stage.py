@@ -1,4 +1,4 @@
-"""Stage `evaluate`: three models in memory, the same windows, tasks and prompt for each."""
+"""Stage `evaluate`: all models in memory, the same windows, tasks and prompt for each."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from minitron_megatron.arch.architecture import Architecture, parameter_count
 from minitron_megatron.artifact import Artifact
@@ -15,18 +17,21 @@ from minitron_megatron.config.schema import Recipe
 from minitron_megatron.data.batches import TokenDataset, collate
 from minitron_megatron.data.samples import evaluation_windows
 from minitron_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from minitron_megatron.evaluate.compare import compare, domain_figures, real_logits
-from minitron_megatron.evaluate.scoring import Request, greedy_continuation, loglikelihoods
+from minitron_megatron.evaluate.compare import compare, domain_figures
+from minitron_megatron.evaluate.scoring import Request, loglikelihoods
 from minitron_megatron.evaluate.tasks import task_accuracies, task_files_outside
 from minitron_megatron.model.build import build_model
+from minitron_megatron.model.generate import generate
 from minitron_megatron.model.gpt import StageModel
+from minitron_megatron.model.logits import real_logits
 from minitron_megatron.model.precision import torch_dtype
 from minitron_megatron.model.run import forward_only
 from minitron_megatron.parallel.layout import global_layout
 from minitron_megatron.parallel.world import World
 from minitron_megatron.results.table import continuations, markdown_table
+from minitron_megatron.training.given import first_teacher
 
-STAGE_OF_MODEL = {"teacher": "import", "pruned": "prune", "distilled": "distill"}
+STAGE_OF_STUDENT = {"pruned": "prune", "distilled": "distill", "finetuned": "finetune"}
 DOMAINS = {"in_domain": "heldout", "out_of_domain": "out_of_domain"}
 THROUGHPUT_WINDOWS = 4
 
@@ -49,7 +54,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
         figures[name]["tasks"] = _tasks(model, settings, tokenizer, world)
         figures[name]["continuation"] = _continuation(model, settings, tokenizer)
     result = {
-        "summary": f"held-out perplexity {_perplexities(figures, 'in_domain')} (teacher / pruned / distilled)",
+        "summary": f"held-out perplexity {_perplexities(figures, 'in_domain')} ({' / '.join(figures)})",
         "models": figures,
         "prompt": settings.prompt,
         "tokens": {domain: len(dataset) * settings.sequence_length for domain, dataset in windows.items()},
@@ -87,11 +92,17 @@ def tokens_per_second(model: StageModel, windows: TokenDataset, world: World) ->
 def _load_models(recipe: Recipe, inputs: Mapping[str, Artifact], world: World) -> dict[str, StageModel]:
     # tasks have requests of many lengths, which an interleaved pipeline does not take; weights are the same under every layout
     layout, models = global_layout(recipe.parallel.model_copy(update={"virtual": 1}), world), {}
-    for name, stage in STAGE_OF_MODEL.items():
-        arch = Architecture.from_dict(inputs[stage].result["architecture"])
+    for name, (arch, checkpoint) in compared_models(recipe, inputs).items():
         models[name] = build_model(arch, layout, world.platform, torch_dtype(recipe.precision), variable_lengths=True)
-        load_model(models[name], inputs[stage].path / "checkpoint")
+        load_model(models[name], checkpoint)
     return models
+
+
+def compared_models(recipe: Recipe, inputs: Mapping[str, Artifact]) -> dict[str, tuple[Architecture, Path]]:
+    """Architecture and checkpoint of each column: the teacher that was distilled from (of several the first) and what became of the student."""
+    students = {name: inputs[stage] for name, stage in STAGE_OF_STUDENT.items() if stage in inputs}
+    found = {name: (Architecture.from_dict(artifact.result["architecture"]), artifact.path / "checkpoint") for name, artifact in students.items()}
+    return {"teacher": first_teacher(recipe, inputs), **found}
 
 
 def _windows(settings: Evaluate, data: Artifact) -> dict[str, TokenDataset]:
@@ -128,7 +139,8 @@ def _tasks(model: StageModel, settings: Evaluate, tokenizer: Tokenizer, world: W
 
 def _continuation(model: StageModel, settings: Evaluate, tokenizer: Tokenizer) -> str:
     prompt = tokenizer.encode(settings.prompt) or [tokenizer.eod]
-    return tokenizer.decode(greedy_continuation(model, prompt, tokens=settings.generate_tokens, eod=tokenizer.eod))
+    (ids,) = generate(model, torch.tensor([prompt]), new_tokens=settings.generate_tokens, eod=tokenizer.eod)
+    return tokenizer.decode([token for token in ids if token != tokenizer.eod])
 
 
 def _perplexities(figures: dict[str, Any], domain: str) -> str:

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from minitron_megatron.arch.architecture import Architecture, nearest_multiples
-from minitron_megatron.config.distill import Training
+from minitron_megatron.config.checks.losses import loss_problems
+from minitron_megatron.config.distill import Training, TrainingRun
 from minitron_megatron.config.schema import Recipe
 
 
 def batch_problems(recipe: Recipe) -> list[str]:
-    distill = recipe.distill
-    problems = []
-    together = distill.micro_batch * recipe.parallel.data
-    if distill.global_batch % together:
+    problems = [problem for section, run in recipe.training_runs().items() for problem in _run_problems(section, run, recipe.parallel.data)]
+    return problems + loss_problems(recipe.distill)
+
+
+def _run_problems(section: str, run: TrainingRun, data: int) -> list[str]:
+    problems, rate = [], run.learning_rate
+    together = run.micro_batch * data
+    if run.global_batch % together:
         problems.append(
-            f"distill.global_batch={distill.global_batch} is not divisible by micro_batch × parallel.data = {together}; "
-            f"nearest: {nearest_multiples(distill.global_batch, together)}"
+            f"{section}.global_batch={run.global_batch} is not divisible by micro_batch × parallel.data = {together}; "
+            f"nearest: {nearest_multiples(run.global_batch, together)}"
         )
-    if distill.learning_rate.warmup_steps >= distill.steps:
-        problems.append(f"distill.learning_rate.warmup_steps={distill.learning_rate.warmup_steps} must be less than distill.steps={distill.steps}")
-    if distill.learning_rate.minimum > distill.learning_rate.peak:
-        problems.append("distill.learning_rate.minimum is above its peak")
-    if not any(distill.loss.values()) or any(weight < 0 for weight in distill.loss.values()):
-        problems.append(f"distill.loss={dict(distill.loss)} needs weights ≥ 0 and one above 0")
+    if rate.warmup_steps >= run.steps:
+        problems.append(f"{section}.learning_rate.warmup_steps={rate.warmup_steps} must be less than {section}.steps={run.steps}")
+    if rate.minimum > rate.peak:
+        problems.append(f"{section}.learning_rate.minimum is above its peak")
     return problems
 
 
@@ -30,6 +33,7 @@ def hidden_problems(recipe: Recipe, source: Architecture, target: Architecture) 
     if hidden is None:
         return []
     problems = []
+    against_teacher = [name for name, weight in recipe.distill.loss.items() if name != "cross_entropy" and weight]
     if isinstance(hidden.pairs, list):
         problems += _pair_problems(hidden.pairs, source.layers, target.layers)
         if not hidden.pairs and not hidden.embeddings:
@@ -40,8 +44,11 @@ def hidden_problems(recipe: Recipe, source: Architecture, target: Architecture) 
         problems.append("distill.hidden.pairs=proportional needs 2 layers, the pruned model has 1; give pairs such as [[0, 0]]")
     elif hidden.pairs == "kept" and target.layers == source.layers:
         problems.append("distill.hidden.pairs=kept needs dropped layers, and no layer is pruned; use last_minus_2 or give pairs")
-    if hidden.weight == "dynamic" and not recipe.distill.loss.get("forward_kl"):
-        problems.append("distill.hidden.weight=dynamic follows forward_kl, which distill.loss lacks; give a number as weight, or add forward_kl")
+    if hidden.weight == "dynamic" and not against_teacher:
+        problems.append(
+            "distill.hidden.weight=dynamic follows the losses against the teacher's logits, of which distill.loss has none; "
+            "give a number as weight, or add forward_kl"
+        )
     return problems
 
 

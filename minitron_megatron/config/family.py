@@ -155,5 +155,5 @@ def _models(base: dict[str, Any], before: str, source: Source, teacher: Teacher)
     }
     sections: dict[str, Any] = {"model": models[source]}
     if teacher not in ("source", source):
-        sections["teachers"] = {"models": [models[teacher]]}
+        sections["teachers"] = {"models": [{key: value for key, value in models[teacher].items() if key in ("path", "hf_config")}]}
     return sections

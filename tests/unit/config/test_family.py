@@ -116,3 +116,14 @@ def test_a_problem_names_its_step(recipe_file: Recipes) -> None:
     with pytest.raises(RecipeError) as caught:
         load_steps(family_of(recipe_file, {"name": "a"}, {"name": "b", "distill": {"stepz": 3}}))
     assert "step b: distill.stepz: unknown key 'stepz'; did you mean 'steps'?" in str(caught.value)
+
+
+def test_a_teacher_that_is_not_the_source_is_imported_beside_it(recipe_file: Recipes) -> None:
+    """A teacher assistant is the same form: the small model comes from the original and learns from the middle one."""
+    assistant = {"name": "small", "source": "original", "teacher": "previous"}
+    last = {"name": "last", "teacher": "original"}
+    steps = load_steps(family_of(recipe_file, {"name": "middle"}, assistant, last))
+    teachers = [step.recipe.teachers for step in steps]
+    assert teachers[0] is None
+    assert [teacher.models[0].path for teacher in teachers[1:] if teacher] == ["runs/tiny/middle/export/model", "somewhere"]
+    assert load_steps(family_of(recipe_file, {"name": "a"}, {"name": "b", "teacher": "previous"}))[1].recipe.teachers is None  # it is the source

@@ -99,8 +99,8 @@ def magnitude_scores(tensors: Iterable[tuple[TensorRow, Tensor]], arch: Architec
             experts[row.layer, row.expert] += squares.sum()
         if row.axes[0] == "2F":
             ffn[row.layer, row.expert or 0] += _sum_but(squares, 0).view(2, arch.ffn).sum(0)
-        elif row.axes[-1] == "F":
-            ffn[row.layer, row.expert or 0] += _sum_but(squares, squares.dim() - 1)
+        elif "F" in row.axes:
+            ffn[row.layer, row.expert or 0] += _sum_but(squares, row.axes.index("F"))
         elif row.axes[0] == "QKV":
             queries = unpack(row, squares, arch)[0]
             heads[row.layer] += _sum_but(queries, 0).view(arch.heads, -1).sum(-1)

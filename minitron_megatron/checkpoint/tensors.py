@@ -1,6 +1,6 @@
 """The table of tensors: Hugging Face name, Megatron name and the axis of each dimension, for import, export and pruning.
 
-Axes: V vocabulary, D hidden, E experts, F ffn, 2F gate rows then up rows (F alone where there is no gate), HK query heads × channels, K head channels,
+Axes: V vocabulary, D hidden, E experts, F ffn, 2F gate rows then up rows (F where there is no gate), HK query heads × channels, K head channels,
 QKV fused rows: for each key/value group its queries, its key, its value.
 Megatron keeps the experts of a layer in one tensor [E, …]; here each expert is a row of its own, so that streams hold one at a time.
 """

@@ -23,6 +23,8 @@ REASONS = {
     "decoder_sparse_step": "every layer has to have experts",
     "shared_expert_intermediate_size": "shared experts are not built here",
 }
+WIDTHS = "ffn_per_layer"
+"""Our own field of the hf_config.json beside a checkpoint whose layers have FFNs of different widths; transformers' families have none for it."""
 LLAMA3_CONSTANTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -32,6 +34,7 @@ def architecture_from_hf(config: dict[str, Any]) -> Architecture:
     _refuse_other_arithmetic(config, kind)
     heads = _required(config, "num_attention_heads")
     hidden = _required(config, "hidden_size")
+    widths = config.get(WIDTHS)
     return Architecture(
         family_name=kind.name,
         layers=_required(config, "num_hidden_layers"),
@@ -48,6 +51,7 @@ def architecture_from_hf(config: dict[str, Any]) -> Architecture:
         rope_scaling=_rope_scaling(config),
         attention_window=_attention_window(config, kind),
         rotary_share=_rotary_share(config, kind),
+        ffn_per_layer=tuple(widths) if widths else None,
         **_experts(config, kind),
     )
 
@@ -55,9 +59,11 @@ def architecture_from_hf(config: dict[str, Any]) -> Architecture:
 def hf_config_for(source_config: dict[str, Any], kept_layers: list[int], arch: Architecture) -> dict[str, Any]:
     """config.json of a pruned model: the source's own, with the sizes of arch and the kept layers' entries.
 
-    head_dim is always written: after width pruning it is no longer hidden / heads.
+    head_dim is always written: after width pruning it is no longer hidden / heads. Where widths differ the result is for us alone (WIDTHS).
     """
-    config = dict(source_config)
+    config = {field: value for field, value in source_config.items() if field != WIDTHS}
+    if arch.ffn_per_layer:
+        config[WIDTHS] = list(arch.ffn_per_layer)
     config.update({theirs: getattr(arch, ours) for ours, theirs in _size_fields(arch.family).items()})
     for field in _expert_fields(config, arch.family):
         config[field] = arch.experts

@@ -41,16 +41,18 @@ class TensorRow:
 
     def shape(self, arch: Architecture) -> tuple[int, ...]:
         """Global shape, the vocabulary not padded."""
-        return tuple(axis_size(axis, arch) for axis in self.axes)
+        return tuple(axis_size(axis, arch, self.layer) for axis in self.axes)
 
 
-def axis_size(axis: str, arch: Architecture) -> int:
+def axis_size(axis: str, arch: Architecture, layer: int | None = None) -> int:
+    """layer: where layers differ in it."""
+    ffn = arch.ffn if layer is None else arch.ffn_widths[layer]
     return {
         "V": arch.vocab,
         "D": arch.hidden,
         "E": arch.experts,
-        "F": arch.ffn,
-        "2F": 2 * arch.ffn,
+        "F": ffn,
+        "2F": 2 * ffn,
         "HK": arch.heads * arch.head_channels,
         "K": arch.head_channels,
         "QKV": arch.qkv_rows,
@@ -147,5 +149,5 @@ def unpack(row: TensorRow, tensor: Tensor, arch: Architecture) -> list[Tensor]:
 
 
 def _part_rows(row: TensorRow, arch: Architecture) -> list[int]:
-    queries, keys = arch.heads * arch.head_channels, arch.kv_groups * arch.head_channels
-    return {"QKV": [queries, keys, keys], "2F": [arch.ffn, arch.ffn]}.get(row.axes[0], [axis_size(row.axes[0], arch)])
+    queries, keys, rows = arch.heads * arch.head_channels, arch.kv_groups * arch.head_channels, row.shape(arch)[0]
+    return {"QKV": [queries, keys, keys], "2F": [rows // 2, rows // 2]}.get(row.axes[0], [rows])

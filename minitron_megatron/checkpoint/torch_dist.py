@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -18,7 +19,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.checkpoint.digest import combined_digest, tensor_digest
 from minitron_megatron.checkpoint.save_stream import Place, save_stream
-from minitron_megatron.checkpoint.tensors import TensorRow, axis_size, tensor_table
+from minitron_megatron.checkpoint.tensors import TensorRow, tensor_table
 from minitron_megatron.errors import CheckpointError
 
 BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
@@ -203,11 +204,4 @@ def weights_digest(source: MegatronSource) -> str:
 
 def checkpoint_bytes(rows: list[TensorRow], arch: Architecture, dtype: Callable[[TensorRow], torch.dtype]) -> int:
     """Bytes of the tensors, for the check of disk space before a stream starts."""
-    return sum(_elements(row, arch) * dtype(row).itemsize for row in rows)
-
-
-def _elements(row: TensorRow, arch: Architecture) -> int:
-    count = 1
-    for axis in row.axes:
-        count *= axis_size(axis, arch)
-    return count
+    return sum(prod(row.shape(arch)) * dtype(row).itemsize for row in rows)

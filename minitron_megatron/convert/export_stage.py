@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minitron_megatron.arch.architecture import Architecture, parameter_count
+from minitron_megatron.arch.architecture import Architecture, parameter_count, width_range
 from minitron_megatron.arch.hf_config import hf_config_for
 from minitron_megatron.artifact import Artifact, require_disk_space, write_json
 from minitron_megatron.checkpoint.huggingface import write_huggingface
@@ -15,13 +15,18 @@ from minitron_megatron.checkpoint.tensors import tensor_table
 from minitron_megatron.checkpoint.torch_dist import MegatronSource, checkpoint_bytes
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.convert.tokenizer_files import copy_tokenizer
+from minitron_megatron.convert.widen import WidenedSource
 
 
 def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path) -> dict[str, Any]:
-    """Writes model/ into the folder: config.json, safetensors, tokenizer."""
+    """Writes model/ into the folder: config.json, safetensors, tokenizer.
+
+    Layers whose FFNs differ in width are filled up with zeros to the widest one's: transformers has one width for these families.
+    """
     pruned, original = inputs["prune"], inputs["import"]
-    arch = Architecture.from_dict(pruned.result["architecture"])
-    source = MegatronSource(inputs["distill"].path / "checkpoint", arch)
+    student = Architecture.from_dict(pruned.result["architecture"])
+    arch = student.resized(ffn=student.ffn)
+    source = WidenedSource(MegatronSource(inputs["distill"].path / "checkpoint", student), arch)
     require_disk_space(folder, checkpoint_bytes(tensor_table(arch), arch, source.dtype), "the exported model")
     target = folder / "model"
     copy_tokenizer(original.path / "tokenizer", target)
@@ -33,7 +38,8 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path) -> dict[st
     write_json(target / "config.json", hf_config_for(config, pruned.result["kept_layers"], arch))
     final = Path(recipe.runs) / recipe.name / "export" / "model"
     return {
-        "summary": f"{final}: {parameter_count(arch):,} parameters, {size / 1e9:.2f} GB, loads with AutoModelForCausalLM.from_pretrained",
+        "summary": f"{final}: {parameter_count(arch):,} parameters, {size / 1e9:.2f} GB, loads with AutoModelForCausalLM.from_pretrained"
+        + (f"; FFNs of {width_range(student)} neurons filled up with zeros to {arch.ffn}" if student.ffn_per_layer else ""),
         "bytes": size,
         "parameters": parameter_count(arch),
     }

@@ -35,7 +35,7 @@ class UnitScores:
     expert_ffn: list[Tensor] = field(default_factory=list)
     """L × [E, F], ranked within each expert"""
     kv_groups: list[Tensor] = field(default_factory=list)
-    """L × [G], a whole group: its key, its value and all its query heads"""
+    """L × [G], a whole group: its key, its value and all its query heads; empty: the L2 norm over each group's heads"""
 
 
 def activation_scores(statistics: Statistics, ranking: Ranking = DEFAULT_RANKING) -> UnitScores:
@@ -101,7 +101,7 @@ def random_scores(arch: Architecture, seed: int) -> UnitScores:
         return torch.rand(units, generator=generator, dtype=torch.float64)
 
     return UnitScores(
-        ffn=[draw(arch.ffn) for _ in range(arch.layers) if not arch.experts],
+        ffn=[draw(width) for width in arch.ffn_widths if not arch.experts],
         heads=[draw(arch.heads) for _ in range(arch.layers)],
         channels=draw(arch.hidden),
         layers=draw(arch.layers),
@@ -116,7 +116,7 @@ def magnitude_scores(tensors: Iterable[tuple[TensorRow, Tensor]], arch: Architec
 
     With an expert goes its row of the router, with a key/value group its key, its value and its query heads.
     """
-    ffn, heads = torch.zeros(arch.layers, max(arch.experts, 1), arch.ffn), torch.zeros(arch.layers, arch.heads)
+    ffn, heads = [torch.zeros(max(arch.experts, 1), width) for width in arch.ffn_widths], torch.zeros(arch.layers, arch.heads)
     experts, keys_values = torch.zeros(arch.layers, arch.experts), torch.zeros(arch.layers, arch.kv_groups)
     channels, layers = torch.zeros(arch.hidden), torch.zeros(arch.layers)
     for row, tensor in tensors:
@@ -131,9 +131,9 @@ def magnitude_scores(tensors: Iterable[tuple[TensorRow, Tensor]], arch: Architec
         elif row.expert is not None:
             experts[row.layer, row.expert] += squares.sum()
         if row.axes[0] == "2F":
-            ffn[row.layer, row.expert or 0] += _sum_but(squares, 0).view(2, arch.ffn).sum(0)
+            ffn[row.layer][row.expert or 0] += _sum_but(squares, 0).view(2, -1).sum(0)
         elif "F" in row.axes:  # the first matrix of an FFN without a gate, too
-            ffn[row.layer, row.expert or 0] += _sum_but(squares, row.axes.index("F"))
+            ffn[row.layer][row.expert or 0] += _sum_but(squares, row.axes.index("F"))
         elif row.axes[0] == "QKV":
             queries, *others = unpack(row, squares, arch)
             heads[row.layer] += _sum_but(queries, 0).view(arch.heads, -1).sum(-1)
@@ -141,10 +141,11 @@ def magnitude_scores(tensors: Iterable[tuple[TensorRow, Tensor]], arch: Architec
         elif row.axes[-1] == "HK":
             heads[row.layer] += _sum_but(squares, squares.dim() - 1).view(arch.heads, -1).sum(-1)
     groups = keys_values + heads.view(arch.layers, arch.kv_groups, -1).sum(-1)
-    ffn, heads, groups, channels, layers, experts = (value.double().sqrt() for value in (ffn, heads, groups, channels, layers, experts))
+    heads, groups, channels, layers, experts = (value.double().sqrt() for value in (heads, groups, channels, layers, experts))
+    ffn = [value.double().sqrt() for value in ffn]
     if arch.experts:
-        return UnitScores([], list(heads), channels, layers, experts=list(experts), expert_ffn=list(ffn), kv_groups=list(groups))
-    return UnitScores(list(ffn[:, 0]), list(heads), channels, layers, kv_groups=list(groups))
+        return UnitScores([], list(heads), channels, layers, experts=list(experts), expert_ffn=ffn, kv_groups=list(groups))
+    return UnitScores([value[0] for value in ffn], list(heads), channels, layers, kv_groups=list(groups))
 
 
 def _sum_but(x: Tensor, dim: int) -> Tensor:

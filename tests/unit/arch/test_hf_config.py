@@ -222,5 +222,5 @@ def test_a_folder_without_a_readable_config_is_one_line(tmp_path: Path, tiny_hf_
             (tmp_path / "config.json").write_text(text)
         with pytest.raises(ArchitectureError, match=expected):
             source_architecture(str(tmp_path))
-    # a Megatron checkpoint has no config.json of its own
+    (tmp_path / "config.json").unlink()  # a Megatron checkpoint has none of its own
     assert source_architecture(str(tmp_path), str(tiny_hf_model("qwen2") / "config.json")).family_name == "qwen2"

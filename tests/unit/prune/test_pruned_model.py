@@ -148,14 +148,54 @@ def test_all_cuts_together_are_the_source_without_the_cut_units(every_family: Pa
     assert_computes_the_same(every_family, prune_model, all_cuts(every_family))
 
 
-def assert_computes_the_same(source: Path, prune_model: Prune, sizes: dict[str, int]) -> None:
+# 4 heads in each of 3 groups: neither number divides the other
+GROUPED = {"num_attention_heads": 12, "num_key_value_heads": 3, "hidden_size": 48}
+
+
+@pytest.mark.parametrize("sizes", [{"kv_groups": 2}, {"kv_groups": 2, "heads": 6}, {"kv_groups": 1, "heads": 3, "layers": 2, "hidden": 36, "ffn": 9}])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_a_model_without_whole_groups_computes_what_the_source_does_without_them(
+    family: str, sizes: dict[str, int], tiny_hf_model: Callable[..., Path], prune_model: Prune
+) -> None:
+    """Loaded by plain transformers, against the source whose cut heads write zeros; biases (qwen2) and norms of queries (qwen3) included."""
+    source = tiny_hf_model(family, **GROUPED)
+    sizes = {**sizes, "hidden": sizes.get("hidden", 48)}
+    assert_computes_the_same(source, prune_model, sizes)
+
+
+@pytest.mark.parametrize("widths", [{"ffn": [9, 28, 17]}, {"ffn": [5, 6], "layers": 2, "kv_groups": 1}])
+def test_a_model_with_ffns_of_different_widths_computes_the_same_when_exported(
+    widths: dict[str, Any], tiny_hf_model: Callable[..., Path], prune_model: Prune
+) -> None:
+    """Its layers are filled up with zeros to the widest one: transformers' config has one width."""
+    assert_computes_the_same(tiny_hf_model("qwen2"), prune_model, widths)
+    done = prune_model(tiny_hf_model("qwen2"), widths)
+    assert done.target.ffn_per_layer == tuple(widths["ffn"])
+    config = json.loads((done.model / "config.json").read_text())
+    assert config["intermediate_size"] == max(widths["ffn"]) and "ffn_per_layer" not in config
+    tensors = load_file(done.model / "model.safetensors")
+    for layer, width in enumerate(widths["ffn"]):
+        for part in ("gate_proj", "up_proj"):
+            rows = tensors[f"model.layers.{layer}.mlp.{part}.weight"]
+            assert rows[:width].abs().min() > 0 and not rows[width:].any()
+
+
+def test_neurons_ranked_over_all_layers_keep_their_budget_and_compute_the_same(tiny_hf_model: Callable[..., Path], prune_model: Prune) -> None:
+    done = assert_computes_the_same(tiny_hf_model("llama"), prune_model, {"ffn": 13}, ffn_by="global", align={"ffn": 2})
+    widths = done.target.ffn_widths
+    assert sum(widths) == 3 * 14 and len(set(widths)) > 1 and not any(width % 2 for width in widths)
+    assert done.pruned.result["rounding"] == ["ffn 13 → 14 (multiple of 2)"]
+
+
+def assert_computes_the_same(source: Path, prune_model: Prune, sizes: dict[str, Any], **settings: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
-    done = prune_model(source, sizes, seed=4)
+    done = prune_model(source, sizes, seed=4, **settings)
     plan = json.loads((done.pruned.path / "plan.json").read_text())
     actual = logits(AutoModelForCausalLM.from_pretrained(done.model))
     torch.testing.assert_close(actual, logits(removed_by_hand(source, plan)), rtol=0, atol=1e-4)  # fp32: fewer terms in each sum
     assert (actual - logits(AutoModelForCausalLM.from_pretrained(source))).abs().max() > 0.1  # something was cut
+    return done
 
 
 def test_a_plan_that_cuts_nothing_leaves_every_bit(every_family: Path, prune_model: Prune) -> None:

@@ -69,6 +69,7 @@ def test_margins_of_experts_and_of_the_neurons_within_each_by_hand(tmp_path: Pat
         "experts": {"0": 5 / 8},
         "expert_ffn": {"0": 3 / 16},  # 4 - 1 in the first, 9 - 4 in the third; the second is not kept, and its scores are nothing to these
         "heads": {"0": None},
+        "kv_groups": {"0": None},
         "channels": None,
         "layers": None,
     }
@@ -83,11 +84,12 @@ def test_the_plan_tells_the_margin_at_its_own_cut(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "plan.json").read_text())["margins"] == {
         "ffn": {"0": 3 / 8, "1": 1 / 2},
         "heads": {"0": 1 / 16, "1": 0.0},  # two of four in each group: the closer group's
+        "kv_groups": {"0": None, "1": None},
         "channels": 1 / 10,
         "layers": None,  # nothing is cut
     }
     of_kept = make_plan(SCORES, ARCH, ARCH.resized(layers=1)).to_dict()["margins"]
-    assert of_kept == {"ffn": {1: None}, "heads": {1: None}, "channels": None, "layers": 1 / 2}
+    assert of_kept == {"ffn": {1: None}, "heads": {1: None}, "kv_groups": {1: None}, "channels": None, "layers": 1 / 2}
 
 
 def statistics() -> Statistics:

@@ -1,4 +1,4 @@
-"""Stage `evaluate`: three models in memory, the same windows, tasks and prompt for each."""
+"""Stage `evaluate`: the models in memory, the same windows, tasks and prompt for each."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
         figures[name]["tasks"] = _tasks(model, settings, tokenizer, world)
         figures[name]["continuation"] = _continuation(model, settings, tokenizer)
     result = {
-        "summary": f"held-out perplexity {_perplexities(figures, 'in_domain')} (teacher / pruned / distilled)",
+        "summary": f"held-out perplexity {_perplexities(figures, 'in_domain')} ({' / '.join(figures)})",
         "models": figures,
         "prompt": settings.prompt,
         "tokens": {domain: len(dataset) * settings.sequence_length for domain, dataset in windows.items()},
@@ -87,7 +87,8 @@ def tokens_per_second(model: StageModel, windows: TokenDataset, world: World) ->
 def _load_models(recipe: Recipe, inputs: Mapping[str, Artifact], world: World) -> dict[str, StageModel]:
     # tasks have requests of many lengths, which an interleaved pipeline does not take; weights are the same under every layout
     layout, models = global_layout(recipe.parallel.model_copy(update={"virtual": 1}), world), {}
-    for name, stage in STAGE_OF_MODEL.items():
+    for name in recipe.evaluate.names:
+        stage = STAGE_OF_MODEL[name]
         arch = Architecture.from_dict(inputs[stage].result["architecture"])
         models[name] = build_model(arch, layout, world.platform, torch_dtype(recipe.precision), variable_lengths=True)
         load_model(models[name], inputs[stage].path / "checkpoint")

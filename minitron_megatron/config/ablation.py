@@ -14,6 +14,7 @@ Above all of it stands `key=value` of the command line; `name=` and `seeds=` the
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,7 +108,7 @@ def planned(path: str | Path, overrides: list[str] | None = None) -> Plan:
 def _files(path: str | Path, ablation: Ablation) -> dict[str, str]:
     """Recipes as they are named in the file → where they are."""
     names = dict.fromkeys([ablation.recipe, *(variant.recipe for variant in ablation.variants)])
-    files = {name: str(Path(path).parent / name) for name in names if name}
+    files = {name: os.path.normpath(Path(path).parent / name) for name in names if name}
     missing = [
         f"{path}: recipe={name}: no such file ({file}); it is looked for beside the ablation"
         for name, file in files.items()
@@ -120,7 +121,7 @@ def _files(path: str | Path, ablation: Ablation) -> dict[str, str]:
 
 def _trials(ablation: Ablation, files: dict[str, str], above: list[str], folder: Path) -> list[Trial]:
     trials: list[Trial] = []
-    problems: list[str] = []
+    problems: dict[str, list[str]] = {}
     for variant in ablation.variants:
         file = files[variant.recipe or ablation.recipe]
         seeds: list[int | None] = [*ablation.seeds_of(variant)]
@@ -131,10 +132,19 @@ def _trials(ablation: Ablation, files: dict[str, str], above: list[str], folder:
             try:
                 trials.append(Trial(variant.name, seed, file, own, checked_steps(picked_steps(file, own))))
             except RecipeError as error:
-                problems += [f"variant {variant.name}: {problem}" for problem in error.problems]
+                for problem in error.problems:
+                    problems.setdefault(problem, []).append(variant.name)
     if problems:
-        raise RecipeError(list(dict.fromkeys(problems)))
+        raise RecipeError([f"{_whose(names, ablation)}: {problem}" for problem, names in problems.items()])
     return trials
+
+
+def _whose(names: list[str], ablation: Ablation) -> str:
+    """A mistake that all have is told once."""
+    having = list(dict.fromkeys(names))
+    if len(having) == len(ablation.variants):
+        return "every variant"
+    return f"variant{'s' if len(having) > 1 else ''} {', '.join(having)}"
 
 
 def _own_problems(ablation: Ablation, overrides: list[str]) -> list[str]:

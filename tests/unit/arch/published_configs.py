@@ -1,10 +1,20 @@
-"""config.json of published models, the fields that fix shapes and arithmetic as their authors wrote them, and the parameters announced."""
+"""config.json of published models, the fields that fix shapes and arithmetic as their authors wrote them, and the parameters announced.
+
+Those that a recipe starts from lie in configs/architectures, where the recipes read them.
+"""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 Published = tuple[float, dict[str, Any]]
+ARCHITECTURES = Path(__file__).parents[3] / "configs" / "architectures"
+
+
+def source(name: str) -> dict[str, Any]:
+    return json.loads((ARCHITECTURES / f"{name}.json").read_text())
 
 
 def llama(layers: int, hidden: int, heads: int, ffn: int, *, factor: float = 8.0, tied: bool = False, head_dim: int | None = None) -> dict[str, Any]:
@@ -117,21 +127,21 @@ def qwen(model_type: str, layers: int, hidden: int, heads: int, groups: int, ffn
 QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "head_dim": 128, "rope_scaling": None, "sliding_window": None}
 
 PUBLISHED: dict[str, Published] = {
-    "Llama-3.1-8B": (8.03e9, llama(32, 4096, 32, 14336)),
+    "Llama-3.1-8B": (8.03e9, source("llama31_8b")),
     "Llama-3.2-1B": (1.24e9, llama(16, 2048, 32, 8192, factor=32.0, tied=True, head_dim=64)),
     "Llama-3.2-3B": (3.21e9, llama(28, 3072, 24, 8192, factor=32.0, tied=True, head_dim=128)),
     "Llama-3.1-Minitron-4B-Width-Base": (4.51e9, llama(32, 3072, 32, 9216, head_dim=128)),
     "Llama-3.1-Minitron-4B-Depth-Base": (4.54e9, llama(16, 4096, 32, 14336)),
-    "Mistral-Nemo-Base-2407": (12.2e9, mistral_nemo(5120, 14336)),
+    "Mistral-Nemo-Base-2407": (12.2e9, source("mistral_nemo_12b")),
     "Mistral-NeMo-Minitron-8B-Base": (8.4e9, mistral_nemo(4096, 11520)),
     # of arXiv 2402.16819, section 2; a config.json of it was not published
-    "Nemotron-4-15B": (15.6e9, nemotron(6144, 48, 24576)),
-    "Minitron-8B-Base": (8.27e9, nemotron(4096, 48, 16384, head_dim=128, attention_bias=False, mlp_bias=False)),
+    "Nemotron-4-15B": (15.6e9, source("nemotron4_15b")),
+    "Minitron-8B-Base": (8.27e9, source("minitron_8b")),
     "Minitron-4B-Base": (4.19e9, nemotron(3072, 24, 9216, head_dim=128, attention_bias=False, mlp_bias=False)),
     "Qwen2.5-7B": (7.62e9, qwen("qwen2", 28, 3584, 28, 4, 18944, max_position_embeddings=131072, sliding_window=131072, vocab_size=152064)),
     "Qwen3-0.6B": (
         0.596e9,
         qwen("qwen3", 28, 1024, 16, 8, 3072, **QWEN3, max_position_embeddings=40960, vocab_size=151936) | {"tie_word_embeddings": True},
     ),
-    "Qwen3-8B": (8.19e9, qwen("qwen3", 36, 4096, 32, 8, 12288, **QWEN3, max_position_embeddings=40960, vocab_size=151936)),
+    "Qwen3-8B": (8.19e9, source("qwen3_8b")),
 }

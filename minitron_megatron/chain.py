@@ -15,6 +15,7 @@ from typing import Any
 
 from minitron_megatron import __version__
 from minitron_megatron.artifact import Artifact, artifact_id, draft, find_artifact, open_artifact, partial_folder, publish
+from minitron_megatron.config.distill import MAY_CHANGE_IN_A_RUN
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.errors import ArtifactError, RecipeError
 from minitron_megatron.parallel.world import World
@@ -39,10 +40,9 @@ class Stage:
     """Section of the recipe without which the stage is no part of the chain; every chain has the others."""
 
 
-MAY_CHANGE_IN_A_RUN = tuple(
-    f"distill.{name}" for name in ("steps", "global_batch", "micro_batch", "loss_chunk_tokens", "validate_every_steps", "validation_samples")
-)
-"""What people change when a job is moved to other machines or made longer; samples are counted one by one."""
+def _may_change(section: str) -> tuple[str, ...]:
+    return tuple(f"{section}.{name}" for name in MAY_CHANGE_IN_A_RUN)
+
 
 STAGES = {
     stage.name: stage
@@ -51,21 +51,42 @@ STAGES = {
         Stage("data", "data.stage", ("import",), ("data",), False),
         Stage("importance", "importance.stage", ("import", "data"), ("importance",), True),
         Stage("prune", "prune.stage", ("import", "importance"), ("prune",), True, streams=True),
-        Stage("distill", "distill.stage", ("import", "data", "prune"), ("distill",), True, continues=MAY_CHANGE_IN_A_RUN),
-        Stage("evaluate", "evaluate.stage", ("import", "data", "prune", "distill"), ("evaluate",), True),
-        Stage("export", "convert.export_stage", ("import", "prune", "distill"), (), False),
-        Stage("report", "report.stage", ("import", "data", "importance", "prune", "distill", "evaluate", "export"), (), False),
+        Stage("teachers", "convert.teachers_stage", ("import",), ("teachers",), False, asked_by="teachers"),
+        Stage("correct", "correct.stage", ("import", "data"), ("correct",), True, continues=_may_change("correct"), asked_by="correct"),
+        Stage(
+            "distill",
+            "distill.stage",
+            ("import", "data", "prune", "teachers", "correct"),
+            ("distill", "teacher_weights", "correct_beside"),
+            True,
+            continues=_may_change("distill"),
+        ),
+        Stage("finetune", "finetune.stage", ("data", "distill"), ("finetune",), True, continues=_may_change("finetune"), asked_by="finetune"),
+        Stage("evaluate", "evaluate.stage", ("import", "data", "prune", "teachers", "correct", "distill", "finetune"), ("evaluate",), True),
+        Stage("export", "convert.export_stage", ("import", "prune", "distill", "finetune"), (), False),
+        Stage(
+            "report",
+            "report.stage",
+            ("import", "data", "importance", "prune", "teachers", "correct", "distill", "finetune", "evaluate", "export"),
+            (),
+            False,
+        ),
     )
 }
 
 
 def stages_of(recipe: Recipe) -> list[Stage]:
-    """The recipe's chain, in order."""
-    return [stage for stage in STAGES.values() if is_asked(stage, recipe)]
+    """The recipe's chain, in order, without what runs beside it."""
+    return [stage for stage in STAGES.values() if is_asked(stage, recipe) and stage.name not in _beside(recipe)]
 
 
 def is_asked(stage: Stage, recipe: Recipe) -> bool:
     return not stage.asked_by or getattr(recipe, stage.asked_by) is not None
+
+
+def _beside(recipe: Recipe) -> tuple[str, ...]:
+    """Stages that are jobs of their own, started by hand while the chain runs."""
+    return ("correct",) if recipe.correct_beside else ()
 
 
 def require_asked(stage: Stage, recipe: Recipe, recipe_path: str) -> None:
@@ -107,8 +128,9 @@ def stage_settings(stage: Stage, recipe: Recipe) -> dict[str, Any]:
 
 
 def stage_inputs(stage: Stage, recipe: Recipe) -> tuple[str, ...]:
-    """The stages whose artifacts it reads under this recipe: pruning by scores from elsewhere needs no importance pass of this run, say."""
-    spared = _spared(stage, recipe)
+    """The stages whose artifacts it reads under this recipe: pruning by scores from elsewhere needs no importance pass of this run, and
+    nothing waits for a correction beside the distillation."""
+    spared = {*_beside(recipe), *_spared(stage, recipe)}
     return tuple(name for name in stage.inputs if name not in spared and is_asked(STAGES[name], recipe))
 
 

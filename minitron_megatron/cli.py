@@ -74,10 +74,21 @@ STAGE_HELP = {
         "checkpoint/, plan.json (what is kept), hf_config.json",
         "prune.target.ffn=768 prune.target.layers=24",
     ),
+    "teachers": StageHelp("Import the teachers that the recipe names beside the source, or in its place.", "N/checkpoint/ for each"),
+    "correct": StageHelp(
+        "Train the teacher on the distillation data first; with correct.beside=true as a job beside the distillation.",
+        "checkpoint/, metrics.jsonl, tensorboard/; beside: runs/NAME/corrected/ at each save",
+        "correct.source_peak=6e-4 correct.steps=300",
+    ),
     "distill": StageHelp(
         "Train the pruned student to follow the frozen teacher; continues where it was interrupted.",
         "checkpoint/, metrics.jsonl, tensorboard/",
         "distill.steps=300 distill.learning_rate.peak=1e-4",
+    ),
+    "finetune": StageHelp(
+        "Train the distilled student on conversations: the answers' tokens alone.",
+        "checkpoint/, metrics.jsonl, tensorboard/",
+        "finetune.steps=300 finetune.learning_rate.peak=1e-5",
     ),
     "evaluate": StageHelp(
         "Compare teacher, pruned and distilled model: perplexity, KL, agreement, tasks, speed, a continuation.",

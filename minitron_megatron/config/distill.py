@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
+from minitron_megatron.config.losses import LossName, LossWeight
 from minitron_megatron.config.section import UNSHAPING, Section
 
 
@@ -30,6 +31,29 @@ class Adam(Section):
 class Wandb(Section):
     project: str
     mode: Literal["online", "offline"] = "online"
+
+
+class TrainingRun(Section):
+    """What every stage that trains is told: how much of which text at a time, and the optimizer."""
+
+    steps: int = Field(ge=1)
+    sequence_length: int = Field(8192, ge=2)
+    global_batch: int = Field(1152, ge=1, description="samples a step, over all processes")
+    micro_batch: int = Field(1, ge=1, description="samples in one forward and backward pass of one process")
+    learning_rate: LearningRate = LearningRate()
+    adam: Adam = Adam()
+    clip_gradient_norm: float = Field(1.0, gt=0)
+    save_every_steps: Annotated[int, UNSHAPING] = Field(100, ge=1)
+    keep_checkpoints: Annotated[int, UNSHAPING] = Field(2, ge=1, description="newest checkpoints kept while training")
+    validate_every_steps: int = Field(100, ge=1)
+    validation_samples: int = Field(32, ge=1)
+    loss_chunk_tokens: int = Field(256, ge=1, description="tokens whose logits exist at one time")
+    seed: int = Field(1234, ge=0, description="order of the training samples")
+    wandb: Annotated[Wandb | None, UNSHAPING] = None
+
+
+MAY_CHANGE_IN_A_RUN = ("steps", "global_batch", "micro_batch", "loss_chunk_tokens", "validate_every_steps", "validation_samples")
+"""What people change when a job is moved to other machines or made longer; samples are counted one by one."""
 
 
 class HiddenLoss(Section):
@@ -69,29 +93,20 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(layer, int) and not isinstance(layer, bool) for layer in value)
 
 
-class Distill(Section):
+class Distill(TrainingRun):
     """The original teaches what is left (P1 section 3): forward KL on the logits alone, temperature 1, by default."""
 
-    loss: dict[Literal["forward_kl", "cross_entropy"], float] = Field({"forward_kl": 1.0}, description="weight of each loss; a name alone weighs 1")
-    temperature: float = Field(1.0, gt=0)
+    loss: dict[LossName, LossWeight] = Field(
+        {"forward_kl": 1.0},
+        description="weight of each loss: a number, {from: a, to: b, kind: cosine or linear, steps: n}, "
+        "or dynamic: such that it weighs as much as the first one did at the step before; a name alone weighs 1",
+    )
+    temperature: float = Field(1.0, gt=0, description="of KL, reverse KL and Jensen–Shannon, which count its square")
+    top_k: int | None = Field(None, ge=1, description="forward KL over the teacher's K likeliest tokens and one class for all others")
     hidden: HiddenLoss | None = Field(None, description="compares hidden states as well; without it the logits alone")
-    steps: int = Field(ge=1)
-    sequence_length: int = Field(8192, ge=2)
-    global_batch: int = Field(1152, ge=1, description="samples a step, over all processes")
-    micro_batch: int = Field(1, ge=1, description="samples in one forward and backward pass of one process")
-    learning_rate: LearningRate = LearningRate()
-    adam: Adam = Adam()
-    clip_gradient_norm: float = Field(1.0, gt=0)
-    save_every_steps: Annotated[int, UNSHAPING] = Field(100, ge=1)
-    keep_checkpoints: Annotated[int, UNSHAPING] = Field(2, ge=1, description="newest checkpoints kept while training")
-    validate_every_steps: int = Field(100, ge=1)
-    validation_samples: int = Field(32, ge=1)
     handover_device_gib: Annotated[float, UNSHAPING] = Field(
         4.0, ge=0, description="teacher's states of a step kept on the device, the rest on the host"
     )
-    loss_chunk_tokens: int = Field(256, ge=1, description="tokens whose logits exist at one time")
-    seed: int = Field(1234, ge=0, description="order of the training samples")
-    wandb: Annotated[Wandb | None, UNSHAPING] = None
 
     @field_validator("loss", mode="before")
     @classmethod

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -97,17 +97,22 @@ def _unknown_key(where: list[Any], kind: type[BaseModel]) -> str:
 
 def _fields_at(where: list[Any], kind: type[BaseModel]) -> list[str]:
     section = _section_at(where, kind)
-    return sorted(section.model_fields) if section else []
+    return sorted(field.alias or name for name, field in section.model_fields.items()) if section else []
 
 
 def _section_at(where: list[Any], kind: type[BaseModel]) -> type[BaseModel] | None:
     section = kind
-    for part in (part for part in where if not isinstance(part, int)):  # a place in a list of sections
+    parts = iter(where)
+    for part in parts:
+        if isinstance(part, int):  # of a list
+            continue
         field = section.model_fields.get(str(part))
         inner = _sections_in(field.annotation) if field else []
         if not inner:
             return None
         section = inner[0]
+        if field and get_origin(field.annotation) is dict:
+            next(parts, None)  # a key of the mapping
     return section
 
 
@@ -124,5 +129,6 @@ def _is_section(kind: Any) -> bool:
 
 def _description(where: list[Any], kind: type[BaseModel]) -> str:
     section = _section_at(where[:-1], kind)
-    field = section.model_fields.get(str(where[-1])) if section else None
+    fields = {item.alias or name: item for name, item in section.model_fields.items()} if section else {}
+    field = fields.get(str(where[-1]))
     return field.description if field and field.description else "it has no default"

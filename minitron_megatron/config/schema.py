@@ -6,13 +6,16 @@ from typing import Literal
 
 from pydantic import Field
 
+from minitron_megatron.config.correct import Correct, CorrectionBeside
 from minitron_megatron.config.distill import Distill, Training
 from minitron_megatron.config.evaluate import Evaluate
+from minitron_megatron.config.finetune import Finetune
 from minitron_megatron.config.importance import Importance
 from minitron_megatron.config.parallel import Parallel
 from minitron_megatron.config.prune import Prune
 from minitron_megatron.config.section import Section
 from minitron_megatron.config.source import Data, Model
+from minitron_megatron.config.teachers import Teachers, TeacherWeights
 
 
 class Recipe(Section):
@@ -27,6 +30,18 @@ class Recipe(Section):
     parallel: Parallel = Parallel()
     importance: Importance = Importance()
     prune: Prune
+    teachers: Teachers | None = None
+    correct: Correct | None = None
     distill: Distill
+    finetune: Finetune | None = None
     training: Training = Training()
     evaluate: Evaluate = Evaluate()
+
+    @property
+    def teacher_weights(self) -> TeacherWeights | None:
+        return TeacherWeights(weights=[model.weight for model in self.teachers.models]) if self.teachers else None
+
+    @property
+    def correct_beside(self) -> CorrectionBeside | None:
+        """Of a correction that runs while the distillation does."""
+        return CorrectionBeside(run=self.correct.lasting()) if self.correct and self.correct.beside else None

@@ -28,7 +28,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path) -> dict[st
     require_disk_space(folder, size, "the imported checkpoint")
     digest = write_torch_dist(folder / "checkpoint", rows, arch, dtype=source.dtype, read=source.read)
     write_json(folder / "hf_config.json", config)
-    copy_tokenizer(_tokenizer_folder(recipe.model), folder / "tokenizer")
+    copy_tokenizer(tokenizer_folder(recipe.model), folder / "tokenizer")
     return {
         "summary": f"{arch.family_name}, {parameter_count(arch):,} parameters, {size / 1e9:.2f} GB",
         "architecture": arch.to_dict(),
@@ -53,7 +53,7 @@ def outside_files(recipe: Recipe) -> list[Path]:
     return [path for folder in folders if folder.is_dir() for path in folder.rglob("*") if path.is_file()]
 
 
-def _tokenizer_folder(model: Model) -> Path:
+def tokenizer_folder(model: Model) -> Path:
     if model.tokenizer:
         return Path(model.tokenizer)
     return Path(model.hf_config).parent if _needs_config(model) and model.hf_config else Path(model.path)

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.checkpoint.sharded import load_model
 from minitron_megatron.checkpoint.tensors import tensor_table
 from minitron_megatron.checkpoint.torch_dist import MegatronSource
@@ -26,13 +27,13 @@ from minitron_megatron.distill.exchange import Exchange, Route, StateShape
 from minitron_megatron.distill.handover import HandoverStore, Held
 from minitron_megatron.distill.hidden.map import StateName, stage_of
 from minitron_megatron.distill.hidden.states import StateCapture
-from minitron_megatron.distill.kd_loss import TeacherTarget
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.gpt import StageModel, padded_vocab
 from minitron_megatron.model.run import forward_only
 from minitron_megatron.parallel.collectives import gather_first
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.platform import Platform
+from minitron_megatron.training.losses.target import WeightedTarget
 
 FINAL: StateName = ("final",)
 """The last hidden states, behind the final norm."""
@@ -56,8 +57,22 @@ class Teacher:
     exchange: Exchange
     budget_bytes: float
     platform: Platform
+    weight: float = 1.0
+    """Of its losses in the sum over teachers."""
     capture: StateCapture | None = None
     """Of the inner states that hidden-state losses compare."""
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.model.architecture
+
+    def take_weights(self, checkpoint: Path) -> None:
+        """Replaces the weights in place by those of a checkpoint of the same architecture; every process calls this."""
+        load_model(self.model, checkpoint)
+        weight = self.output_weight_vE
+        if weight is not None and not _is_part_of(self.model, weight):
+            source = MegatronSource(checkpoint, self.architecture)
+            weight.copy_(output_weight(source, self.model, self.student, weight.dtype))
 
     def listen(self, wanted: Iterable[Wanted]) -> None:
         """Hooks on the states that hidden-state losses will ask for."""
@@ -105,16 +120,12 @@ class TeacherStates:
         self._teacher, self._held = teacher, held
         self._last = Wanted(FINAL, teacher.student.pipeline * teacher.student.virtual - 1)
 
-    def target(self, batch: Batch) -> TeacherTarget:
+    def targets(self, batch: Batch) -> list[WeightedTarget]:
         """What the student of this micro-batch is held against; the states are handed out once and forgotten."""
         if self._teacher.output_weight_vE is None:
             raise RuntimeError("the teacher's output weight is only on the student's last stage")
-        return TeacherTarget(
-            hidden_NE=self.whole(self._last, batch).flatten(0, 1),
-            weight_vE=self._teacher.output_weight_vE,
-            labels_N=batch.labels_BS.t().flatten(),
-            token_weights_N=batch.loss_mask_BS.t().flatten(),
-        )
+        hidden_NE = self.whole(self._last, batch).flatten(0, 1)
+        return [WeightedTarget(hidden_NE, self._teacher.output_weight_vE, self._teacher.weight)]
 
     def whole(self, wanted: Wanted, batch: Batch) -> Tensor:
         """[S, B, E] on every tensor rank of the student."""
@@ -137,15 +148,27 @@ def ids_of(batch: Batch) -> tuple[int, ...]:
     return tuple(batch.sample_ids_B.tolist())
 
 
+def _is_part_of(model: StageModel, weight: Tensor) -> bool:
+    return any(weight.data_ptr() == parameter.data_ptr() for parameter in model.parameters())
+
+
 def load_teacher(
-    source: MegatronSource, checkpoint: Path, layout: Layout, student: Layout, platform: Platform, dtype: torch.dtype, *, budget_bytes: float
+    source: MegatronSource,
+    checkpoint: Path,
+    layout: Layout,
+    student: Layout,
+    platform: Platform,
+    dtype: torch.dtype,
+    *,
+    budget_bytes: float,
+    share: float = 1.0,
 ) -> Teacher:
-    """Builds and fills the teacher; every process calls this, because a group for the exchange is made."""
+    """Builds and fills the teacher, share: its weight among several; every process calls this, because a group for the exchange is made."""
     model = build_model(source.arch, layout, platform, dtype, output_layer=None)
     load_model(model, checkpoint)
     group = dist.new_group(timeout=student.timeout)
     weight = output_weight(source, model, student, dtype) if student.is_last_stage else None
-    return Teacher(model, student, weight, Exchange(layout, student, group, platform.device), budget_bytes, platform)
+    return Teacher(model, student, weight, Exchange(layout, student, group, platform.device), budget_bytes, platform, share)
 
 
 def output_weight(source: MegatronSource, teacher: StageModel, student: Layout, dtype: torch.dtype) -> Tensor:

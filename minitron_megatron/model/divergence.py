@@ -7,6 +7,7 @@ carries them, log-sum-exp weights combine them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,34 +27,59 @@ class Divergence(NamedTuple):
     label_logit_n: Tensor
 
 
+class Softmax(NamedTuple):
+    """A distribution over the whole vocabulary: this rank's logits, and what all ranks together know of each token."""
+
+    logits_nv: Tensor
+    log_norm_n: Tensor
+    """ln Σ exp over the whole vocabulary."""
+    norm_n: Tensor
+    """The same sum relative to the highest logit."""
+    weights_rn: Tensor
+    """exp(a shard's peak − the highest logit): what makes sums relative to a shard's peak ones over the whole vocabulary."""
+
+    @staticmethod
+    def of(logits_nv: Tensor, peaks_rn: Tensor, norms_rn: Tensor) -> Softmax:
+        """norms_rn: Σ exp(x − peak) of each shard."""
+        log_norm_n, weights_rn = log_normaliser(peaks_rn, norms_rn)
+        return Softmax(logits_nv, log_norm_n, (norms_rn * weights_rn).sum(0), weights_rn)
+
+    def mean(self, sums_rn: Tensor) -> Tensor:
+        """[n] expectation of a quantity, from Σ exp(x − peak) · quantity of each shard."""
+        return (sums_rn * self.weights_rn).sum(0) / self.norm_n
+
+
 def divergence(student_nv: Tensor, teacher_nv: Tensor, labels_n: Tensor, *, first_row: int, group: dist.ProcessGroup) -> Divergence:
     """Forward KL, both normalisers and the student's logit of the label.
 
     student_nv, teacher_nv: [n, v] fp32 logits of this rank's real rows; labels_n: [n] global token ids; first_row: global id of row 0.
     """
-    peak_s, peak_t = student_nv.amax(-1), teacher_nv.amax(-1)
-    weights_t = (teacher_nv - peak_t[:, None]).exp_()
-    sums_n6 = torch.stack(
-        [
-            peak_s,
-            (student_nv - peak_s[:, None]).exp_().sum(-1),
-            peak_t,
-            weights_t.sum(-1),
-            (weights_t * (teacher_nv - student_nv)).sum(-1),
-            label_logits(student_nv, labels_n, first_row=first_row),
-        ],
-        dim=-1,
-    )
-    return _combine(gather_first(sums_n6, group))
+    label_n = label_logits(student_nv, labels_n, first_row=first_row)
+    sums_n6 = torch.cat([shard_sums(student_nv), crossed_sums(student_nv, teacher_nv), label_n[:, None]], dim=-1)
+    peaks_s, norms_s, *crossed, labels = gather_first(sums_n6, group).unbind(-1)
+    student = Softmax.of(student_nv, peaks_s, norms_s)
+    teacher, kl_n = forward_kl(student, teacher_nv, crossed)
+    return Divergence(kl_n, student.log_norm_n, teacher.log_norm_n, labels.sum(0))
 
 
-def _combine(sums_rn6: Tensor) -> Divergence:
-    peaks_s, norms_s, peaks_t, norms_t, crosses, labels = sums_rn6.unbind(-1)
-    log_norm_s, _ = log_normaliser(peaks_s, norms_s)
-    log_norm_t, weights_t = log_normaliser(peaks_t, norms_t)
-    norm_t = (norms_t * weights_t).sum(0)
-    kl = (crosses * weights_t).sum(0) / norm_t - log_norm_t + log_norm_s
-    return Divergence(kl, log_norm_s, log_norm_t, labels.sum(0))
+def shard_sums(logits_nv: Tensor) -> Tensor:
+    """[n, 2] this shard's peak and Σ exp(x − peak)."""
+    peak_n = logits_nv.amax(-1)
+    return torch.stack([peak_n, (logits_nv - peak_n[:, None]).exp_().sum(-1)], dim=-1)
+
+
+def crossed_sums(student_nv: Tensor, teacher_nv: Tensor) -> Tensor:
+    """[n, 3] the teacher's shard_sums, and Σ exp(t − peak) · (t − s)."""
+    peak_n = teacher_nv.amax(-1)
+    weights_nv = (teacher_nv - peak_n[:, None]).exp_()
+    return torch.stack([peak_n, weights_nv.sum(-1), (teacher_nv - student_nv).mul_(weights_nv).sum(-1)], dim=-1)
+
+
+def forward_kl(student: Softmax, teacher_nv: Tensor, crossed_rn: Sequence[Tensor]) -> tuple[Softmax, Tensor]:
+    """The teacher's distribution and [n] KL(teacher ‖ student), from every rank's crossed_sums."""
+    peaks_t, norms_t, crosses = crossed_rn
+    teacher = Softmax.of(teacher_nv, peaks_t, norms_t)
+    return teacher, teacher.mean(crosses) - teacher.log_norm_n + student.log_norm_n
 
 
 def log_normaliser(peaks_rn: Tensor, norms_rn: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,9 +99,7 @@ def label_logits(logits_nv: Tensor, labels_n: Tensor, *, first_row: int) -> Tens
 
 def log_normalisers(logits_nv: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[n] ln Σ exp of logits sharded over the group."""
-    peak = logits_nv.amax(-1)
-    norm = (logits_nv - peak[:, None]).exp_().sum(-1)
-    gathered = gather_first(torch.stack([peak, norm], dim=-1), group)
+    gathered = gather_first(shard_sums(logits_nv), group)
     return log_normaliser(gathered[..., 0], gathered[..., 1])[0]
 
 

@@ -30,9 +30,9 @@ def logits_work(arch: Architecture) -> EndWork:
     return EndWork(hidden_state_work(arch).first, output_cost(arch) / layer_cost(arch))
 
 
-def distillation_work(student: Architecture, teacher: Architecture) -> EndWork:
-    """Training: three matrix products for each weight of the student, one more for the teacher's output layer on the same stage."""
-    outputs = 3 * output_cost(student) + output_cost(teacher)
+def distillation_work(student: Architecture, *teachers: Architecture) -> EndWork:
+    """Training: three matrix products for each weight of the student, one more for each teacher's output layer on the same stage."""
+    outputs = 3 * output_cost(student) + sum(map(output_cost, teachers))
     return EndWork(hidden_state_work(student).first, outputs / (3 * layer_cost(student)))
 
 

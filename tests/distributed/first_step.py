@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from plain_losses import token_losses
 from torch import Tensor
 
 from minitron_megatron.arch.architecture import Architecture
@@ -23,16 +24,16 @@ from minitron_megatron.data.batches import Batch, MicroBatches, collate, micro_b
 from minitron_megatron.distill.hidden.map import Term, hidden_terms
 from minitron_megatron.distill.hidden.projection import ATTRIBUTE, initial_weight
 from minitron_megatron.distill.hidden.training import HiddenTraining, add_hidden_losses
-from minitron_megatron.distill.output_layer import DistillationOutputLayer
-from minitron_megatron.distill.stage import settle_teacher
-from minitron_megatron.distill.student import Student, make_student
 from minitron_megatron.distill.teacher import Teacher, load_teacher
+from minitron_megatron.distill.teachers import settle_teacher
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.gpt import StageModel
 from minitron_megatron.model.run import forward_backward
 from minitron_megatron.parallel.layout import global_layout, teacher_layout
 from minitron_megatron.parallel.split import distillation_work
 from minitron_megatron.parallel.world import World
+from minitron_megatron.training.output_layer import DistillationOutputLayer
+from minitron_megatron.training.student import Student, make_student
 
 from .plain_model import PlainModel, cross_entropy, hidden_loss, kd_loss
 from .pool import Pool
@@ -68,13 +69,15 @@ class FirstStep:
     projections: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     """Gradients."""
     answers: list[Answer] = dataclasses.field(default_factory=list)
+    others: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Losses beside KL and cross-entropy."""
 
 
 class Answer(NamedTuple):
     """What one process saw."""
 
     sums: Tensor
-    """Of KL, cross-entropy and tokens that count, on the last stage's first tensor rank."""
+    """Of KL, cross-entropy, tokens that count and the other losses by name, on the last stage's first tensor rank."""
     norm: float
     vocabulary: Tensor | None
     """[v, D] gradient of this stage's output weight, or of its embedding."""
@@ -162,9 +165,10 @@ def first_step(
     if prepare:
         prepare(student)
     logged, model = accumulate(teacher, student, distill), student.model
-    sums = torch.zeros(3, dtype=torch.float64)
+    names = ("forward_kl", "cross_entropy", "tokens", *other_names(distill))
+    sums = torch.zeros(len(names), dtype=torch.float64)
     for item in logged if model.layout.tensor_rank == 0 else ():
-        sums += torch.stack([item[name].double() for name in ("forward_kl", "cross_entropy", "tokens")])
+        sums += torch.stack([item[name].double() for name in names])
     student.optimizer.prepare_grads()
     norm = float(student.optimizer.get_grad_norm())
     gather_gradients(student)
@@ -181,6 +185,11 @@ def first_step(
     write_as_model(student, written, world)
     exchange = teacher.exchange
     return Answer(sums, norm, gradient, float(padding.abs().sum()), own, separate, exchange.bytes_sent, exchange.bytes_kept, hidden, projections)
+
+
+def other_names(distill: Distill) -> list[str]:
+    """Of the losses beside KL and cross-entropy that are asked for."""
+    return sorted({*distill.loss, *(["forward_kl_top_k"] if distill.top_k else [])} - {"forward_kl", "cross_entropy"})
 
 
 def projections_of(student: Student) -> list[tuple[str, Any]]:
@@ -218,11 +227,12 @@ def write_as_model(student: Student, folder: Path, world: World) -> None:
 def run_first_step(pool: Pool, parallel: Parallel, pair: Pair, distill: Distill, written: Path, run: Callable[..., Answer] = first_step) -> FirstStep:
     """run: what each process does, with first_step's first arguments."""
     answers = pool.run(run, parallel, pair, distill, written, processes=parallel.processes)
-    kl, ce, tokens = sum(answer.sums for answer in answers).tolist()
+    kl, ce, tokens, *others = sum(answer.sums for answer in answers).tolist()
     assert [answer.padding for answer in answers] == [0.0] * parallel.processes
     hidden = (sum(answer.hidden for answer in answers) / tokens).tolist()
     projections = {name: gradient for answer in answers for name, gradient in answer.projections}
-    return FirstStep(kl / tokens, ce / tokens, int(tokens), answers[-1].norm, read_all(written, pair.student), hidden, projections, answers)
+    named = {name: value / tokens for name, value in zip(other_names(distill), others, strict=True)}
+    return FirstStep(kl / tokens, ce / tokens, int(tokens), answers[-1].norm, read_all(written, pair.student), hidden, projections, answers, named)
 
 
 def plain_first_step(pair: Pair, distill: Distill) -> FirstStep:
@@ -236,11 +246,29 @@ def plain_first_step(pair: Pair, distill: Distill) -> FirstStep:
     hidden = [hidden_loss(student, teacher, term, projections[term.projection], distill.hidden.kind, weights) / count for term in terms]
     ce = cross_entropy(student, tokens[:, :-1], tokens[:, 1:], weights) / count
     alpha = float(distill.hidden.weight) if distill.hidden else 0.0
-    (distill.loss.get("forward_kl", 0) * kl + distill.loss.get("cross_entropy", 0) * ce + alpha * sum(hidden)).backward()
+    others = plain_objective(student, teacher, distill, tokens, weights, count)
+    known = {"forward_kl": kl, "cross_entropy": ce, **others}
+    if distill.top_k:
+        known["forward_kl"] = others["forward_kl_top_k"]
+    objective = sum(weight * known[name] for name, weight in distill.loss.items())
+    (objective + alpha * sum(hidden)).backward()
     gradients = {name: weight.grad for name, weight in student.weights.items() if weight.grad is not None}
     of_projections = {name: weight.grad for name, weight in projections.items() if weight.grad is not None}
     norm = float(torch.stack([gradient.square().sum() for gradient in [*gradients.values(), *of_projections.values()]]).sum().sqrt())
-    return FirstStep(kl.item(), ce.item(), int(count), norm, gradients, [item.item() for item in hidden], of_projections)
+    named = {name: value.item() for name, value in others.items()}
+    return FirstStep(kl.item(), ce.item(), int(count), norm, gradients, [item.item() for item in hidden], of_projections, others=named)
+
+
+def plain_objective(
+    student: PlainModel, teacher: PlainModel, distill: Distill, tokens_BS: Tensor, weights_BS: Tensor, count: Tensor
+) -> dict[str, Tensor]:
+    """Means of the other losses."""
+    if not other_names(distill):
+        return {}
+    with torch.no_grad():
+        teacher_NV = teacher.logits(tokens_BS[:, :-1]).flatten(0, 1)
+    losses = token_losses(student.logits(tokens_BS[:, :-1]).flatten(0, 1), teacher_NV, distill.temperature, distill.top_k)
+    return {name: (losses[name] * weights_BS.flatten()).sum() / count for name in other_names(distill)}
 
 
 def plain_terms(settings: HiddenLoss | None) -> list[Term]:

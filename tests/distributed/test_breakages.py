@@ -20,14 +20,15 @@ from torch.nn import functional as F
 from minitron_megatron.config.distill import Distill, HiddenLoss
 from minitron_megatron.config.parallel import Parallel
 from minitron_megatron.config.schema import Recipe
-from minitron_megatron.distill import output_layer
 from minitron_megatron.distill.hidden import training as hidden_training
 from minitron_megatron.importance import stage as importance_stage
 from minitron_megatron.importance.accumulate import BlockSums, aggregate_tokens
 from minitron_megatron.importance.reduce import SEQUENCE_SHARDED
-from minitron_megatron.model import divergence, modules
+from minitron_megatron.model import modules
 from minitron_megatron.parallel.world import World
 from minitron_megatron.scores.statistics import Key, Statistics
+from minitron_megatron.training import output_layer
+from minitron_megatron.training.losses import chunk
 
 from .conftest import Record
 from .first_step import Answer, FirstStep, Pair, first_step, plain_first_step, run_first_step, settings
@@ -45,7 +46,7 @@ WITH_HIDDEN = settings(hidden=HiddenLoss(pairs=[(2, 1), (5, 4)], weight=0.37))
 @contextmanager
 def a_missing_reduction() -> Iterator[None]:
     """The loss sees this tensor rank's part of the vocabulary alone."""
-    with mock.patch.object(divergence, "gather_first", lambda x, group: x[None]):
+    with mock.patch.object(chunk, "gather_first", lambda x, group: x[None]):
         yield
 
 
@@ -109,8 +110,8 @@ class Mistake:
 
 
 MISTAKES = [
-    Mistake("a missing reduction: model/divergence.py gathers nothing", a_missing_reduction, TP2),
-    Mistake("a wrong group: distill/output_layer.py, data for tensor ranks", a_wrong_group, Parallel(tensor=2, data=2)),
+    Mistake("a missing reduction: training/losses/chunk.py gathers nothing", a_missing_reduction, TP2),
+    Mistake("a wrong group: training/output_layer.py, data for tensor ranks", a_wrong_group, Parallel(tensor=2, data=2)),
     Mistake("a swapped head layout: model/modules.py, keys tiled over heads", a_swapped_head_layout, ONE),
     Mistake("a stage's α: distill/hidden/training.py, the first stage's is 1", a_stages_alpha, PP2, WITH_HIDDEN),
 ]

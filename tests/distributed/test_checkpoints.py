@@ -13,12 +13,12 @@ from minitron_megatron.checkpoint.sharded import load_model, model_state, save_s
 from minitron_megatron.checkpoint.torch_dist import MegatronSource, TorchDistReader, weights_digest
 from minitron_megatron.config.parallel import Parallel
 from minitron_megatron.data.batches import Batch, collate
-from minitron_megatron.distill.output_layer import DistillationOutputLayer
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.run import forward_only
 from minitron_megatron.model.sequence import whole_sequence
 from minitron_megatron.parallel.layout import global_layout
 from minitron_megatron.parallel.world import World
+from minitron_megatron.training.output_layer import DistillationOutputLayer
 
 from .conftest import Record
 from .plain_model import PlainModel

@@ -18,10 +18,10 @@ from minitron_megatron.checkpoint.torch_dist import MegatronSource, TorchDistRea
 from minitron_megatron.config.distill import Wandb
 from minitron_megatron.config.parallel import Parallel, TeacherParallel
 from minitron_megatron.config.schema import Recipe
-from minitron_megatron.distill import output_layer
-from minitron_megatron.distill.loop import Distillation
-from minitron_megatron.distill.training_checkpoint import Progress, TrainingCheckpoints, saved_steps
 from minitron_megatron.parallel.world import World
+from minitron_megatron.training import output_layer
+from minitron_megatron.training.loop import TrainingLoop
+from minitron_megatron.training.training_checkpoint import Progress, TrainingCheckpoints, saved_steps
 
 from .conftest import Identical, Record
 from .house import SOURCE, STEPS, TARGET, copy_of, publish_stage, recipe_for
@@ -59,14 +59,14 @@ def distill_until(world: World, recipe: Recipe, finished: int) -> None:
     """Runs the stage and stops it on every process when so many steps are behind it, with their log lines and checkpoints."""
 
     def make(take_step: Any) -> Any:
-        def stopping(self: Distillation, step: int) -> dict[str, Any]:
+        def stopping(self: TrainingLoop, step: int) -> dict[str, Any]:
             if step == finished:
                 raise Interrupted
             return take_step(self, step)
 
         return stopping
 
-    with changed(Distillation, "_step", make), pytest.raises(Interrupted):
+    with changed(TrainingLoop, "_step", make), pytest.raises(Interrupted):
         publish_stage(world, "distill", recipe)
 
 
@@ -89,9 +89,10 @@ def distill_watching_the_teacher(world: World, recipe: Recipe) -> Seen:
     found: list[Seen] = []
 
     def make(run: Any) -> Any:
-        def watched(self: Distillation, *arguments: Any) -> Any:
-            weight = self.teacher.output_weight_vE
-            teacher = [*self.teacher.model.parameters(), *([] if weight is None else [weight])]
+        def watched(self: TrainingLoop, *arguments: Any) -> Any:
+            [frozen] = self.teachers.members
+            weight = frozen.output_weight_vE
+            teacher = [*frozen.model.parameters(), *([] if weight is None else [weight])]
             before = [parameter.clone() for parameter in teacher]
             last = run(self, *arguments)
             student = {parameter.data_ptr() for parameter in self.student.model.parameters()}
@@ -108,7 +109,7 @@ def distill_watching_the_teacher(world: World, recipe: Recipe) -> Seen:
 
         return watched
 
-    with changed(Distillation, "run", make):
+    with changed(TrainingLoop, "run", make):
         publish_stage(world, "distill", recipe)
     return found[0]
 

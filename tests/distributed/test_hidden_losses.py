@@ -18,17 +18,17 @@ from minitron_megatron.checkpoint.sharded import load_model, model_state, save_s
 from minitron_megatron.config.distill import Distill, HiddenLoss, LearningRate, Training
 from minitron_megatron.config.parallel import Parallel, TeacherParallel
 from minitron_megatron.data.batches import collate, of_data_rank
-from minitron_megatron.distill import optimizer
 from minitron_megatron.distill.hidden.map import StateName
 from minitron_megatron.distill.hidden.projection import without_projections
 from minitron_megatron.distill.hidden.states import StateCapture
-from minitron_megatron.distill.student import Student
-from minitron_megatron.distill.training_checkpoint import Progress, TrainingCheckpoints
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.run import forward_only
 from minitron_megatron.parallel.layout import global_layout
 from minitron_megatron.parallel.split import distillation_work, split_layers
 from minitron_megatron.parallel.world import World
+from minitron_megatron.training import optimizer
+from minitron_megatron.training.student import Student
+from minitron_megatron.training.training_checkpoint import Progress, TrainingCheckpoints
 
 from .conftest import Record
 from .first_step import (

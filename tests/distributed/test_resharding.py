@@ -19,9 +19,9 @@ from torch import Tensor
 from minitron_megatron.artifact import find_artifact
 from minitron_megatron.config.distill import Training
 from minitron_megatron.config.parallel import Parallel
-from minitron_megatron.distill.training_checkpoint import TrainingCheckpoints, saved_steps
 from minitron_megatron.errors import TrainingError
 from minitron_megatron.parallel.world import World
+from minitron_megatron.training.training_checkpoint import TrainingCheckpoints, saved_steps
 
 from .conftest import Identical, Record
 from .house import copy_of, publish_stage, recipe_for

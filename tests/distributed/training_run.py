@@ -17,18 +17,18 @@ from minitron_megatron.checkpoint.sharded import chunk_state, load_model
 from minitron_megatron.checkpoint.torch_dist import MegatronSource
 from minitron_megatron.config.distill import Distill, LearningRate, Training
 from minitron_megatron.config.parallel import Parallel
-from minitron_megatron.distill.loop import Distillation
-from minitron_megatron.distill.optimizer import whole_parameters
-from minitron_megatron.distill.output_layer import DistillationOutputLayer
-from minitron_megatron.distill.stage import settle_teacher
-from minitron_megatron.distill.student import Student, learning_rate_schedule, make_student
 from minitron_megatron.distill.teacher import load_teacher
-from minitron_megatron.distill.training_checkpoint import Progress, TrainingCheckpoints
+from minitron_megatron.distill.teachers import Teachers, settle_teacher
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.gpt import HiddenStateGPT
 from minitron_megatron.parallel.layout import Layout, global_layout, teacher_layout
 from minitron_megatron.parallel.split import distillation_work
 from minitron_megatron.parallel.world import World
+from minitron_megatron.training.loop import TrainingLoop
+from minitron_megatron.training.optimizer import whole_parameters
+from minitron_megatron.training.output_layer import DistillationOutputLayer
+from minitron_megatron.training.student import Student, learning_rate_schedule, make_student
+from minitron_megatron.training.training_checkpoint import Progress, TrainingCheckpoints
 
 from .tiny import RandomSamples, teacher_of
 
@@ -115,7 +115,7 @@ def train(world: World, job: Job) -> Seen:
     load_model(model, job.weights / "student")
     student = make_student(model, job.settings(), job.training)
     checkpoints = TrainingCheckpoints(job.folder / "training", world, keep=9, asynchronous=job.training.asynchronous_checkpoints)
-    distillation = Distillation(job.settings(), layout, world, teacher, student, samples, samples)
+    distillation = TrainingLoop("distill", job.settings(), layout, world, Teachers([teacher]), student, samples, samples)
     distillation.progress = checkpoints.load(student)
     first = distillation.progress.step
     state = named_state(layout, student) if first else {}

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minitron_megatron.distill.kd_loss import GradientBuffer, LossSettings, TeacherTarget, fused_distillation_loss
+from minitron_megatron.training.kd_loss import GradientBuffer, fused_distillation_loss
+from minitron_megatron.training.losses.settings import LossSettings
+from minitron_megatron.training.losses.target import TokenLabels, WeightedTarget
 
 N, ROWS, PADDED, D, E = 23, 131, 136, 16, 24
-LOSSES = {"kl": (1.0, 0.0), "ce": (0.0, 1.0), "both": (0.7, 0.4)}
+LOSSES = {"kl": {"forward_kl": 1.0}, "ce": {"cross_entropy": 1.0}, "both": {"forward_kl": 0.7, "cross_entropy": 0.4}}
 
 
 @dataclass
@@ -26,22 +28,27 @@ class Case:
 
     hidden: Tensor
     weight: Tensor
-    target: TeacherTarget
+    labels: TokenLabels
+    target: WeightedTarget
     settings: LossSettings
     group: Any
 
     def loss(self, buffer: GradientBuffer | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        return fused_distillation_loss(self.hidden, self.weight, self.target, self.settings, rows=ROWS, group=self.group, buffer=buffer)
+        targets = [self.target]
+        total, sums = fused_distillation_loss(
+            self.hidden, self.weight, self.labels, targets, self.settings, rows=ROWS, group=self.group, buffer=buffer
+        )
+        return total, sums["forward_kl"], sums["cross_entropy"]
 
     def plain(self) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, KL, cross-entropy) from whole logits in fp32, the padded rows left out; differentiable."""
         student = self.hidden.float() @ self.weight[:ROWS].float().t()
         teacher = self.target.hidden_NE.float() @ self.target.weight_vE[:ROWS].float().t()
-        t, weights = self.settings.temperature, self.target.token_weights_N
+        t, weights = self.settings.temperature, self.labels.token_weights_N
         divergence = F.kl_div((student / t).log_softmax(-1), (teacher / t).log_softmax(-1), reduction="none", log_target=True).sum(-1)
         kl = t * t * (divergence * weights).sum()
-        cross_entropy = (F.cross_entropy(student, self.target.labels_N, reduction="none") * weights).sum()
-        return self.settings.forward_kl * kl + self.settings.cross_entropy * cross_entropy, kl, cross_entropy
+        cross_entropy = (F.cross_entropy(student, self.labels.labels_N, reduction="none") * weights).sum()
+        return self.settings.total({"forward_kl": kl, "cross_entropy": cross_entropy}), kl, cross_entropy
 
     def plain_gradients(self) -> tuple[Tensor, Tensor]:
         return torch.autograd.grad(self.plain()[0], (self.hidden, self.weight))
@@ -61,7 +68,8 @@ def case(layout: Any) -> Case:
     return Case(
         hidden=draw(N, D).requires_grad_(),
         weight=draw(PADDED, D).mul_(0.5).requires_grad_(),
-        target=TeacherTarget(draw(N, E), draw(PADDED, E) * 0.5, labels, token_weights),
+        labels=TokenLabels(labels, token_weights),
+        target=WeightedTarget(draw(N, E), draw(PADDED, E) * 0.5),
         settings=LossSettings(chunk_tokens=5),  # 23 = 4 × 5 + 3
         group=layout.groups.tp,
     )
@@ -70,8 +78,7 @@ def case(layout: Any) -> Case:
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("losses", LOSSES)
 def test_value_and_gradients_are_those_of_plain_torch(losses: str, temperature: float, case: Case) -> None:
-    kl_weight, ce_weight = LOSSES[losses]
-    case.settings = replace(case.settings, forward_kl=kl_weight, cross_entropy=ce_weight, temperature=temperature)
+    case.settings = replace(case.settings, weights=LOSSES[losses], temperature=temperature)
     total, kl, cross_entropy = case.loss()
     for actual, expected in zip((total, kl, cross_entropy), case.plain(), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-5)  # fp32 sums of 131 × 23 terms, other order
@@ -84,7 +91,7 @@ def test_value_and_gradients_are_those_of_plain_torch(losses: str, temperature: 
 
 def test_gradients_are_those_of_finite_differences(case: Case) -> None:
     """A second reference that shares no formula: the loss itself, a step to each side in fp64 of the plain one."""
-    case.settings = replace(case.settings, forward_kl=0.7, cross_entropy=0.4, temperature=2.0)
+    case.settings = replace(case.settings, weights=LOSSES["both"], temperature=2.0)
     direction = torch.randn(N, D, generator=torch.Generator().manual_seed(3))
     case.loss()[0].backward()
     assert case.hidden.grad is not None
@@ -99,7 +106,7 @@ def test_gradients_are_those_of_finite_differences(case: Case) -> None:
 
 @pytest.mark.parametrize("chunk_tokens", [1, 4, 22, 23, 24, 1000])
 def test_the_size_of_a_chunk_changes_nothing(chunk_tokens: int, case: Case) -> None:
-    case.settings = replace(case.settings, cross_entropy=0.5, chunk_tokens=chunk_tokens)
+    case.settings = replace(case.settings, weights=LOSSES["both"], chunk_tokens=chunk_tokens)
     total, expected = case.loss()[0], case.plain()[0]
     torch.testing.assert_close(total, expected, rtol=1e-6, atol=1e-5)
     gradients = torch.autograd.grad(total, (case.hidden, case.weight))
@@ -108,8 +115,8 @@ def test_the_size_of_a_chunk_changes_nothing(chunk_tokens: int, case: Case) -> N
 
 
 def test_tokens_of_weight_zero_change_neither_loss_nor_gradients(case: Case) -> None:
-    case.settings = replace(case.settings, cross_entropy=1.0)
-    silent = case.target.token_weights_N == 0
+    case.settings = replace(case.settings, weights=LOSSES["both"])
+    silent = case.labels.token_weights_N == 0
     total = case.loss()[0]
     hidden_grad, weight_grad = torch.autograd.grad(total, (case.hidden, case.weight))
     assert silent.sum() == 3
@@ -146,7 +153,7 @@ def test_large_logits_do_not_overflow(case: Case) -> None:
     with torch.no_grad():
         case.hidden *= 60
         case.target.hidden_NE.mul_(60)
-    case.settings = replace(case.settings, cross_entropy=1.0)
+    case.settings = replace(case.settings, weights=LOSSES["both"])
     total, expected = case.loss()[0], case.plain()[0]
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=0)  # values of several thousand
     for gradient in torch.autograd.grad(total, (case.hidden, case.weight)):
@@ -155,7 +162,7 @@ def test_large_logits_do_not_overflow(case: Case) -> None:
 
 def test_bf16_is_within_a_hundredth_of_fp32(case: Case) -> None:
     """The same bf16 inputs; the reference multiplies them in fp32."""
-    case.settings = replace(case.settings, cross_entropy=0.5)
+    case.settings = replace(case.settings, weights=LOSSES["both"])
     case.hidden = case.hidden.detach().bfloat16().requires_grad_()
     case.weight = case.weight.detach().bfloat16().requires_grad_()
     case.target = replace(case.target, hidden_NE=case.target.hidden_NE.bfloat16(), weight_vE=case.target.weight_vE.bfloat16())
@@ -179,7 +186,6 @@ def test_backward_scales_with_the_gradient_that_comes_in(case: Case) -> None:
 
 
 def test_the_loss_may_be_divided_in_place_without_touching_what_is_logged(case: Case) -> None:
-    case.settings = replace(case.settings, cross_entropy=0.0)
     total, kl, cross_entropy = case.loss()
     before = (kl.clone(), cross_entropy.clone())
     total /= 7  # megatron's schedule does this
@@ -280,7 +286,8 @@ def test_a_frozen_weight_still_lets_the_hidden_states_learn(case: Case) -> None:
 
 def test_a_micro_batch_without_tokens_has_loss_zero(case: Case) -> None:
     case.hidden = torch.zeros(0, D, requires_grad=True)
-    case.target = TeacherTarget(torch.zeros(0, E), case.target.weight_vE, torch.zeros(0, dtype=torch.long), torch.zeros(0))
+    case.target = WeightedTarget(torch.zeros(0, E), case.target.weight_vE)
+    case.labels = TokenLabels(torch.zeros(0, dtype=torch.long), torch.zeros(0))
     total = case.loss()[0]
     total.backward()
     assert total.item() == 0 and case.weight.grad is not None and case.weight.grad.abs().max() == 0

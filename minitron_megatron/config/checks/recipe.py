@@ -5,6 +5,7 @@ from __future__ import annotations
 from minitron_megatron.arch.architecture import Architecture, nearest_multiples
 from minitron_megatron.config.checks.criteria import criteria_problems
 from minitron_megatron.config.checks.layout import layout_problems, list_problems, shape_problems, teacher_problems
+from minitron_megatron.config.checks.losses import vocabulary_problems
 from minitron_megatron.config.checks.target import target_architecture
 from minitron_megatron.config.checks.training import batch_problems, hidden_problems, training_problems
 from minitron_megatron.config.schema import Recipe
@@ -28,7 +29,7 @@ def check_recipe(recipe: Recipe, source: Architecture) -> Architecture:
     problems += list_problems("parallel", stages, rule, {source.layers, target.layers})
     problems += shape_problems(recipe) + teacher_problems(recipe, source)
     problems += _length_problems(recipe, source)
-    problems += batch_problems(recipe)
+    problems += batch_problems(recipe) + vocabulary_problems(recipe.distill, source)
     if recipe.prune.scores_file and recipe.prune.scores != "activation":
         problems.append(f"prune.scores_file holds activation scores, but prune.scores={recipe.prune.scores}; leave one of them out")
     problems += criteria_problems(recipe.prune, source)

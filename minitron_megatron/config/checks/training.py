@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from minitron_megatron.arch.architecture import Architecture, nearest_multiples
+from minitron_megatron.config.checks.losses import loss_problems
 from minitron_megatron.config.distill import Training
 from minitron_megatron.config.schema import Recipe
 
@@ -20,9 +21,7 @@ def batch_problems(recipe: Recipe) -> list[str]:
         problems.append(f"distill.learning_rate.warmup_steps={distill.learning_rate.warmup_steps} must be less than distill.steps={distill.steps}")
     if distill.learning_rate.minimum > distill.learning_rate.peak:
         problems.append("distill.learning_rate.minimum is above its peak")
-    if not any(distill.loss.values()) or any(weight < 0 for weight in distill.loss.values()):
-        problems.append(f"distill.loss={dict(distill.loss)} needs weights ≥ 0 and one above 0")
-    return problems
+    return problems + loss_problems(distill)
 
 
 def hidden_problems(recipe: Recipe, source: Architecture, target: Architecture) -> list[str]:
@@ -30,6 +29,7 @@ def hidden_problems(recipe: Recipe, source: Architecture, target: Architecture) 
     if hidden is None:
         return []
     problems = []
+    against_teacher = [name for name, weight in recipe.distill.loss.items() if name != "cross_entropy" and weight]
     if isinstance(hidden.pairs, list):
         problems += _pair_problems(hidden.pairs, source.layers, target.layers)
         if not hidden.pairs and not hidden.embeddings:
@@ -40,8 +40,11 @@ def hidden_problems(recipe: Recipe, source: Architecture, target: Architecture) 
         problems.append("distill.hidden.pairs=proportional needs 2 layers, the pruned model has 1; give pairs such as [[0, 0]]")
     elif hidden.pairs == "kept" and target.layers == source.layers:
         problems.append("distill.hidden.pairs=kept needs dropped layers, and no layer is pruned; use last_minus_2 or give pairs")
-    if hidden.weight == "dynamic" and not recipe.distill.loss.get("forward_kl"):
-        problems.append("distill.hidden.weight=dynamic follows forward_kl, which distill.loss lacks; give a number as weight, or add forward_kl")
+    if hidden.weight == "dynamic" and not against_teacher:
+        problems.append(
+            "distill.hidden.weight=dynamic follows the losses against the teacher's logits, of which distill.loss has none; "
+            "give a number as weight, or add forward_kl"
+        )
     return problems
 
 

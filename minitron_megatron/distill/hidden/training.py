@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from minitron_megatron.config.distill import HiddenLoss
 from minitron_megatron.data.batches import Batch
-from minitron_megatron.distill.hidden.balance import LossBalance
 from minitron_megatron.distill.hidden.loss import HiddenLosses
 from minitron_megatron.distill.hidden.map import Term, hidden_terms, layer_pairs, projection_holders, stage_of
 from minitron_megatron.distill.hidden.projection import add_projections, shared_projection_group, sum_shared_projection_grads
 from minitron_megatron.distill.teacher import TeacherStates, Wanted
 from minitron_megatron.model.gpt import StageModel
+from minitron_megatron.training.balance import LossBalance
 
 
 @dataclass

@@ -85,6 +85,19 @@ CASES = {
     "distill.learning_rate.minimum=1e-3": ["distill.learning_rate.minimum is above its peak"],
     "distill.loss={forward_kl: 0}": ["distill.loss={'forward_kl': 0.0} needs weights ≥ 0 and one above 0"],
     "distill.loss={forward_kl: 1, cross_entropy: -1}": ["distill.loss={'forward_kl': 1.0, 'cross_entropy': -1.0} needs weights ≥ 0 and one above 0"],
+    "distill.loss={mse: {from: 0, to: 0}}": ["distill.loss={'mse': {'from': 0.0, 'to': 0.0, 'kind': 'cosine'}} needs weights ≥ 0 and one above 0"],
+    "distill.loss={cross_entropy: dynamic, forward_kl: 1}": [
+        "distill.loss.cross_entropy=dynamic follows the first loss and is the first itself; put one with a number ahead of it"
+    ],
+    "distill.loss={mse: 0, cross_entropy: dynamic, forward_kl: 1}": [
+        "distill.loss: dynamic weights follow the first loss, mse, whose weight is 0; put one that is trained on ahead of it"
+    ],
+    "distill={top_k: 5, loss: {mse: 1, cosine: 1}}": [
+        "distill.top_k is of forward_kl, which distill.loss lacks; add forward_kl, or leave top_k out",
+        "distill.top_k knows the teacher outside its 5 likeliest tokens as one class only, and mse, cosine needs it token by token; "
+        "leave out one of the two",
+    ],
+    "distill.top_k=131": ["distill.top_k=131 leaves no tail of the source model's 131 tokens; give less, or leave it out"],
 }
 
 
@@ -120,7 +133,8 @@ def test_a_rule_for_pairs_needs_the_layers_it_speaks_of(rule: str, problems: Cal
 def test_a_dynamic_weight_needs_the_loss_that_it_follows(problems: Callable[..., list[str]], recipe_file: Recipes) -> None:
     without = ["distill.loss={cross_entropy: 1}", "distill.hidden.embeddings=true"]
     assert problems(*without) == [
-        "distill.hidden.weight=dynamic follows forward_kl, which distill.loss lacks; give a number as weight, or add forward_kl"
+        "distill.hidden.weight=dynamic follows the losses against the teacher's logits, of which distill.loss has none; "
+        "give a number as weight, or add forward_kl"
     ]
     check_recipe(load_recipe(recipe_file(), [*without, "distill.hidden.weight=0.5"]), MODEL)
 

@@ -50,6 +50,8 @@ def test_missing_keys_are_named_with_what_they_are(recipe_file: Recipes) -> None
     (steps,) = problems(recipe_file(distill=None), "distill.sequence_length=32")
     assert "distill.steps is missing" in steps
     (path,) = problems(recipe_file(model=None), "model.hf_config=x")
+    (end,) = problems(recipe_file(), "distill.loss={mse: {from: 1}}")
+    assert "distill.loss.mse.to is missing; weight after the schedule's steps" in end
     assert "model.path is missing; folder with config.json, safetensors and tokenizer" in path
 
 
@@ -64,7 +66,12 @@ def test_missing_keys_are_named_with_what_they_are(recipe_file: Recipes) -> None
         ("distill.temperature=.nan", "distill.temperature"),
         ("distill.loss={forward_kl: .nan}", "distill.loss.forward_kl"),
         ("distill.loss={kl: 1}", "distill.loss.kl"),
-        ("distill.loss=mse", "distill.loss.mse"),
+        ("distill.loss=hinge", "distill.loss.hinge"),
+        ("distill.loss={mse: adaptive}", "distill.loss.mse"),
+        ("distill.loss={mse: {from: 1, to: -1}}", "distill.loss.mse.to"),
+        ("distill.loss={mse: {from: 1, to: yes}}", "distill.loss.mse.to"),
+        ("distill.loss={mse: [1, 2]}", "distill.loss.mse"),
+        ("distill.top_k=0", "distill.top_k"),
         ("distill.adam.beta2=1", "distill.adam.beta2"),
         ("evaluate.tokens=0", "evaluate.tokens"),
         ("evaluate.tokens=some", "evaluate.tokens"),
@@ -103,6 +110,8 @@ def test_a_wrong_value_is_one_problem_that_names_its_key(override: str, key: str
         ("prune.aggregations.kv_groups.batch=l2", "prune.aggregations.kv_groups: unknown key 'kv_groups'; known keys: channels, experts, ffn, heads"),
         ("paralel.tensor=2", "paralel: unknown section 'paralel'; did you mean 'parallel'?"),
         ("zzz=1", "unknown section 'zzz'; known keys: data, distill, evaluate"),
+        ("distill.loss={mse: {from: 1, to: 0, stesp: 3}}", "distill.loss.mse.stesp: unknown key 'stesp'; did you mean 'steps'?"),
+        ("distill.loss={mse: {from: 1, to: 0, until: 3}}", "unknown key 'until'; known keys: from, kind, steps, to"),
         ("distill.wandb={project: a, mod: offline}", "distill.wandb.mod: unknown key 'mod'; did you mean 'mode'?"),
     ],
 )
@@ -117,6 +126,7 @@ def test_unknown_keys_get_the_nearest_known_one(override: str, mend: str, recipe
         ("distill.loss=cross_entropy", ("distill", "loss"), {"cross_entropy": 1.0}),
         ("distill.loss={forward_kl: 0.5, cross_entropy: 2}", ("distill", "loss"), {"forward_kl": 0.5, "cross_entropy": 2.0}),
         ("distill.loss={cross_entropy: 2}", ("distill", "loss"), {"cross_entropy": 2.0}),
+        ("distill.loss={cosine: dynamic}", ("distill", "loss"), {"cosine": "dynamic"}),
         ("distill.loss.cross_entropy=2", ("distill", "loss"), {"forward_kl": 1.0, "cross_entropy": 2.0}),
         ("distill.learning_rate.peak=1e-4", ("distill", "learning_rate", "peak"), 1e-4),
         ("distill.learning_rate.minimum=4.5e-7", ("distill", "learning_rate", "minimum"), 4.5e-7),
@@ -136,6 +146,15 @@ def test_overrides_replace_the_recipes_values_with_yaml_types(override: str, pla
         found = getattr(found, part)
     assert found == value
     assert type(found) is type(value)
+
+
+def test_a_schedule_of_a_weight_is_written_as_it_is_read(recipe_file: Recipes) -> None:
+    """`minitron show` prints recipes that can be used, and an artifact's identity is made of what it prints."""
+    override = "distill.loss={forward_kl: 1, cross_entropy: {from: 0.5, to: 0, steps: 20}}"
+    loss = load_recipe(recipe_file(), [override]).distill.loss
+    shown = {"forward_kl": 1.0, "cross_entropy": {"from": 0.5, "to": 0.0, "kind": "cosine", "steps": 20}}
+    assert load_recipe(recipe_file(), [override]).distill.shaping()["loss"] == shown
+    assert load_recipe(recipe_file(distill={"steps": 100, "loss": shown})).distill.loss == loss
 
 
 def test_the_last_of_two_overrides_wins_and_others_stay(recipe_file: Recipes) -> None:

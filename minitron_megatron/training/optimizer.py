@@ -12,13 +12,13 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-from minitron_megatron.config.distill import Distill, Training
+from minitron_megatron.config.distill import Training, TrainingRun
 from minitron_megatron.errors import PlatformError
 from minitron_megatron.model.gpt import HiddenStateGPT
 
 
 def make_optimizer(
-    chunks: Sequence[HiddenStateGPT], settings: Distill, training: Training, *, finalize: Callable[..., None] = finalize_model_grads
+    chunks: Sequence[HiddenStateGPT], settings: TrainingRun, training: Training, *, finalize: Callable[..., None] = finalize_model_grads
 ) -> tuple[list[DistributedDataParallel], MegatronOptimizer]:
     """Wraps the chunks of this process's stage; parameters of bf16 models have an fp32 main copy, gradients are fp32.
 
@@ -86,7 +86,7 @@ def _require_loadable_state() -> None:
         )
 
 
-def _optimizer_config(settings: Distill, bf16: bool, ddp: DistributedDataParallelConfig) -> OptimizerConfig:
+def _optimizer_config(settings: TrainingRun, bf16: bool, ddp: DistributedDataParallelConfig) -> OptimizerConfig:
     adam = settings.adam
     return OptimizerConfig(
         optimizer="adam",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minitron_megatron.distill.hidden.balance import LossBalance
+from minitron_megatron.training.balance import LossBalance
 
 
 def value(number: float) -> Tensor:

@@ -24,13 +24,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from minitron_megatron.artifact import write_json
 from minitron_megatron.checkpoint.sharded import model_state, set_model_state
-from minitron_megatron.distill.optimizer import whole_parameters
-from minitron_megatron.distill.optimizer_state import OptimizerState
-from minitron_megatron.distill.student import Student
 from minitron_megatron.errors import TrainingError
 from minitron_megatron.parallel.world import World
 from minitron_megatron.platform import versions
 from minitron_megatron.platform.lifetime import run_ending_with_parent
+from minitron_megatron.training.optimizer import whole_parameters
+from minitron_megatron.training.optimizer_state import OptimizerState
+from minitron_megatron.training.student import Student
 
 PROGRESS = "progress.json"
 
@@ -46,6 +46,8 @@ class Progress:
     """What may change between two starts: from which step on it was what."""
     extra: dict[str, Tensor] = field(default_factory=dict)
     """Small tensors of other parts, equal on every process."""
+    teacher: str = ""
+    """Id of the artifact that teaches from here on, where it changes in the course of a run."""
 
     def started_with(self, **values: Any) -> Progress:
         """The same point of the run, with what holds from here on written down where it is new."""
@@ -54,7 +56,8 @@ class Progress:
         return replace(self, starts=(*before, {"step": self.step, **values}) if changed else before)
 
     def to_json(self) -> dict[str, Any]:
-        return {"step": self.step, "samples": self.samples, "starts": list(self.starts)}
+        teacher = {"teacher": self.teacher} if self.teacher else {}
+        return {"step": self.step, "samples": self.samples, "starts": list(self.starts), **teacher}
 
 
 class TrainingCheckpoints:
@@ -88,7 +91,7 @@ class TrainingCheckpoints:
         shared_out = dist_checkpointing.load(optimizer.weights(), folder) if optimizer.has_weights else {}
         set_model_state(student.model, state["model"])
         optimizer.load({**state["optimizer"], **shared_out}, finished_steps=progress.step)
-        return Progress(progress.step, progress.samples, progress.starts, state.get("extra", {}))
+        return replace(progress, extra=state.get("extra", {}))
 
     def save(self, progress: Progress, student: Student) -> None:
         """Begins a checkpoint, once the one before is on disk; on disk itself when this returns unless asynchronous.
@@ -161,8 +164,17 @@ def newest_progress(folder: Path) -> Progress:
     steps = saved_steps(folder)
     if not steps:
         return Progress()
-    saved = json.loads((_step_folder(folder, steps[-1]) / PROGRESS).read_text())
-    return Progress(saved["step"], saved["samples"], tuple(saved["starts"]))
+    return _progress_of(_step_folder(folder, steps[-1]))
+
+
+def teachers_of_checkpoints(folder: Path) -> set[str]:
+    """Ids of the teachers that a run could continue with from any of its checkpoints."""
+    return {_progress_of(_step_folder(folder, step)).teacher for step in saved_steps(folder)} - {""}
+
+
+def _progress_of(folder: Path) -> Progress:
+    saved = json.loads((folder / PROGRESS).read_text())
+    return Progress(saved["step"], saved["samples"], tuple(saved["starts"]), teacher=saved.get("teacher", ""))
 
 
 def saved_steps(folder: Path) -> list[int]:

@@ -10,7 +10,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from minitron_megatron.config.distill import Wandb
 
-NOT_PLOTTED = ("step", "steps", "validation", "seconds")
+NOT_PLOTTED = ("step", "steps", "validation", "seconds", "teacher")
+SHORT = {"forward_kl_top_k": "top-k kl", "reverse_kl": "reverse kl", "jensen_shannon": "js", "mse": "mse", "cosine": "cosine"}
+"""Losses that are on the console where they are trained on; KL and cross-entropy always are."""
 
 
 class MetricsLog:
@@ -55,13 +57,14 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
-def console_line(record: dict[str, Any], remaining_seconds: float) -> str:
+def console_line(stage: str, record: dict[str, Any], remaining_seconds: float) -> str:
     """`distill 120/2000 6% | kl 0.412 | lm 2.31 | |g| 0.84 | lr 9.8e-5 | 41.2k tok/s | 62.1 GiB | eta 3h12m`"""
     step, steps = record["step"], record["steps"]
     fields = [
-        f"distill {step}/{steps} {100 * step // steps}%",
-        f"kl {record['forward_kl']:.3f}",
+        f"{stage} {step}/{steps} {100 * step // steps}%",
+        *([f"kl {record['forward_kl']:.3f}"] if "forward_kl" in record else []),
         f"lm {record['cross_entropy']:.2f}",
+        *(f"{short} {record[name]:.3f}" for name, short in SHORT.items() if name in record),
         *([f"hidden {record['hidden']:.3f}"] if "hidden" in record else []),
         f"|g| {record['gradient_norm']:.2f}",
         f"lr {record['learning_rate']:.1e}",
@@ -73,7 +76,8 @@ def console_line(record: dict[str, Any], remaining_seconds: float) -> str:
 
 
 def validation_line(step: int, values: dict[str, float]) -> str:
-    return f"validation at step {step} | kl {values['forward_kl']:.3f} | perplexity {values['perplexity']:.2f}"
+    kl = f"kl {values['forward_kl']:.3f} | " if "forward_kl" in values else ""
+    return f"validation at step {step} | {kl}perplexity {values['perplexity']:.2f}"
 
 
 def _short(value: float) -> str:

@@ -1,4 +1,4 @@
-"""The training loop: teacher's schedule, student's schedule, optimizer; no barrier between them."""
+"""The training loop of every stage that trains: teachers' schedules, student's schedule, optimizer; no barrier between them."""
 
 from __future__ import annotations
 
@@ -15,35 +15,36 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minitron_megatron.config.distill import Distill
+from minitron_megatron.config.distill import TrainingRun
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.data.batches import Batch, MicroBatches, TokenDataset, collate, micro_batches, of_data_rank
-from minitron_megatron.distill.hidden.training import HiddenTraining
-from minitron_megatron.distill.metrics import MetricsLog, console_line, validation_line
-from minitron_megatron.distill.optimizer import whole_parameters
-from minitron_megatron.distill.student import Student, learning_rate_schedule
-from minitron_megatron.distill.teacher import Teacher, TeacherStates
-from minitron_megatron.distill.training_checkpoint import Progress, TrainingCheckpoints
 from minitron_megatron.errors import TrainingError
 from minitron_megatron.model.run import forward_backward, forward_only
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.parallel.world import World
-
-Load = Callable[[tuple[int, ...]], Batch]
+from minitron_megatron.training.metrics import MetricsLog, console_line, validation_line
+from minitron_megatron.training.optimizer import whole_parameters
+from minitron_megatron.training.student import Student, learning_rate_schedule
+from minitron_megatron.training.sums import Sums
+from minitron_megatron.training.teachers import HiddenTraining, Load, Teachers, TeacherStates
+from minitron_megatron.training.training_checkpoint import Progress, TrainingCheckpoints
 
 
 @dataclass
-class Distillation:
-    """Everything one process holds during the run."""
+class TrainingLoop:
+    """Everything one process holds during the run; stage: the section of the recipe that asks for it."""
 
-    settings: Distill
+    stage: str
+    settings: TrainingRun
     layout: Layout
     world: World
-    teacher: Teacher
+    teachers: Teachers
     student: Student
     training: TokenDataset
     heldout: TokenDataset
     progress: Progress = field(default_factory=Progress)
+    saved: Callable[[Progress], None] | None = None
+    """Called on every process behind each checkpoint, with the student's weights whole."""
 
     def run(self, folder: Path, recipe: Recipe) -> dict[str, float]:
         """Trains to the last step from the newest checkpoint in the folder; returns the validation after it."""
@@ -52,8 +53,7 @@ class Distillation:
 
     def _train(self, checkpoints: TrainingCheckpoints, folder: Path, recipe: Recipe) -> dict[str, float]:
         self.progress = checkpoints.load(self.student).started_with(**self._changeable())
-        if self.student.hidden and self.progress.extra:
-            self.student.hidden.balance.load_state_dict(self.progress.extra)
+        self.student.load_balances(self.progress.extra)
         finished = self.progress.step
         log = self._open_log(folder, finished, recipe)
         schedule = learning_rate_schedule(self.student.optimizer, self.settings, finished)
@@ -70,51 +70,56 @@ class Distillation:
             self._log(log, record, seconds_a_step)
             checkpoints.poll()
             if self._is_due(step + 1, self.settings.save_every_steps):
-                extra = self.student.hidden.balance.state_dict() if self.student.hidden else {}
-                checkpoints.save(replace(self.progress, extra=extra), self.student)
+                self._save(checkpoints)
         if log:
             log.close()
         return last
 
     def validate(self) -> dict[str, float]:
-        """KL to the teacher and perplexity on held-out windows, equal on every process."""
+        """Losses and perplexity on held-out samples, equal on every process."""
         windows: MicroBatches = [(window,) for window in range(len(self.heldout))]
         load = self._loader(self.heldout)
-        teacher = self.teacher.states(windows, load)
+        teachers = self.teachers.states(windows, load)
         batches = [load(ids) for ids in of_data_rank(windows, self.layout.data_rank, self.layout.data)]
         with whole_parameters(self.student.wrapped):
-            logged = self._forward_only(teacher, batches)
-        kl, cross_entropy, tokens = self._over_processes(logged).tolist()
-        kl, cross_entropy = kl / tokens, cross_entropy / tokens
-        return {"forward_kl": kl, "cross_entropy": cross_entropy, "perplexity": math.exp(min(cross_entropy, 700))}
+            logged = self._forward_only(teachers, batches)
+        means = self._over_processes(logged).means()
+        return {**means, "perplexity": math.exp(min(means["cross_entropy"], 700))}
+
+    def _save(self, checkpoints: TrainingCheckpoints) -> None:
+        """The next step's teacher is settled first: a run that continues from here has the same."""
+        self.teachers.renew()
+        checkpoints.save(replace(self.progress, extra=self.student.balances(), teacher=self.teachers.identity), self.student)
+        if self.saved:
+            with whole_parameters(self.student.wrapped):
+                self.saved(self.progress)
 
     def _step(self, step: int) -> dict[str, Any]:
         """One optimizer step over the global batch; the record of it."""
         began, student, hidden = time.monotonic(), self.student, self.student.hidden
         load = self._loader(self.training)
         groups = micro_batches(self.progress.samples, global_batch=self.settings.global_batch, micro_batch=self.settings.micro_batch)
-        if hidden and not hidden.balance.is_set:
+        student.begin_step(step)
+        if not student.is_balanced:
             self._measure(hidden, groups, load)
+            student.begin_step(step)
         alpha = hidden.balance.alpha if hidden else None
         for chunk in student.wrapped:
             chunk.zero_grad_buffer()
         student.optimizer.zero_grad()
         sums = self._forward_backward(groups, load)
-        if hidden:
-            self._rebalance(hidden, sums)
+        student.rebalance(sums)
         rate = student.optimizer.param_groups[0]["lr"]
         _, gradient_norm, _ = student.optimizer.step()
-        kl, cross_entropy, tokens, *hidden_sums = sums.tolist()
-        kl, cross_entropy = kl / tokens, cross_entropy / tokens
-        losses = {"forward_kl": kl, "cross_entropy": cross_entropy}
-        loss = student.loss_settings.forward_kl * kl + student.loss_settings.cross_entropy * cross_entropy
+        losses = sums.means()
+        loss = student.weighted(losses)
         if alpha is not None:
-            losses |= {"hidden": sum(hidden_sums) / tokens, "alpha": float(alpha)}
+            losses["alpha"] = float(alpha)
             loss += losses["alpha"] * losses["hidden"]
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
             raise TrainingError(
-                f"distill: step {step + 1} has loss {loss} and gradient norm {float(gradient_norm)}; "
-                "lower distill.learning_rate.peak, or look at the pruned model's perplexity first"
+                f"{self.stage}: step {step + 1} has loss {loss} and gradient norm {float(gradient_norm)}; "
+                f"lower {self.stage}.learning_rate.peak, or look at the perplexity of the model that it began with"
             )
         self.progress = replace(self.progress, step=step + 1, samples=self.progress.samples + self.settings.global_batch)
         seconds = time.monotonic() - began
@@ -123,17 +128,19 @@ class Distillation:
             "steps": self.settings.steps,
             "loss": loss,
             **losses,
+            **student.moving_weights(),
             "gradient_norm": float(gradient_norm),
             "learning_rate": rate,
             "tokens_per_second": self.settings.global_batch * self.settings.sequence_length / seconds,
             "memory_gib": self.world.platform.peak_memory_bytes() / 2**30,
             "seconds": seconds,
+            **({"teacher": self.teachers.identity} if self.teachers.identity else {}),
         }
 
-    def _forward_backward(self, groups: MicroBatches, load: Load) -> Tensor:
-        """Teacher, then student; [3 + terms] the step's sums, see _over_processes."""
+    def _forward_backward(self, groups: MicroBatches, load: Load) -> Sums:
+        """Teachers, then student; the step's sums."""
         student, hidden = self.student, self.student.hidden
-        teacher = self.teacher.states(groups, load, hidden.wanted if hidden else ())
+        teacher = self.teachers.states(groups, load, hidden.wanted if hidden else ())
         batches = [load(ids) for ids in of_data_rank(groups, self.layout.data_rank, self.layout.data)]
         with hidden.training() if hidden else nullcontext():
             before = partial(hidden.expect, teacher) if hidden else None
@@ -149,25 +156,21 @@ class Distillation:
         model.train()
         return logged
 
-    def _measure(self, hidden: HiddenTraining, groups: MicroBatches, load: Load) -> None:
-        """The first α: forward only, over the whole global batch, because fewer samples would be others in another layout."""
-        teacher = self.teacher.states(groups, load, hidden.wanted)
+    def _measure(self, hidden: HiddenTraining | None, groups: MicroBatches, load: Load) -> None:
+        """The first weights that follow losses: forward only, over the whole global batch; fewer samples would be others in another layout."""
+        teacher = self.teachers.states(groups, load, hidden.wanted if hidden else ())
         batches = [load(ids) for ids in of_data_rank(groups, self.layout.data_rank, self.layout.data)]
         with whole_parameters(self.student.wrapped):
             logged = self._forward_only(teacher, batches, hidden)
-        self._rebalance(hidden, self._over_processes(logged, hidden))
-
-    def _rebalance(self, hidden: HiddenTraining, sums: Tensor) -> None:
-        """α of the next step; tensors only, so that nothing waits for the device."""
-        hidden.balance.update(self.student.loss_settings.forward_kl * sums[0], sums[3:].sum())
+        self.student.rebalance(self._over_processes(logged, hidden))
 
     def _loader(self, dataset: TokenDataset) -> Load:
         """Sample ids → batch on the device; teacher and student of a step share those that both want."""
         return cache(lambda ids: collate(dataset, ids).to(self.world.platform.device))
 
-    def _over_processes(self, logged: list[dict[str, Tensor]], hidden: HiddenTraining | None = None) -> Tensor:
-        """[3 + terms] fp64: KL, cross-entropy, tokens and hidden-state losses, summed over all tokens and equal on every process."""
-        names = ("forward_kl", "cross_entropy", "tokens")
+    def _over_processes(self, logged: list[dict[str, Tensor]], hidden: HiddenTraining | None = None) -> Sums:
+        """Adds up what the processes logged."""
+        names = (*self.student.loss_settings.names, "tokens")
         sums = torch.zeros(len(names), dtype=torch.float64, device=self.world.platform.device)
         if self.layout.is_last_stage and self.layout.tensor_rank == 0:  # its tensor ranks hold equal sums, one speaks
             for item in logged:
@@ -175,7 +178,7 @@ class Distillation:
         if hidden:
             sums = torch.cat([sums, hidden.take_sums()])
         dist.all_reduce(sums)
-        return sums
+        return Sums(names, sums)
 
     def _checkpoints(self, folder: Path, recipe: Recipe) -> TrainingCheckpoints:
         asynchronous = recipe.training.asynchronous_checkpoints
@@ -196,7 +199,7 @@ class Distillation:
         step, steps = record["step"], record["steps"]
         log.write(record)
         if step == 1 or (step and step % max(1, steps // 20) == 0):
-            print(console_line(record, seconds_a_step * (steps - step)), flush=True)
+            print(console_line(self.stage, record, seconds_a_step * (steps - step)), flush=True)
         if "validation" in record:
             print(validation_line(step, record["validation"]), flush=True)
 

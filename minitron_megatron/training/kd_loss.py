@@ -7,35 +7,17 @@ delivered only in backward, multiplied by the incoming gradient: the schedule sc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minitron_megatron.model.divergence import Divergence, divergence, log_normalisers
-
-
-@dataclass(frozen=True)
-class LossSettings:
-    """Weights of the losses; KL is taken at the temperature and multiplied by its square (P1 section 3)."""
-
-    forward_kl: float = 1.0
-    cross_entropy: float = 0.0
-    temperature: float = 1.0
-    chunk_tokens: int = 256
-
-
-@dataclass(frozen=True)
-class TeacherTarget:
-    """What the student is held against on this rank."""
-
-    hidden_NE: Tensor
-    weight_vE: Tensor
-    labels_N: Tensor
-    token_weights_N: Tensor
-    """fp32; they go into the sum, never into the token count."""
+from minitron_megatron.training.losses.chunk import chunk_losses
+from minitron_megatron.training.losses.settings import LossSettings
+from minitron_megatron.training.losses.target import TokenLabels, WeightedTarget
+from minitron_megatron.training.losses.terms import Shard
 
 
 class GradientBuffer:
@@ -65,99 +47,82 @@ class FusedDistillationLoss(torch.autograd.Function):
         ctx: Any,
         hidden_ND: Tensor,
         weight_vD: Tensor,
-        target: TeacherTarget,
+        labels: TokenLabels,
+        targets: Sequence[WeightedTarget],
         settings: LossSettings,
         rows: int,
         group: dist.ProcessGroup,
         buffer: GradientBuffer,
         needs_grad: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         """The losses and, while a chunk's logits exist, the gradients that backward delivers."""
-        grad_hidden = torch.empty_like(hidden_ND) if needs_grad else None
+        grad_hidden = torch.zeros_like(hidden_ND) if needs_grad else None  # zeros: every weight may be 0 at this step
         grad_weight = buffer.take(weight_vD) if needs_grad else None
-        sums = torch.zeros(2, device=hidden_ND.device)
+        sums = torch.zeros(len(settings.names), device=hidden_ND.device)
+        shard = Shard(group.rank() * weight_vD.shape[0], group)
         for start in range(0, hidden_ND.shape[0], settings.chunk_tokens):
             chunk = slice(start, start + settings.chunk_tokens)
-            grad_nv = _chunk(sums, hidden_ND[chunk], weight_vD[:rows], target, chunk, settings, group, needs_grad)
+            of_chunk = TokenLabels(labels.labels_N[chunk], labels.token_weights_N[chunk])
+            parts = [WeightedTarget(target.hidden_NE[chunk], target.weight_vE[:rows], target.weight) for target in targets]
+            grad_nv = _chunk(sums, hidden_ND[chunk], weight_vD[:rows], of_chunk, parts, settings, shard, needs_grad)
             if grad_hidden is not None and grad_weight is not None and grad_nv is not None:
                 torch.mm(grad_nv, weight_vD[:rows], out=grad_hidden[chunk])
                 _add_product(grad_weight[:rows], grad_nv, hidden_ND[chunk])
         ctx.weight, ctx.grad_hidden, ctx.grad_weight, ctx.buffer = weight_vD, grad_hidden, grad_weight, buffer
-        kl, cross_entropy = sums.clone().unbind()
-        kl, cross_entropy = kl.clone(), cross_entropy.clone()  # no views: the schedule divides the loss in place
-        ctx.mark_non_differentiable(kl, cross_entropy)
-        return settings.forward_kl * kl + settings.cross_entropy * cross_entropy, kl, cross_entropy
+        ctx.mark_non_differentiable(sums)
+        return settings.total(dict(zip(settings.names, sums.clone().unbind(), strict=True))).clone(), sums
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         scale = grads[0]
         grad_weight = _deliver(ctx.weight, ctx.grad_weight.mul_(scale))
         ctx.buffer.give_back(ctx.grad_weight)
-        return ctx.grad_hidden.mul_(scale), grad_weight, None, None, None, None, None, None
+        return ctx.grad_hidden.mul_(scale), grad_weight, *[None] * 7
 
 
 def fused_distillation_loss(
     hidden_ND: Tensor,
     weight_vD: Tensor,
-    target: TeacherTarget,
+    labels: TokenLabels,
+    targets: Sequence[WeightedTarget],
     settings: LossSettings,
     *,
     rows: int,
     group: dist.ProcessGroup,
     buffer: GradientBuffer | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum over tokens of the weighted losses, and detached: sum of T²·KL(teacher ‖ student), sum of cross-entropies; in nats.
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Sum over tokens of the weighted losses, and detached each loss's own sum by settings.names; in nats.
 
+    targets: none where settings.has_teacher is False; with several each loss against the teachers is their weighted sum, see WeightedTarget.
     rows: real rows of this rank's shard, the padded ones behind them are left out. The hidden states must be the same on
     every tensor rank (gathered under sequence parallelism), their gradient is this rank's part of the sum.
     """
+    if settings.has_teacher != bool(targets):
+        raise ValueError(f"{len(targets)} teachers, while the settings say has_teacher={settings.has_teacher}")
     # asked here: inside forward gradients are always off, and ctx.needs_input_grad says True under no_grad as well
     needs_grad = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_vD.requires_grad)
-    return FusedDistillationLoss.apply(hidden_ND, weight_vD, target, settings, rows, group, buffer or GradientBuffer(), needs_grad)
+    own_buffer = buffer or GradientBuffer()
+    total, sums = FusedDistillationLoss.apply(hidden_ND, weight_vD, labels, targets, settings, rows, group, own_buffer, needs_grad)
+    # no views: the schedule divides the loss in place
+    return total, {name: value.clone() for name, value in zip(settings.names, sums.unbind(), strict=True)}
 
 
 def _chunk(
     sums: Tensor,
     hidden_nD: Tensor,
     weight_vD: Tensor,
-    target: TeacherTarget,
-    chunk: slice,
+    labels: TokenLabels,
+    targets: Sequence[WeightedTarget],
     settings: LossSettings,
-    group: dist.ProcessGroup,
+    shard: Shard,
     needs_grad: bool,
 ) -> Tensor | None:
     """Adds the chunk's losses to sums; returns the gradient of its raw logits [n, v] in the weight's type."""
     raw_nv = (hidden_nD @ weight_vD.t()).float()
-    student_nv = raw_nv / settings.temperature if settings.temperature != 1 else raw_nv
-    teacher_nv = (target.hidden_NE[chunk] @ target.weight_vE[: weight_vD.shape[0]].t()).float().div_(settings.temperature)
-    labels, token_weights = target.labels_N[chunk], target.token_weights_N[chunk]
-    first_row = group.rank() * target.weight_vE.shape[0]
-    found = divergence(student_nv, teacher_nv, labels, first_row=first_row, group=group)
-    raw_log_norm = found.student_log_norm_n if settings.temperature == 1 else log_normalisers(raw_nv, group)
-    label_logit = found.label_logit_n * settings.temperature
-    squared = settings.temperature**2
-    sums += torch.stack([(squared * found.forward_kl_n * token_weights).sum(), ((raw_log_norm - label_logit) * token_weights).sum()])
-    if not needs_grad:
-        return None
-    gradient_nv = _kl_gradient(student_nv, teacher_nv, found).mul_(settings.forward_kl * settings.temperature)
-    if settings.cross_entropy:
-        gradient_nv += _cross_entropy_gradient(raw_nv, raw_log_norm, labels - first_row).mul_(settings.cross_entropy)
-    return gradient_nv.mul_(token_weights[:, None]).to(weight_vD.dtype)
-
-
-def _kl_gradient(student_nv: Tensor, teacher_nv: Tensor, found: Divergence) -> Tensor:
-    """softmax(student) − softmax(teacher); the teacher's logits are used up."""
-    gradient = (student_nv - found.student_log_norm_n[:, None]).exp_()
-    return gradient.sub_(teacher_nv.sub_(found.teacher_log_norm_n[:, None]).exp_())
-
-
-def _cross_entropy_gradient(raw_nv: Tensor, log_norm_n: Tensor, row_n: Tensor) -> Tensor:
-    """softmax − one-hot of the labels that lie in this shard."""
-    gradient = (raw_nv - log_norm_n[:, None]).exp_()
-    inside = (row_n >= 0) & (row_n < raw_nv.shape[-1])
-    tokens = inside.nonzero()[:, 0]
-    gradient[tokens, row_n[tokens]] -= 1
-    return gradient
+    teachers = (((target.hidden_NE @ target.weight_vE.t()).float().div_(settings.temperature), target.weight) for target in targets)
+    values, gradient_nv = chunk_losses(raw_nv, labels.labels_N, teachers, settings, shard, needs_grad=needs_grad)
+    sums += torch.stack([(values[name] * labels.token_weights_N).sum() for name in settings.names])
+    return None if gradient_nv is None else gradient_nv.mul_(labels.token_weights_N[:, None]).to(weight_vD.dtype)
 
 
 def _add_product(grad_weight_vD: Tensor, grad_nv: Tensor, hidden_nD: Tensor) -> None:

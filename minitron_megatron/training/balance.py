@@ -1,4 +1,4 @@
-"""α, the weight of the hidden-state losses beside the logits' loss."""
+"""A loss's weight that follows another loss: α of the hidden-state losses beside the logits' loss, and dynamic weights among those."""
 
 from __future__ import annotations
 

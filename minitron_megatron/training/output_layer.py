@@ -5,17 +5,20 @@ It is called as a module, because DDP's hooks that gather parameters hang on mod
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from torch import Tensor
 
-from minitron_megatron.distill.kd_loss import GradientBuffer, LossSettings, TeacherTarget, fused_distillation_loss
+from minitron_megatron.training.kd_loss import GradientBuffer, fused_distillation_loss
+from minitron_megatron.training.losses.settings import LossSettings
+from minitron_megatron.training.losses.target import TokenLabels, WeightedTarget
 
 
 class DistillationOutputLayer(ColumnParallelLinear):
-    """A ColumnParallelLinear that returns sums of losses when it is given a target, logits when it is not."""
+    """A ColumnParallelLinear that returns sums of losses when it is given labels, logits when it is not."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -27,16 +30,18 @@ class DistillationOutputLayer(ColumnParallelLinear):
         weight: Tensor | None = None,
         runtime_gather_output: bool | None = None,
         *,
-        target: TeacherTarget | None = None,
+        labels: TokenLabels | None = None,
+        targets: Sequence[WeightedTarget] = (),
         settings: LossSettings | None = None,
         rows: int = 0,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Any, ...]:
         """input_: [S, B, D], under sequence parallelism this rank's part of S. See fused_distillation_loss for the sums."""
-        if target is None or settings is None:
+        if labels is None or settings is None:
             return super().forward(input_, weight, runtime_gather_output)
         if self.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True, group=self.tp_group)
         else:
             hidden = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
         weight = self.weight if weight is None else weight
-        return fused_distillation_loss(hidden.flatten(0, 1), weight, target, settings, rows=rows, group=self.tp_group, buffer=self.gradient_buffer)
+        hidden_ND, buffer = hidden.flatten(0, 1), self.gradient_buffer
+        return fused_distillation_loss(hidden_ND, weight, labels, targets, settings, rows=rows, group=self.tp_group, buffer=buffer)

@@ -1,0 +1,1 @@
+"""Stage `correct`: the teacher, trained on the distillation data before it teaches."""

@@ -1,0 +1,1 @@
+"""Stage `finetune`: the distilled student, trained on conversations."""

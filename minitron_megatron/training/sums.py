@@ -1,0 +1,33 @@
+"""What a step, or a validation, adds up over all tokens and processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from minitron_megatron.errors import TrainingError
+
+
+@dataclass(frozen=True)
+class Sums:
+    """[names + terms] fp64, over all tokens and equal on every process: losses and tokens by name, then those of each pair of hidden states."""
+
+    names: tuple[str, ...]
+    values: Tensor
+
+    def of(self, name: str) -> Tensor:
+        return self.values[self.names.index(name)]
+
+    @property
+    def hidden(self) -> Tensor:
+        return self.values[len(self.names) :].sum()
+
+    def means(self) -> dict[str, float]:
+        """Of each loss over the tokens that count; hidden: of all pairs together, where there are any."""
+        values = self.values.tolist()
+        by_name = dict(zip(self.names, values, strict=False))
+        tokens, inner = by_name.pop("tokens"), values[len(self.names) :]
+        if not tokens:
+            raise TrainingError("no token counts: the loss masks of all samples are zero; look at the data, or make distill.global_batch larger")
+        return {name: value / tokens for name, value in by_name.items()} | ({"hidden": sum(inner) / tokens} if inner else {})

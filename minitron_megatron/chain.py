@@ -49,6 +49,8 @@ STAGES = {
     for stage in (
         Stage("import", "convert.import_stage", (), ("model",), False),
         Stage("data", "data.stage", ("import",), ("data",), False),
+        Stage("chat", "data.chat.stage", ("import",), ("chat",), False, asked_by="chat"),
+        Stage("labels", "labels.stage", ("import", "data"), ("labels",), True, asked_by="labels"),
         Stage("importance", "importance.stage", ("import", "data"), ("importance",), True),
         Stage("prune", "prune.stage", ("import", "importance"), ("prune",), True, streams=True),
         Stage("teachers", "convert.teachers_stage", ("import",), ("teachers",), False, asked_by="teachers"),
@@ -56,12 +58,12 @@ STAGES = {
         Stage(
             "distill",
             "distill.stage",
-            ("import", "data", "prune", "teachers", "correct"),
+            ("import", "data", "labels", "prune", "teachers", "correct"),
             ("distill", "teacher_weights", "correct_beside"),
             True,
             continues=_may_change("distill"),
         ),
-        Stage("finetune", "finetune.stage", ("data", "distill"), ("finetune",), True, continues=_may_change("finetune"), asked_by="finetune"),
+        Stage("finetune", "finetune.stage", ("chat", "distill"), ("finetune",), True, continues=_may_change("finetune"), asked_by="finetune"),
         Stage("evaluate", "evaluate.stage", ("import", "data", "prune", "teachers", "correct", "distill", "finetune"), ("evaluate",), True),
         Stage("export", "convert.export_stage", ("import", "prune", "distill", "finetune"), (), False),
         Stage(
@@ -137,8 +139,8 @@ def stage_inputs(stage: Stage, recipe: Recipe) -> tuple[str, ...]:
 def _spared(stage: Stage, recipe: Recipe) -> tuple[str, ...]:
     if stage.name == "prune" and not recipe.prune.reads_importance:
         return ("importance",)
-    if stage.name == "evaluate" and "distilled" not in recipe.evaluate.names:
-        return ("distill",)
+    if stage.name == "evaluate":
+        return tuple(made_by for model, made_by in (("distilled", "distill"), ("finetuned", "finetune")) if model not in recipe.evaluate.names)
     return ()
 
 

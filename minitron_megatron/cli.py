@@ -63,6 +63,16 @@ STAGE_HELP = {
         "train, heldout and out_of_domain .bin and .idx",
         "data.workers=8",
     ),
+    "chat": StageHelp(
+        "Tokenize conversations for fine-tuning by the chat template, with a weight for each token (needs section `chat`).",
+        "train and heldout .bin and .idx, each with -weights beside it",
+        "'chat.train=[chats/*.jsonl]'",
+    ),
+    "labels": StageHelp(
+        "Let the teacher continue training text; distillation then learns what it wrote (needs section `labels`).",
+        "train and train-weights .bin and .idx",
+        "labels.samples=4096 labels.new_tokens=128",
+    ),
     "importance": StageHelp(
         "Score layers, FFN neurons, attention heads and embedding channels in one forward pass.",
         "scores.safetensors (sums from which every aggregation follows), summary.json",

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 
 from minitron_megatron.config.section import Section
 
-EvaluatedModel = Literal["teacher", "pruned", "distilled"]
+EvaluatedModel = Literal["teacher", "pruned", "distilled", "finetuned"]
 
 
 class Evaluate(Section):

@@ -6,11 +6,13 @@ from typing import Literal
 
 from pydantic import Field
 
+from minitron_megatron.config.chat import Chat
 from minitron_megatron.config.correct import Correct, CorrectionBeside
-from minitron_megatron.config.distill import Distill, Training
+from minitron_megatron.config.distill import Distill, Training, TrainingRun
 from minitron_megatron.config.evaluate import Evaluate
 from minitron_megatron.config.finetune import Finetune
 from minitron_megatron.config.importance import Importance
+from minitron_megatron.config.labels import Labels
 from minitron_megatron.config.parallel import Parallel
 from minitron_megatron.config.prune import Prune
 from minitron_megatron.config.section import Section
@@ -27,6 +29,8 @@ class Recipe(Section):
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the machine multiplies in it, else fp32")
     model: Model
     data: Data
+    chat: Chat | None = None
+    labels: Labels | None = None
     parallel: Parallel = Parallel()
     importance: Importance = Importance()
     prune: Prune
@@ -45,3 +49,8 @@ class Recipe(Section):
     def correct_beside(self) -> CorrectionBeside | None:
         """Of a correction that runs while the distillation does."""
         return CorrectionBeside(run=self.correct.lasting()) if self.correct and self.correct.beside else None
+
+    def training_runs(self) -> dict[str, TrainingRun]:
+        """The sections of stages that train."""
+        runs = {"correct": self.correct, "distill": self.distill, "finetune": self.finetune}
+        return {section: run for section, run in runs.items() if run is not None}

@@ -1,4 +1,4 @@
-"""Stage `export`: the distilled checkpoint → a Hugging Face folder that plain `transformers` loads."""
+"""Stage `export`: the last checkpoint of the chain → a Hugging Face folder that plain `transformers` loads."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path) -> dict[st
     pruned, original = inputs["prune"], inputs["import"]
     student = Architecture.from_dict(pruned.result["architecture"])
     arch = student.resized(ffn=student.ffn)
-    source = WidenedSource(MegatronSource(inputs["distill"].path / "checkpoint", student), arch)
+    source = WidenedSource(MegatronSource(inputs.get("finetune", inputs["distill"]).path / "checkpoint", student), arch)
     require_disk_space(folder, checkpoint_bytes(tensor_table(arch), arch, source.dtype), "the exported model")
     target = folder / "model"
     copy_tokenizer(original.path / "tokenizer", target)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,6 +23,14 @@ class TokenDataset(Protocol):
     def __getitem__(self, sample_id: int) -> Tensor: ...
 
 
+@runtime_checkable
+class WeightedDataset(TokenDataset, Protocol):
+    """Whose tokens do not all count alike."""
+
+    def weights(self, sample_id: int) -> Tensor:
+        """[S + 1] fp32 ≥ 0: how much each token of the sample counts as a label; the first one is none."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch; sample_ids are global, so that teacher and student can meet whatever their layouts."""
@@ -30,7 +38,7 @@ class Batch:
     tokens_BS: Tensor
     labels_BS: Tensor
     loss_mask_BS: Tensor
-    """fp32, 1 where the label counts."""
+    """fp32 ≥ 0, how much each label counts in the loss; as a token it counts where that is above 0."""
     position_ids_BS: Tensor
     sample_ids_B: Tensor
 
@@ -38,14 +46,20 @@ class Batch:
         return Batch(**{item.name: getattr(self, item.name).to(device, non_blocking=True) for item in fields(self)})
 
 
+def label_weights(dataset: TokenDataset, sample_id: int) -> Tensor:
+    """[S + 1] fp32: 1 for every token of a dataset that has no weights of its own."""
+    return dataset.weights(sample_id) if isinstance(dataset, WeightedDataset) else torch.ones(len(dataset[sample_id]))
+
+
 def collate(dataset: TokenDataset, sample_ids: Sequence[int]) -> Batch:
-    """Stacks samples [S + 1] into a batch: labels are the tokens shifted by one, every label counts."""
+    """Stacks samples [S + 1] into a batch: labels are the tokens shifted by one, and so are their weights."""
     samples_Bs = torch.stack([dataset[sample_id] for sample_id in sample_ids])
+    weights_Bs = torch.stack([label_weights(dataset, sample_id) for sample_id in sample_ids])
     tokens_BS, labels_BS = samples_Bs[:, :-1].contiguous(), samples_Bs[:, 1:].contiguous()
     return Batch(
         tokens_BS=tokens_BS,
         labels_BS=labels_BS,
-        loss_mask_BS=torch.ones(tokens_BS.shape, dtype=torch.float32),
+        loss_mask_BS=weights_Bs[:, 1:].contiguous(),
         position_ids_BS=torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS).contiguous(),
         sample_ids_B=torch.tensor(sample_ids, dtype=torch.int64),
     )

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import zstandard
 
@@ -69,41 +69,56 @@ def _text(path: Path, text_field: str) -> Iterator[str]:
 
 
 def _json_lines(path: Path, text_field: str) -> Iterator[str]:
+    for where, record in json_lines(path):
+        yield _as_text(field_of(record, text_field, where, "data.text_field"), text_field, where)
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """FILE:LINE and value of each line that is not blank. Raises DataError with file and line for what cannot be read."""
     number = 0
     try:
         with _open_lines(path) as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.isspace():
-                    yield _field(line, text_field, f"{path}:{number}")
+                    yield f"{path}:{number}", _parsed(line, f"{path}:{number}")
     except UnicodeDecodeError:
         raise DataError(f"{path}:{number + 1}: not UTF-8 near this line") from None
     except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
         raise DataError(f"{path}:{number + 1}: cannot be read further: {error}") from None
 
 
-def _field(line: str, text_field: str, where: str) -> str:
-    """The text of one line; JSON null counts as an empty document."""
+def _parsed(line: str, where: str) -> Any:
     try:
-        record = json.loads(line)
+        return json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: broken JSON: {error.msg} at column {error.colno}") from None
-    if not isinstance(record, dict) or text_field not in record:
+
+
+def field_of(record: Any, name: str, where: str, setting: str) -> Any:
+    """record[name]; raises DataError that names the recipe's setting for it."""
+    if not isinstance(record, dict) or name not in record:
         known = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
-        raise DataError(f"{where}: no field '{text_field}' (found: {known}); name the text's in data.text_field")
-    return _as_text(record[text_field], text_field, where)
+        raise DataError(f"{where}: no field '{name}' (found: {known}); name the right one in {setting}")
+    return record[name]
 
 
 def _as_text(value: object, text_field: str, where: str) -> str:
+    """Text as it is, without halves of surrogate pairs; JSON null counts as an empty document."""
     if value is None:
         return ""
     if not isinstance(value, str):
         kind = type(value).__name__
         raise DataError(f"{where}: '{text_field}' holds {kind}, not text; name the text's in data.text_field")
+    return whole_characters(value)
+
+
+def whole_characters(text: str) -> str:
+    """Halves of surrogate pairs, which JSON can hold and a tokenizer cannot, replaced."""
     try:
-        value.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold and a tokenizer cannot
-        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return value
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 @contextmanager

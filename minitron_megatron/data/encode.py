@@ -14,13 +14,12 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from minitron_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from minitron_megatron.data.tokenizer import Tokenizer
 from minitron_megatron.errors import ProcessDiedError
 
 BLOCK_CHARACTERS = 4_000_000
@@ -34,9 +33,9 @@ class Block:
     number: int
     texts: list[str]
 
-    def name(self, tokenizer: Tokenizer) -> str:
-        """Number and hash of text and tokenizer: a block of another text or another vocabulary has another name."""
-        content = hashlib.sha256(f"{tokenizer.digest} {tokenizer.eod}".encode())
+    def name(self, encoder: Encoder) -> str:
+        """Number and hash of text and encoder: a block of another text or another vocabulary has another name."""
+        content = hashlib.sha256(encoder.digest.encode())
         for text in self.texts:
             encoded = text.encode()
             content.update(len(encoded).to_bytes(8, "little"))
@@ -46,10 +45,41 @@ class Block:
 
 @dataclass(frozen=True)
 class EncodedBlock:
-    """Token ids of all documents end to end, each with its end-of-document id, and the length of each."""
+    """Token ids of all documents end to end and the length of each; of chats the weight of each token in the loss as well."""
 
     tokens: NDArray[np.integer]
     lengths: NDArray[np.int32]
+    weights: NDArray[np.float32] | None = None
+
+
+class Encoder(Protocol):
+    """What makes ids of texts; it is sent to worker processes."""
+
+    @property
+    def dtype(self) -> str:
+        """numpy's name for the type of a stored id."""
+
+    @property
+    def digest(self) -> str:
+        """Names everything but the texts that the ids depend on."""
+
+    def encode(self, texts: list[str]) -> EncodedBlock: ...
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """Plain documents: their ids, each ended by the end-of-document id."""
+
+    tokenizer: Tokenizer
+    dtype: str
+
+    @property
+    def digest(self) -> str:
+        return f"{self.tokenizer.digest} {self.tokenizer.eod}"
+
+    def encode(self, texts: list[str]) -> EncodedBlock:
+        encoded = [np.array([*ids, self.tokenizer.eod], dtype=self.dtype) for ids in self.tokenizer.encode_batch(texts)]
+        return EncodedBlock(np.concatenate(encoded), np.array([len(ids) for ids in encoded], dtype=np.int32))
 
 
 def cut_blocks(texts: Iterable[str], *, characters: int = BLOCK_CHARACTERS) -> Iterator[Block]:
@@ -65,7 +95,7 @@ def cut_blocks(texts: Iterable[str], *, characters: int = BLOCK_CHARACTERS) -> I
         yield Block(number, gathered)
 
 
-def encode_blocks(blocks: Iterable[Block], tokenizer: Tokenizer, *, dtype: str, workers: int) -> Iterator[tuple[Block, EncodedBlock]]:
+def encode_blocks(blocks: Iterable[Block], encoder: Encoder, *, workers: int) -> Iterator[tuple[Block, EncodedBlock]]:
     """Each block with its ids, in the order given.
 
     One worker is this process, with the threads of the tokenizer's library; more are spawned, with one thread each.
@@ -74,18 +104,18 @@ def encode_blocks(blocks: Iterable[Block], tokenizer: Tokenizer, *, dtype: str, 
     """
     if workers == 1:
         for block in blocks:
-            yield block, _encode(block.texts, tokenizer, dtype)
+            yield block, encoder.encode(block.texts)
     else:
-        yield from _encode_in_processes(blocks, tokenizer, dtype, workers)
+        yield from _encode_in_processes(blocks, encoder, workers)
 
 
-def _encode_in_processes(blocks: Iterable[Block], tokenizer: Tokenizer, dtype: str, workers: int) -> Iterator[tuple[Block, EncodedBlock]]:
+def _encode_in_processes(blocks: Iterable[Block], encoder: Encoder, workers: int) -> Iterator[tuple[Block, EncodedBlock]]:
     # spawn: forking a process that holds torch's and tokenizers' threads can deadlock
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker)
     in_flight: deque[tuple[Block, Future[EncodedBlock]]] = deque()
     try:
         for block in blocks:
-            in_flight.append((block, pool.submit(_encode_in_worker, block.texts, tokenizer.path, dtype)))
+            in_flight.append((block, pool.submit(encoder.encode, block.texts)))
             if len(in_flight) == 2 * workers:
                 yield _oldest(in_flight)
         while in_flight:
@@ -114,17 +144,3 @@ def _end_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
-
-
-def _encode_in_worker(texts: list[str], tokenizer_path: Path, dtype: str) -> EncodedBlock:
-    return _encode(texts, _kept_tokenizer(tokenizer_path), dtype)
-
-
-@lru_cache(maxsize=1)
-def _kept_tokenizer(path: Path) -> Tokenizer:
-    return load_tokenizer(path)
-
-
-def _encode(texts: list[str], tokenizer: Tokenizer, dtype: str) -> EncodedBlock:
-    encoded = [np.array([*ids, tokenizer.eod], dtype=dtype) for ids in tokenizer.encode_batch(texts)]
-    return EncodedBlock(np.concatenate(encoded), np.array([len(ids) for ids in encoded], dtype=np.int32))

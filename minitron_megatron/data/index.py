@@ -1,6 +1,7 @@
 """Text files → megatron indexed datasets (.bin, .idx), in parallel and resumable.
 
-Documents go through blocks on disk: a finished block is never encoded again, and the parts are merged from blocks.
+Documents go through blocks on disk: a finished block is never encoded again, and the parts are merged from blocks. Where an encoder gives
+weights, each dataset PREFIX has a second one beside it, PREFIX-weights, with a float32 for each token.
 Import this after `minitron_megatron.platform.activate`.
 """
 
@@ -8,16 +9,17 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+from numpy.typing import NDArray
 
 from minitron_megatron.data.corpus import documents
-from minitron_megatron.data.encode import BLOCK_CHARACTERS, Block, EncodedBlock, cut_blocks, encode_blocks
+from minitron_megatron.data.encode import BLOCK_CHARACTERS, Block, EncodedBlock, Encoder, TextEncoder, cut_blocks, encode_blocks
 from minitron_megatron.data.progress import TokenProgress
 from minitron_megatron.data.tokenizer import Tokenizer
 from minitron_megatron.errors import DataError
@@ -40,9 +42,22 @@ class Blocks:
     prefixes: list[Path]
     documents: list[int]
 
+    @staticmethod
+    def of(prefixes: list[Path]) -> Blocks:
+        return Blocks(prefixes, [len(IndexedDataset(str(prefix))) for prefix in prefixes])
+
     @property
     def total(self) -> int:
         return sum(self.documents)
+
+    @property
+    def have_weights(self) -> bool:
+        return is_written(weights_prefix(self.prefixes[0]))
+
+    @property
+    def weights(self) -> Blocks:
+        """The weights of these blocks' tokens."""
+        return Blocks([weights_prefix(prefix) for prefix in self.prefixes], self.documents)
 
 
 def tokenize(
@@ -59,18 +74,41 @@ def tokenize(
     The bytes do not depend on `workers` nor on interruptions.
     Raises DataError for what cannot be read and for a corpus without text.
     """
+    encoder = TextEncoder(tokenizer, token_dtype(tokenizer))
+    return encode_files(paths, lambda path: documents([path], text_field), encoder, folder, workers=workers, block_characters=block_characters)
+
+
+def encode_files(
+    paths: Sequence[Path],
+    read: Callable[[Path], Iterator[str]],
+    encoder: Encoder,
+    folder: Path,
+    *,
+    workers: int,
+    block_characters: int = BLOCK_CHARACTERS,
+) -> Blocks:
+    """What `read` finds in each file, encoded into blocks below `folder`; see tokenize."""
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = DType.optimal_dtype(tokenizer.vocab_size)
     prefixes: list[Path] = []
     with TokenProgress(f"tokenize {folder.name}", sum(path.stat().st_size for path in paths)) as progress:
-        blocks = cut_blocks(_read(paths, text_field, progress), characters=block_characters)
-        missing = _missing(blocks, tokenizer, folder, prefixes, progress)
-        for block, encoded in encode_blocks(missing, tokenizer, dtype=np.dtype(dtype).name, workers=workers):
-            _write_block(folder / block.name(tokenizer), encoded, dtype)
+        blocks = cut_blocks(_read(paths, read, progress), characters=block_characters)
+        missing = _missing(blocks, encoder, folder, prefixes, progress)
+        for block, encoded in encode_blocks(missing, encoder, workers=workers):
+            write_block(folder / block.name(encoder), encoded)
             progress.block_written(len(encoded.lengths), len(encoded.tokens))
     if not prefixes:
         raise DataError(f"{', '.join(map(str, paths[:3]))}: no text in {len(paths)} file(s)")
-    return Blocks(prefixes, [len(IndexedDataset(str(prefix))) for prefix in prefixes])
+    return Blocks.of(prefixes)
+
+
+def token_dtype(tokenizer: Tokenizer) -> str:
+    """numpy's name of the smallest type that holds every id."""
+    return np.dtype(DType.optimal_dtype(tokenizer.vocab_size)).name
+
+
+def weights_prefix(prefix: Path) -> Path:
+    """Of the dataset that holds the weights of another one's tokens."""
+    return prefix.with_name(f"{prefix.name}-weights")
 
 
 def merge(blocks: Blocks, prefix: Path, *, first: int = 0, last: int | None = None) -> IndexSummary:
@@ -91,18 +129,24 @@ def merge(blocks: Blocks, prefix: Path, *, first: int = 0, last: int | None = No
     return IndexSummary(len(builder.sequence_lengths), tokens, file_digest(Path(_bin(prefix))))
 
 
-def split_and_merge(blocks: Blocks, folder: Path, *, heldout_documents: int) -> dict[str, IndexSummary]:
-    """Writes train and heldout, the latter the last documents; raises DataError where nothing is left to train on."""
+def split_and_merge(
+    blocks: Blocks, folder: Path, *, heldout_documents: int, setting: str = "data.heldout_documents", what: str = "document(s)"
+) -> dict[str, IndexSummary]:
+    """Writes train and heldout, the latter the last documents, with their weights where the blocks have them.
+
+    setting: the recipe's name of heldout_documents. Raises DataError where nothing is left to train on.
+    """
     training = blocks.total - heldout_documents
     if training < 1:
         raise DataError(
-            f"data.heldout_documents={heldout_documents} leaves nothing to train on: data.train holds "
-            f"{blocks.total} document(s); hold out at most {blocks.total - 1}, or add text"
+            f"{setting}={heldout_documents} leaves nothing to train on: {setting.partition('.')[0]}.train holds "
+            f"{blocks.total} {what}; hold out at most {blocks.total - 1}, or add text"
         )
-    return {
-        "train": merge(blocks, folder / "train", last=training),
-        "heldout": merge(blocks, folder / "heldout", first=training),
-    }
+    parts = {"train": range(training), "heldout": range(training, blocks.total)}
+    if blocks.have_weights:
+        for name, part in parts.items():
+            merge(blocks.weights, weights_prefix(folder / name), first=part.start, last=part.stop)
+    return {name: merge(blocks, folder / name, first=part.start, last=part.stop) for name, part in parts.items()}
 
 
 def file_digest(path: Path) -> str:
@@ -113,29 +157,39 @@ def file_digest(path: Path) -> str:
     return total.hexdigest()
 
 
-def _read(paths: Iterable[Path], text_field: str, progress: TokenProgress) -> Iterator[str]:
+def _read(paths: Iterable[Path], read: Callable[[Path], Iterator[str]], progress: TokenProgress) -> Iterator[str]:
     for path in paths:
-        yield from documents([path], text_field)
+        yield from read(path)
         progress.file_read(path.stat().st_size)
 
 
-def _missing(blocks: Iterable[Block], tokenizer: Tokenizer, folder: Path, prefixes: list[Path], progress: TokenProgress) -> Iterator[Block]:
+def _missing(blocks: Iterable[Block], encoder: Encoder, folder: Path, prefixes: list[Path], progress: TokenProgress) -> Iterator[Block]:
     """The blocks that are not on disk yet; the prefix of every block is added to `prefixes`."""
     for block in blocks:
-        prefix = folder / block.name(tokenizer)
+        prefix = folder / block.name(encoder)
         prefixes.append(prefix)
-        if Path(_idx(prefix)).is_file():
+        if is_written(prefix):
             progress.block_written(len(block.texts), 0)
         else:
             yield block
 
 
-def _write_block(prefix: Path, encoded: EncodedBlock, dtype: type[np.number]) -> None:
-    """The .idx comes last and by a rename: where it is, the block is whole."""
+def write_block(prefix: Path, encoded: EncodedBlock) -> None:
+    """The .idx of the tokens comes last and by a rename: where it is, the block is whole."""
+    if encoded.weights is not None:
+        _write_dataset(weights_prefix(prefix), encoded.weights, encoded.lengths)
+    _write_dataset(prefix, encoded.tokens, encoded.lengths)
+
+
+def is_written(prefix: Path) -> bool:
+    return Path(_idx(prefix)).is_file()
+
+
+def _write_dataset(prefix: Path, values: NDArray[np.generic], lengths: NDArray[np.int32]) -> None:
     unfinished = prefix.with_name(f"unfinished-{prefix.name}")
-    builder = IndexedDatasetBuilder(_bin(unfinished), dtype=dtype)
-    for ids in np.split(encoded.tokens, np.cumsum(encoded.lengths)[:-1]):
-        builder.add_document(ids, [len(ids)])
+    builder = IndexedDatasetBuilder(_bin(unfinished), dtype=values.dtype.type)
+    for document in np.split(values, np.cumsum(lengths)[:-1]):
+        builder.add_document(document, [len(document)])
     builder.finalize(_idx(unfinished))
     Path(_bin(unfinished)).replace(_bin(prefix))
     Path(_idx(unfinished)).replace(_idx(prefix))

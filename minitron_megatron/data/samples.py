@@ -41,7 +41,7 @@ class SampleDataset:
 
     def __getitem__(self, sample_id: int) -> Tensor:
         """Tokens [S + 1], int64; raises IndexError beyond the last sample."""
-        _check_id(sample_id, self.samples)
+        check_id(sample_id, self.samples)
         epoch, number = divmod(sample_id, self.epoch_samples)
         sample = self._epochs[epoch][number]
         return torch.cat((sample["tokens"], sample["labels"][-1:]))
@@ -60,13 +60,13 @@ class WindowDataset:
 
     def __getitem__(self, window_id: int) -> Tensor:
         """Tokens [S + 1], int64; raises IndexError beyond the last window."""
-        _check_id(window_id, self.windows)
+        check_id(window_id, self.windows)
         begin = window_id * self.sequence_length
         return torch.from_numpy(self._stream[begin : begin + self.sequence_length + 1].astype(np.int64))
 
     @cached_property
     def _stream(self) -> np.memmap:
-        return np.memmap(f"{self.prefix}.bin", dtype=_open_index(self.prefix).index.dtype, mode="r")
+        return np.memmap(f"{self.prefix}.bin", dtype=open_index(self.prefix).index.dtype, mode="r")
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def packed_samples(
     barrier.
     Raises DataError for a corpus that is too short; RuntimeError, with build=False, for an order that nobody built.
     """
-    index = _open_index(prefix)
+    index = open_index(prefix)
     epoch_samples = _samples_of_an_epoch(prefix, int(index.sequence_lengths.sum(dtype=np.int64)), samples, sequence_length, repeat)
     lengths_digest = hashlib.sha256(index.sequence_lengths.tobytes()).hexdigest()
     epochs = []
@@ -123,7 +123,7 @@ def evaluation_windows(prefix: Path, *, sequence_length: int, tokens: int | Lite
 
 def total_tokens(prefix: Path) -> int:
     """Tokens of an indexed dataset, end-of-document ids included."""
-    index = _open_index(prefix)  # held: when an IndexedDataset goes, its arrays point into unmapped memory
+    index = open_index(prefix)  # held: when an IndexedDataset goes, its arrays point into unmapped memory
     return int(index.sequence_lengths.sum(dtype=np.int64))
 
 
@@ -143,7 +143,7 @@ def _packed(index: IndexedDataset, lengths_digest: str, samples: int, folder: Pa
     return GPTDataset(index, None, np.arange(len(index), dtype=np.int32), samples, Split.train, config)
 
 
-def _open_index(prefix: Path) -> IndexedDataset:
+def open_index(prefix: Path) -> IndexedDataset:
     missing = [name for name in (f"{prefix}.bin", f"{prefix}.idx") if not os.path.isfile(name)]
     if missing:
         raise DataError(f"{missing[0]}: no such file; make it with: minitron data RECIPE")
@@ -186,6 +186,6 @@ def _built_aside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _check_id(number: int, count: int) -> None:
+def check_id(number: int, count: int) -> None:
     if not 0 <= number < count:
         raise IndexError(f"sample {number} of {count}")

@@ -12,15 +12,12 @@ from typing import TYPE_CHECKING, Any
 from minitron_megatron.artifact import Artifact, require_disk_space
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.data.corpus import expand
-from minitron_megatron.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
+from minitron_megatron.data.tokenizer import Tokenizer, tokenizer_files
+from minitron_megatron.data.vocabulary import model_tokenizer
 from minitron_megatron.errors import DataError
 
 if TYPE_CHECKING:
     from minitron_megatron.data.index import IndexSummary
-
-
-SAMPLE_TEXT = "The quick brown fox, 1789–2026: naïve café — Größe, 東京, Москва. def f(x): return x**2\n"
-"""Letters, digits, punctuation, several scripts and code: two tokenizers that agree on it are the same for our purpose."""
 
 
 def outside_files(recipe: Recipe) -> list[Path]:
@@ -38,12 +35,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path) -> dict[st
     Returns documents, tokens and sha256 of each part, and eod, vocab_size and digest of the tokenizer.
     Raises DataError for a tokenizer of another model, and for text that is too short for what later stages ask of it.
     """
-    source = inputs["import"]
-    tokenizer = load_tokenizer(recipe.data.tokenizer or source.path / "tokenizer")
-    model_vocab = int(source.result["architecture"]["vocab"])
-    check_vocabulary(tokenizer, model_vocab, foreign=recipe.data.tokenizer is not None)
-    if recipe.data.tokenizer:
-        refuse_other_tokenizer(tokenizer, source.path / "tokenizer")
+    tokenizer = model_tokenizer(recipe, inputs["import"])
     _require_space(recipe, tokenizer, folder)
     parts = _write_parts(recipe, tokenizer, folder)
     _check_lengths(recipe, {name: part.tokens for name, part in parts.items()})
@@ -56,33 +48,6 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path) -> dict[st
         "vocab_size": tokenizer.vocab_size,
         "tokenizer_sha256": tokenizer.digest,
     }
-
-
-def check_vocabulary(tokenizer: Tokenizer, model_vocab: int, *, foreign: bool) -> None:
-    """Raises DataError where the tokenizer can give ids without an embedding, or is plainly another model's.
-
-    foreign: named by the recipe. Its own SentencePiece may be smaller than the padded embeddings, another may not.
-    """
-    size = tokenizer.vocab_size
-    differs = foreign and tokenizer.exact_vocabulary and size != model_vocab
-    if size > model_vocab or tokenizer.eod >= model_vocab or differs:
-        raise DataError(
-            f"{tokenizer.path}: the tokenizer's vocabulary of {size} is not the model's of {model_vocab}; "
-            "set data.tokenizer to the one the model was trained with, or leave it out to use the model's own"
-        )
-
-
-def refuse_other_tokenizer(tokenizer: Tokenizer, own: Path) -> None:
-    """Raises DataError where the recipe's tokenizer gives other ids than the model's own, which is the one it was trained with."""
-    try:
-        expected = load_tokenizer(own)
-    except DataError:  # the source came without one: the recipe's has to be believed
-        return
-    if tokenizer.encode(SAMPLE_TEXT) != expected.encode(SAMPLE_TEXT):
-        raise DataError(
-            f"{tokenizer.path}: this tokenizer gives other ids than the model's own; leave data.tokenizer out, "
-            "or import the model that was trained with it"
-        )
 
 
 def _write_parts(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> dict[str, IndexSummary]:

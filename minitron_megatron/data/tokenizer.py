@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class Tokenizer:
         return self._decode([int(token) for token in ids])
 
     def __reduce__(self) -> tuple[Callable[[Path], Tokenizer], tuple[Path]]:
-        return load_tokenizer, (self.path,)
+        return _kept, (self.path,)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -69,6 +70,22 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise
     except Exception as error:  # the Rust parser raises bare Exception, the C++ one RuntimeError
         raise DataError(f"{vocabulary[0]}: cannot be read as a tokenizer: {' '.join(str(error).split())[:200]}") from None
+
+
+@lru_cache(maxsize=1)
+def _kept(path: Path) -> Tokenizer:
+    """A worker process is sent the same tokenizer with every block of texts, and opens it once."""
+    return load_tokenizer(path)
+
+
+def special_tokens(path: Path) -> dict[str, str]:
+    """Texts of the special tokens by name (bos_token, eos_token, …), as a folder's settings have them."""
+    folder = path if path.is_dir() else path.parent
+    found: dict[str, str] = {}
+    for name in reversed(_TOKEN_SETTINGS):
+        settings = {key: value for key, value in _settings(folder / name).items() if key.endswith("_token")}
+        found |= {key: value["content"] if isinstance(value, dict) else value for key, value in settings.items() if isinstance(value, dict | str)}
+    return found
 
 
 def tokenizer_files(path: str | Path) -> list[Path]:

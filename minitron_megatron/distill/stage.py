@@ -14,8 +14,7 @@ from minitron_megatron.config.distill import Distill
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.distill.hidden.projection import without_projections
 from minitron_megatron.distill.hidden.training import HiddenTraining, add_hidden_losses
-from minitron_megatron.distill.teacher import Teacher
-from minitron_megatron.distill.teachers import load_teachers
+from minitron_megatron.distill.teachers import Teachers, load_teachers
 from minitron_megatron.model.gpt import StageModel
 from minitron_megatron.parallel.world import World
 from minitron_megatron.training import job
@@ -33,7 +32,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
     teachers = load_teachers(distillation, inputs, arch, before)
     architectures = [teacher.architecture for teacher in teachers.members]
     model = distillation.student(arch, inputs["prune"].path / "checkpoint", *architectures)
-    hidden = _hidden(settings, teachers.members[0], model, inputs["prune"])
+    hidden = _hidden(settings, teachers, model, inputs["prune"])
     student = make_student(model, settings, recipe.training, hidden)
     texts = distillation.texts(inputs["data"], before)
     loop = TrainingLoop("distill", settings, distillation.layout, world, teachers, student, *texts)
@@ -43,18 +42,18 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
     return distillation.result(arch, loop, last, told, f" (teacher {teachers.describe()})")
 
 
-def _hidden(settings: Distill, teacher: Teacher, student: StageModel, pruned: Artifact) -> HiddenTraining | None:
-    """What the recipe's hidden-state losses need on both sides, by the plan that cut the student."""
+def _hidden(settings: Distill, teachers: Teachers, student: StageModel, pruned: Artifact) -> HiddenTraining | None:
+    """What the recipe's hidden-state losses need on both sides, by the plan that cut the student where its source is the first teacher."""
     if settings.hidden is None:
         return None
-    plan, arch = json.loads((pruned.path / "plan.json").read_text()), teacher.model.architecture
+    plan, teacher = json.loads((pruned.path / "plan.json").read_text()), teachers.members[0]
     hidden = add_hidden_losses(
         student,
         settings.hidden,
-        teacher_layers=arch.layers,
-        teacher_hidden=arch.hidden,
+        teacher_layers=teacher.architecture.layers,
+        teacher_hidden=teacher.architecture.hidden,
         kept_layers=plan["kept_layers"],
-        channels=plan["channels"],
+        channels=plan["channels"] if teachers.first_is_source else None,
     )
     teacher.listen(hidden.wanted)
     return hidden

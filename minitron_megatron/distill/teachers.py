@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,25 +14,16 @@ from minitron_megatron.arch.architecture import Architecture, parameter_count
 from minitron_megatron.artifact import Artifact
 from minitron_megatron.checkpoint.torch_dist import MegatronSource
 from minitron_megatron.config.parallel import Parallel, TeacherParallel
-from minitron_megatron.config.schema import Recipe
 from minitron_megatron.data.batches import Batch, MicroBatches
 from minitron_megatron.distill.teacher import Teacher, TeacherStates, Wanted, load_teacher
 from minitron_megatron.errors import ArchitectureError
 from minitron_megatron.parallel.layout import teacher_layout
 from minitron_megatron.parallel.world import World
+from minitron_megatron.training.given import Given, given_teachers
 from minitron_megatron.training.job import Job, training_bytes
 from minitron_megatron.training.losses.target import WeightedTarget
 from minitron_megatron.training.snapshots import Snapshots
 from minitron_megatron.training.training_checkpoint import Progress, teachers_of_checkpoints
-
-
-class Given(NamedTuple):
-    """A teacher on disk."""
-
-    checkpoint: Path
-    architecture: Architecture
-    weight: float
-    is_source: bool
 
 
 @dataclass
@@ -80,6 +70,8 @@ class Teachers:
     corrected: list[Teacher] = field(default_factory=list)
     """Those that change."""
     beside: Beside | None = None
+    first_is_source: bool = True
+    """Whether the model that the student was cut out of is the first."""
 
     @property
     def identity(self) -> str:
@@ -142,24 +134,7 @@ def load_teachers(job: Job, inputs: Mapping[str, Artifact], student: Architectur
         for given, own in zip(teachers, layouts, strict=True)
     ]
     corrected = [member for member, given in zip(members, teachers, strict=True) if given.is_source and beside]
-    return Teachers(members, corrected, beside if corrected else None)
-
-
-def given_teachers(recipe: Recipe, inputs: Mapping[str, Artifact], source: Path) -> list[Given]:
-    """The recipe's list; without one the source alone, whose checkpoint is given."""
-    arch = Architecture.from_dict(inputs["import"].result["architecture"])
-    if recipe.teachers is None:
-        return [Given(source, arch, 1.0, True)]
-    imported = iter(inputs["teachers"].result["models"])
-    found = []
-    for model in recipe.teachers.models:
-        if model.is_source:
-            found.append(Given(source, arch, model.weight, True))
-        else:
-            entry = next(imported)
-            folder = inputs["teachers"].path / entry["folder"] / "checkpoint"
-            found.append(Given(folder, Architecture.from_dict(entry["architecture"]), model.weight, False))
-    return found
+    return Teachers(members, corrected, beside if corrected else None, first_is_source=teachers[0].is_source)
 
 
 def refuse_other_vocabulary(teacher: Architecture, student: Architecture) -> None:

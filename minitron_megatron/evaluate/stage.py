@@ -1,4 +1,4 @@
-"""Stage `evaluate`: the models in memory, the same windows, tasks and prompt for each."""
+"""Stage `evaluate`: all models in memory, the same windows, tasks and prompt for each."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ from minitron_megatron.model.run import forward_only
 from minitron_megatron.parallel.layout import global_layout
 from minitron_megatron.parallel.world import World
 from minitron_megatron.results.table import continuations, markdown_table
+from minitron_megatron.training.given import first_teacher
 
-STAGE_OF_MODEL = {"teacher": "import", "pruned": "prune", "distilled": "distill"}
+STAGE_OF_STUDENT = {"pruned": "prune", "distilled": "distill", "finetuned": "finetune"}
 DOMAINS = {"in_domain": "heldout", "out_of_domain": "out_of_domain"}
 THROUGHPUT_WINDOWS = 4
 
@@ -87,12 +88,17 @@ def tokens_per_second(model: StageModel, windows: TokenDataset, world: World) ->
 def _load_models(recipe: Recipe, inputs: Mapping[str, Artifact], world: World) -> dict[str, StageModel]:
     # tasks have requests of many lengths, which an interleaved pipeline does not take; weights are the same under every layout
     layout, models = global_layout(recipe.parallel.model_copy(update={"virtual": 1}), world), {}
-    for name in recipe.evaluate.names:
-        stage = STAGE_OF_MODEL[name]
-        arch = Architecture.from_dict(inputs[stage].result["architecture"])
+    for name, (arch, checkpoint) in compared_models(recipe, inputs).items():
         models[name] = build_model(arch, layout, world.platform, torch_dtype(recipe.precision), variable_lengths=True)
-        load_model(models[name], inputs[stage].path / "checkpoint")
+        load_model(models[name], checkpoint)
     return models
+
+
+def compared_models(recipe: Recipe, inputs: Mapping[str, Artifact]) -> dict[str, tuple[Architecture, Path]]:
+    """Architecture and checkpoint of each column: the teacher that was distilled from (of several the first) and what became of the student."""
+    students = {name: inputs[stage] for name, stage in STAGE_OF_STUDENT.items() if stage in inputs and name in recipe.evaluate.names}
+    found = {name: (Architecture.from_dict(artifact.result["architecture"]), artifact.path / "checkpoint") for name, artifact in students.items()}
+    return {"teacher": first_teacher(recipe, inputs), **found}
 
 
 def _windows(settings: Evaluate, data: Artifact) -> dict[str, TokenDataset]:

@@ -55,7 +55,7 @@ def changed(target: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None
         yield
 
 
-def distill_until(world: World, recipe: Recipe, finished: int) -> None:
+def distill_until(world: World, recipe: Recipe, finished: int, stage: str = "distill") -> None:
     """Runs the stage and stops it on every process when so many steps are behind it, with their log lines and checkpoints."""
 
     def make(take_step: Any) -> Any:
@@ -67,7 +67,7 @@ def distill_until(world: World, recipe: Recipe, finished: int) -> None:
         return stopping
 
     with changed(TrainingLoop, "_step", make), pytest.raises(Interrupted):
-        publish_stage(world, "distill", recipe)
+        publish_stage(world, stage, recipe)
 
 
 def distill_until_half_written(world: World, recipe: Recipe, finished: int) -> None:

@@ -26,23 +26,25 @@ def shape_problems(recipe: Recipe) -> list[str]:
             f"parallel.context={parallel.context}: megatron-core's context parallelism needs Transformer Engine's attention on a GPU, "
             "which this layer spec does not use; set parallel.context=1"
         )
-    micro_batches = recipe.distill.global_batch // (recipe.distill.micro_batch * parallel.data)
-    if parallel.virtual > 1 and micro_batches % parallel.pipeline:
-        problems.append(
-            f"parallel.virtual={parallel.virtual} needs a multiple of parallel.pipeline={parallel.pipeline} micro-batches a step, but "
-            f"distill.global_batch / (micro_batch × parallel.data) = {micro_batches}; nearest: {nearest_multiples(micro_batches, parallel.pipeline)}"
-        )
+    for section, run in recipe.training_runs().items():
+        micro_batches = run.global_batch // (run.micro_batch * parallel.data)
+        if parallel.virtual > 1 and micro_batches % parallel.pipeline:
+            nearest = nearest_multiples(micro_batches, parallel.pipeline)
+            problems.append(
+                f"parallel.virtual={parallel.virtual} needs a multiple of parallel.pipeline={parallel.pipeline} micro-batches a step, but "
+                f"{section}.global_batch / (micro_batch × parallel.data) = {micro_batches}; nearest: {nearest}"
+            )
     return problems
 
 
-def teacher_problems(recipe: Recipe, source: Architecture) -> list[str]:
+def teacher_problems(recipe: Recipe, source: Architecture, whose: str = "the source model") -> list[str]:
     parallel, teacher = recipe.parallel, recipe.parallel.teacher
     if not isinstance(teacher, TeacherParallel):
         return []
     if source.experts:
         return ["parallel.teacher: a layout of its own is not supported for a source model with experts; set parallel.teacher=student"]
-    problems = _tensor_problems("parallel.teacher", teacher.tensor, source, "the source model")
-    problems += _stage_problems("parallel.teacher", teacher.pipeline, source, "the source model")
+    problems = _tensor_problems("parallel.teacher", teacher.tensor, source, whose)
+    problems += _stage_problems("parallel.teacher", teacher.pipeline, source, whose)
     problems += list_problems("parallel.teacher", teacher.pipeline, teacher.layers_per_stage, {source.layers})
     model_processes = teacher.tensor * teacher.pipeline
     if parallel.processes % model_processes:

@@ -7,6 +7,7 @@ from minitron_megatron.config.checks.criteria import criteria_problems
 from minitron_megatron.config.checks.layout import layout_problems, list_problems, shape_problems, teacher_problems
 from minitron_megatron.config.checks.losses import vocabulary_problems
 from minitron_megatron.config.checks.target import target_architecture
+from minitron_megatron.config.checks.teachers import first_teacher, models_problems, stage_problems
 from minitron_megatron.config.checks.training import batch_problems, hidden_problems, training_problems
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.errors import RecipeError
@@ -21,13 +22,14 @@ def check_recipe(recipe: Recipe, source: Architecture) -> Architecture:
     except RecipeError as error:
         problems += error.problems
     else:
-        problems += hidden_problems(recipe, source, target)
+        problems += hidden_problems(recipe, first_teacher(recipe, source), target)
     problems += layout_problems(recipe.parallel, source, "the source model")
     if target != source:
         problems += layout_problems(recipe.parallel, target, "the pruned model")
     stages, rule = recipe.parallel.pipeline * recipe.parallel.virtual, recipe.parallel.layers_per_stage
     problems += list_problems("parallel", stages, rule, {source.layers, target.layers})
     problems += shape_problems(recipe) + teacher_problems(recipe, source)
+    problems += stage_problems(recipe) + models_problems(recipe, source)
     problems += _length_problems(recipe, source)
     problems += batch_problems(recipe) + vocabulary_problems(recipe.distill, source)
     if recipe.prune.scores_file and recipe.prune.scores != "activation":
@@ -42,7 +44,7 @@ def check_recipe(recipe: Recipe, source: Architecture) -> Architecture:
 def _length_problems(recipe: Recipe, arch: Architecture) -> list[str]:
     problems = []
     limit = min(arch.max_positions, arch.attention_window or arch.max_positions)
-    for section in ("importance", "distill", "evaluate"):
+    for section in ("importance", *recipe.training_runs(), "evaluate"):
         length = getattr(recipe, section).sequence_length
         if length > limit:
             problems.append(f"{section}.sequence_length={length} is beyond the model's {limit} positions; at most {limit}")

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 from minitron_megatron.arch.architecture import Architecture, nearest_multiples
 from minitron_megatron.config.checks.losses import loss_problems
-from minitron_megatron.config.distill import Training
+from minitron_megatron.config.distill import Training, TrainingRun
 from minitron_megatron.config.schema import Recipe
 
 
 def batch_problems(recipe: Recipe) -> list[str]:
-    distill = recipe.distill
-    problems = []
-    together = distill.micro_batch * recipe.parallel.data
-    if distill.global_batch % together:
+    problems = [problem for section, run in recipe.training_runs().items() for problem in _run_problems(section, run, recipe.parallel.data)]
+    return problems + loss_problems(recipe.distill)
+
+
+def _run_problems(section: str, run: TrainingRun, data: int) -> list[str]:
+    problems, rate = [], run.learning_rate
+    together = run.micro_batch * data
+    if run.global_batch % together:
         problems.append(
-            f"distill.global_batch={distill.global_batch} is not divisible by micro_batch × parallel.data = {together}; "
-            f"nearest: {nearest_multiples(distill.global_batch, together)}"
+            f"{section}.global_batch={run.global_batch} is not divisible by micro_batch × parallel.data = {together}; "
+            f"nearest: {nearest_multiples(run.global_batch, together)}"
         )
-    if distill.learning_rate.warmup_steps >= distill.steps:
-        problems.append(f"distill.learning_rate.warmup_steps={distill.learning_rate.warmup_steps} must be less than distill.steps={distill.steps}")
-    if distill.learning_rate.minimum > distill.learning_rate.peak:
-        problems.append("distill.learning_rate.minimum is above its peak")
-    return problems + loss_problems(distill)
+    if rate.warmup_steps >= run.steps:
+        problems.append(f"{section}.learning_rate.warmup_steps={rate.warmup_steps} must be less than {section}.steps={run.steps}")
+    if rate.minimum > rate.peak:
+        problems.append(f"{section}.learning_rate.minimum is above its peak")
+    return problems
 
 
 def hidden_problems(recipe: Recipe, source: Architecture, target: Architecture) -> list[str]:

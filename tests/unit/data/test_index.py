@@ -60,15 +60,15 @@ def test_an_interrupted_build_resumes_to_the_same_bytes_and_encodes_only_what_is
 ) -> None:
     merge(build(tmp_path / "whole"), tmp_path / "whole" / "all")
     encoded: list[int] = []
-    original = encode._encode
+    original = encode.TextEncoder.encode
 
-    def count_and_break(texts: list[str], tokenizer: Tokenizer, dtype: str) -> encode.EncodedBlock:
+    def count_and_break(encoder: encode.TextEncoder, texts: list[str]) -> encode.EncodedBlock:
         encoded.append(len(texts))
         if len(encoded) == 4:
             raise KeyboardInterrupt
-        return original(texts, tokenizer, dtype)
+        return original(encoder, texts)
 
-    monkeypatch.setattr(encode, "_encode", count_and_break)
+    monkeypatch.setattr(encode.TextEncoder, "encode", count_and_break)
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / "resumed")
     blocks = build(tmp_path / "resumed")
@@ -121,6 +121,6 @@ def test_many_blocks_keep_only_a_few_in_flight(tokenizer: Tokenizer) -> None:
             taken.append(number)
             yield encode.Block(number, [f"text {number}"])
 
-    for block, _ in encode.encode_blocks(watched(), tokenizer, dtype="uint16", workers=2):  # type: ignore[arg-type]
+    for block, _ in encode.encode_blocks(watched(), encode.TextEncoder(tokenizer, "uint16"), workers=2):  # type: ignore[arg-type]
         assert taken[-1] - block.number <= 4
     assert block.number == 29

@@ -15,6 +15,7 @@ from minitron_megatron.config.schema import Recipe
 from minitron_megatron.data import stage
 from minitron_megatron.data.samples import evaluation_windows, packed_samples
 from minitron_megatron.data.tokenizer import load_tokenizer
+from minitron_megatron.data.vocabulary import check_vocabulary, refuse_other_tokenizer
 from minitron_megatron.errors import DataError
 
 
@@ -100,9 +101,9 @@ def test_text_too_short_for_later_stages_is_refused_here(text_files: list[Path],
 
 def test_a_models_own_sentencepiece_may_be_smaller_than_its_padded_embeddings(sentencepiece_file: Path) -> None:
     tokenizer = load_tokenizer(sentencepiece_file)
-    stage.check_vocabulary(tokenizer, 128, foreign=False)
+    check_vocabulary(tokenizer, 128, foreign=False)
     with pytest.raises(DataError, match="of 80 is not the model's of 128"):
-        stage.check_vocabulary(tokenizer, 128, foreign=True)
+        check_vocabulary(tokenizer, 128, foreign=True)
 
 
 def test_a_tokenizer_that_gives_other_ids_than_the_models_own_is_refused(text_files: list[Path], imported: Artifact, tmp_path: Path) -> None:
@@ -114,4 +115,4 @@ def test_a_tokenizer_that_gives_other_ids_than_the_models_own_is_refused(text_fi
     (foreign / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(DataError, match=r"gives other ids than the model's own; leave data.tokenizer out"):
         stage.run(recipe(text_files, tokenizer=str(foreign)), {"import": imported}, tmp_path / "out")
-    stage.refuse_other_tokenizer(load_tokenizer(imported.path / "tokenizer"), imported.path / "tokenizer")
+    refuse_other_tokenizer(load_tokenizer(imported.path / "tokenizer"), imported.path / "tokenizer")

@@ -1,0 +1,59 @@
+"""What several teachers, a correction and a fine-tuning have to agree on with the rest of the recipe."""
+
+from __future__ import annotations
+
+from minitron_megatron.arch.architecture import Architecture
+from minitron_megatron.arch.source import source_architecture
+from minitron_megatron.config.checks.layout import layout_problems, teacher_problems
+from minitron_megatron.config.schema import Recipe
+from minitron_megatron.config.teachers import SOURCE, TeacherModel
+from minitron_megatron.errors import MinitronError
+
+
+def stage_problems(recipe: Recipe) -> list[str]:
+    """Of sections that need another one."""
+    problems = []
+    if recipe.finetune and not recipe.chat:
+        problems.append("finetune: trains on conversations, which no section names; add the section chat, with chat.train")
+    source_teaches = recipe.teachers is None or any(model.is_source for model in recipe.teachers.models)
+    if recipe.correct and not source_teaches:
+        problems.append(f"correct: corrects the source, which is none of teachers.models; add {{path: {SOURCE}}} there, or leave correct out")
+    hidden = recipe.distill.hidden
+    if recipe.teachers and not recipe.teachers.models[0].is_source and hidden and hidden.pairs == "kept":
+        problems.append(
+            "distill.hidden.pairs=kept goes by the layers that were cut out of the source, but the first of teachers.models is another one"
+        )
+    return problems
+
+
+def first_teacher(recipe: Recipe, source: Architecture) -> Architecture:
+    """The one whose hidden states are compared; the source where the recipe's own cannot be read, which is a problem of its own."""
+    first = recipe.teachers.models[0] if recipe.teachers else None
+    if first is None or first.is_source:
+        return source
+    try:
+        return source_architecture(first.path, first.hf_config)
+    except MinitronError:
+        return source
+
+
+def models_problems(recipe: Recipe, source: Architecture) -> list[str]:
+    """Of each teacher beside the source."""
+    models = recipe.teachers.models if recipe.teachers else []
+    return [problem for model in models if not model.is_source for problem in _model_problems(recipe, model, source)]
+
+
+def _model_problems(recipe: Recipe, model: TeacherModel, source: Architecture) -> list[str]:
+    try:
+        arch = source_architecture(model.path, model.hf_config)
+    except MinitronError as error:
+        return [f"teachers.models: {str(error).replace('model.', 'teachers.models.')}"]
+    whose, problems = f"the teacher {model.path}", []
+    if arch.vocab != source.vocab:
+        problems.append(
+            f"teachers.models: {model.path} has a vocabulary of {arch.vocab}, the source's is {source.vocab}; teachers share the source's"
+        )
+    limit = min(arch.max_positions, arch.attention_window or arch.max_positions)
+    if recipe.distill.sequence_length > limit:
+        problems.append(f"distill.sequence_length={recipe.distill.sequence_length} is beyond the {limit} positions of {whose}; at most {limit}")
+    return problems + layout_problems(recipe.parallel, arch, whose) + teacher_problems(recipe, arch, whose)

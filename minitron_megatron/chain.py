@@ -132,8 +132,16 @@ def stage_settings(stage: Stage, recipe: Recipe) -> dict[str, Any]:
 def stage_inputs(stage: Stage, recipe: Recipe) -> tuple[str, ...]:
     """The stages whose artifacts it reads under this recipe: pruning by scores from elsewhere needs no importance pass of this run, and
     nothing waits for a correction beside the distillation."""
-    spared = {*_beside(recipe), *(("importance",) if stage.name == "prune" and not recipe.prune.reads_importance else ())}
+    spared = {*_beside(recipe), *_spared(stage, recipe)}
     return tuple(name for name in stage.inputs if name not in spared and is_asked(STAGES[name], recipe))
+
+
+def _spared(stage: Stage, recipe: Recipe) -> tuple[str, ...]:
+    if stage.name == "prune" and not recipe.prune.reads_importance:
+        return ("importance",)
+    if stage.name == "evaluate":
+        return tuple(made_by for model, made_by in (("distilled", "distill"), ("finetuned", "finetune")) if model not in recipe.evaluate.names)
+    return ()
 
 
 def refuse_foreign_inputs(inputs: dict[str, Artifact], recipe: Recipe, recipe_path: str) -> None:

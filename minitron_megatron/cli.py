@@ -36,6 +36,9 @@ app = typer.Typer(
 )
 
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file of one compression, for example configs/smollm2_135m_to_97m.yaml")]
+AblationPath = Annotated[
+    str, typer.Argument(metavar="ABLATION", help="YAML file with a recipe and its variants, for example configs/ablations/losses.yaml")
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="key=value", help="values that replace the recipe's, for example distill.steps=300 parallel.data=2")
 ]
@@ -135,6 +138,28 @@ def run(recipe: RecipePath, overrides: Overrides = None) -> None:
     raise typer.Exit(code)
 
 
+@app.command(
+    "ablate",
+    short_help="Run the variants of an ablation, with their seeds, and print one table.",
+    help="Run every variant of an ablation as far as `evaluate` takes, with each seed, and print one table of their final models.\n\n"
+    "What variants have in common is made once, or taken from the recipe's own run. Writes `runs/ABLATION/VARIANT[-seedN]/`, and "
+    "`ablation.md` and `.json` beside them.",
+    epilog="Example: `minitron ablate configs/ablations/aggregation_pairs.yaml evaluate.tokens=4096`",
+    rich_help_panel="The whole chain",
+)
+def ablate(ablation: AblationPath, overrides: Overrides = None) -> None:
+    from minitron_megatron.ablate import collect, run_trials
+    from minitron_megatron.config.ablation import planned
+    from minitron_megatron.results.ablation import console_ablation
+
+    plan = planned(ablation, overrides or [])
+    code = run_trials(plan)
+    if code == 0:
+        Console().print(console_ablation(collect(plan)))
+        print(f"Table: {plan.folder / 'ablation.md'}")
+    raise typer.Exit(code)
+
+
 @app.command("show", help="Print the resolved recipe, both architectures, their parameters, FLOPs and KV-cache size.", rich_help_panel="Look first")
 def show(recipe: RecipePath, overrides: Overrides = None) -> None:
     from minitron_megatron.config.family import checked_steps
@@ -229,7 +254,7 @@ def main() -> None:
         print(error, file=sys.stderr)
         sys.exit(2)
     finally:
-        if "run" in sys.argv[1:2] and time.monotonic() - started > 60:
+        if sys.argv[1:2] in (["run"], ["ablate"]) and time.monotonic() - started > 60:
             print(f"total: {(time.monotonic() - started) / 60:.1f} minutes", file=sys.stderr)
 
 

@@ -74,9 +74,15 @@ def adopt(stage: Stage, recipe: Recipe, shared: Sequence[Path]) -> Artifact | No
     for other in shared:
         artifact = find_artifact(other, stage.name)
         if artifact and artifact.id == identity:
-            target = folder / stage.name
-            shutil.rmtree(target, ignore_errors=True)
-            # hard links: files of an artifact never change, and either run may be removed
-            shutil.copytree(artifact.path, target, copy_function=os.link)
+            _link(artifact.path, folder / stage.name)
             return open_artifact(other, stage.name)
     return None
+
+
+def _link(source: Path, target: Path) -> None:
+    """Hard links: files of an artifact never change, and either run may be removed. A start that is killed leaves no half of it."""
+    partial = target.with_name(f".{target.name}.adopted")
+    for old in (partial, target):
+        shutil.rmtree(old, ignore_errors=True)
+    shutil.copytree(source, partial, copy_function=os.link)
+    partial.rename(target)

@@ -44,6 +44,8 @@ class Architecture:
     experts_per_token: int = 0
     normalised_routing: bool = True
     """Whether the weights of a token's chosen experts sum to 1, or are their shares in a softmax over all experts."""
+    rotary_share: float = 1.0
+    """Share of a head's channels that the rotary embedding turns: the first ones, the others pass."""
     ffn_per_layer: tuple[int, ...] | None = None
     """Widths of the layers' FFNs where they differ, of which `ffn` is the largest; None: all have `ffn`."""
 
@@ -58,8 +60,9 @@ class Architecture:
             )
         self._check_experts()
         self._check_widths()
-        if self.head_channels % 2:
-            raise ArchitectureError(f"architecture: head_channels={self.head_channels} is odd, but the rotary embedding turns pairs")
+        if self.rotary_channels % 2 or self.rotary_channels < 2:
+            turned = "" if self.rotary_share == 1 else f" × rotary_share={self.rotary_share} = {self.rotary_channels}"
+            raise ArchitectureError(f"architecture: head_channels={self.head_channels}{turned} is odd, but the rotary embedding turns pairs")
 
     def _check_experts(self) -> None:
         if not self.experts:
@@ -87,6 +90,11 @@ class Architecture:
     @property
     def heads_per_group(self) -> int:
         return self.heads // self.kv_groups
+
+    @property
+    def rotary_channels(self) -> int:
+        """Channels of a head that the rotary embedding turns."""
+        return int(self.head_channels * self.rotary_share)
 
     @property
     def qkv_rows(self) -> int:
@@ -136,12 +144,14 @@ def parameters_by_part(arch: Architecture) -> dict[str, int]:
     attention += arch.qkv_rows if kind.qkv_bias else 0
     attention += 2 * arch.head_channels if kind.qk_norm else 0
     embedding = arch.vocab * arch.hidden
+    matrices = 3 if kind.is_gated else 2
+    norm = arch.hidden if kind.norm == "rmsnorm" else 2 * arch.hidden  # the other has a bias
     return {
         "embedding": embedding,
         "attention": arch.layers * attention,
-        "ffn": sum(arch.ffn_widths) * max(arch.experts, 1) * 3 * arch.hidden,
+        "ffn": sum(arch.ffn_widths) * max(arch.experts, 1) * matrices * arch.hidden,
         **({"routers": arch.layers * arch.experts * arch.hidden} if arch.experts else {}),
-        "norms": (2 * arch.layers + 1) * arch.hidden,
+        "norms": (2 * arch.layers + 1) * norm,
         "output": 0 if arch.tied_embeddings else embedding,
     }
 

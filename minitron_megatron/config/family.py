@@ -27,6 +27,8 @@ Source = Literal["previous", "pruned", "original"]
 """What a step prunes: the model that the step before exported, that one as it was pruned (not yet trained), or the family's own."""
 Teacher = Literal["source", "previous", "original"]
 OWN_KEYS = ("name", "source", "teacher")
+FAMILY = "family="
+"""Start of the override that makes a family of an ordinary recipe, as in `minitron run recipe.yaml 'family=[{name: 8b, prune: …}, …]'`."""
 STEP = "step="
 """Start of the override that names a step of a family, as in `minitron distill family.yaml step=4b`."""
 
@@ -74,18 +76,20 @@ def picked_steps(path: str | Path, overrides: list[str] | None = None) -> list[S
 
 def load_steps(path: str | Path, overrides: list[str] | None = None) -> list[Step]:
     """Every step of a family in order; one without a name for an ordinary recipe."""
-    file = recipe_file(path)
+    given = overrides or []
+    overrides = [item for item in given if not item.startswith(FAMILY)]
+    file = _with_family(path, recipe_file(path), [item for item in given if item.startswith(FAMILY)])
     if "family" not in file:
-        return [Step(validated(path, merged(path, file, overrides or [])))]
+        return [Step(validated(path, merged(path, file, overrides)))]
     family = file.pop("family")
     _refuse_malformed(path, family)
-    base = merged(path, file, overrides or [])
+    base = merged(path, file, overrides)
     sources: list[Source] = [item.get("source", "previous" if number else "original") for number, item in enumerate(family)]
     names = [str(item.name) for item in family]
     steps = []
     for number, item in enumerate(family):
         own = OmegaConf.create({key: value for key, value in item.items() if key not in OWN_KEYS})
-        values = merged(path, OmegaConf.merge(file, own), overrides or [])
+        values = merged(path, OmegaConf.merge(file, own), overrides)
         before = names[number - 1] if number else ""
         values |= _place(base, names[number]) | _models(base, before, sources[number], item.get("teacher", "source"))
         trained = number + 1 == len(family) or sources[number + 1] != "pruned"
@@ -119,6 +123,10 @@ def _source_of(step: Step, before: list[tuple[Step, Architecture, Architecture]]
         return source_architecture(step.recipe.model.path, step.recipe.model.hf_config)
     except ArchitectureError as error:
         raise RecipeError(str(error)) from None
+
+
+def _with_family(path: str | Path, file: DictConfig, overrides: list[str]) -> DictConfig:
+    return OmegaConf.create(merged(path, file, overrides)) if overrides else file
 
 
 def _refuse_malformed(path: str | Path, family: Any) -> None:

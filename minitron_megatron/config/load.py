@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -16,13 +16,20 @@ from yaml import YAMLError
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.errors import RecipeError
 
+Kind = TypeVar("Kind", bound=BaseModel)
+
 
 def validated(source: str | Path, values: dict[str, Any]) -> Recipe:
     """A recipe out of plain values; raises RecipeError with one line per problem."""
+    return validated_as(Recipe, source, values)
+
+
+def validated_as(kind: type[Kind], source: str | Path, values: dict[str, Any]) -> Kind:
+    """A file of another kind than a recipe, an ablation say."""
     try:
-        return Recipe.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise RecipeError([f"{source}: {_problem(item)}" for item in error.errors()]) from None
+        raise RecipeError([f"{source}: {_problem(item, kind)}" for item in error.errors()]) from None
 
 
 def recipe_file(path: str | Path) -> DictConfig:
@@ -67,34 +74,34 @@ def _replace_mappings(together: Any, overrides: list[str]) -> None:
             OmegaConf.update(together, key, OmegaConf.from_dotlist([f"value={value}"]).value, merge=False)
 
 
-def _problem(item: Any) -> str:
+def _problem(item: Any, kind: type[BaseModel]) -> str:
     where = [part for part in item["loc"] if not str(part).startswith("[")]  # tags, not keys
     key = ".".join(str(part) for part in where)
     if item["type"] == "extra_forbidden":
-        return _unknown_key(where)
+        return _unknown_key(where, kind)
     if item["type"] == "missing":
-        return f"{key} is missing; {_description(where)}"
+        return f"{key} is missing; {_description(where, kind)}"
     found = f" (found {item['input']!r})" if not isinstance(item["input"], dict) else ""
     message = item["msg"].removeprefix("Value error, ")
     return f"{key}: {message[0].lower()}{message[1:]}{found}"
 
 
-def _unknown_key(where: list[Any]) -> str:
+def _unknown_key(where: list[Any], kind: type[BaseModel]) -> str:
     parent, name = where[:-1], str(where[-1])
-    known = _fields_at(parent)
+    known = _fields_at(parent, kind)
     close = difflib.get_close_matches(name, known, n=1)
     mend = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}"
     section = f"{'.'.join(map(str, parent))}." if parent else ""
-    return f"{section}{name}: unknown {'key' if parent else 'section'} '{name}'; {mend}"
+    return f"{section}{name}: unknown {'key' if parent or kind is not Recipe else 'section'} '{name}'; {mend}"
 
 
-def _fields_at(where: list[Any]) -> list[str]:
-    section = _section_at(where)
+def _fields_at(where: list[Any], kind: type[BaseModel]) -> list[str]:
+    section = _section_at(where, kind)
     return sorted(field.alias or name for name, field in section.model_fields.items()) if section else []
 
 
-def _section_at(where: list[Any]) -> type[BaseModel] | None:
-    section: type[BaseModel] = Recipe
+def _section_at(where: list[Any], kind: type[BaseModel]) -> type[BaseModel] | None:
+    section = kind
     parts = iter(where)
     for part in parts:
         if isinstance(part, int):  # of a list
@@ -120,8 +127,8 @@ def _is_section(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
-def _description(where: list[Any]) -> str:
-    section = _section_at(where[:-1])
+def _description(where: list[Any], kind: type[BaseModel]) -> str:
+    section = _section_at(where[:-1], kind)
     fields = {item.alias or name: item for name, item in section.model_fields.items()} if section else {}
     field = fields.get(str(where[-1]))
     return field.description if field and field.description else "it has no default"

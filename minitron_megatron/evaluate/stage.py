@@ -100,7 +100,7 @@ def _load_models(recipe: Recipe, inputs: Mapping[str, Artifact], world: World) -
 
 def compared_models(recipe: Recipe, inputs: Mapping[str, Artifact]) -> dict[str, tuple[Architecture, Path]]:
     """Architecture and checkpoint of each column: the teacher that was distilled from (of several the first) and what became of the student."""
-    students = {name: inputs[stage] for name, stage in STAGE_OF_STUDENT.items() if stage in inputs}
+    students = {name: inputs[stage] for name, stage in STAGE_OF_STUDENT.items() if stage in inputs and name in recipe.evaluate.names}
     found = {name: (Architecture.from_dict(artifact.result["architecture"]), artifact.path / "checkpoint") for name, artifact in students.items()}
     return {"teacher": first_teacher(recipe, inputs), **found}
 

@@ -13,11 +13,11 @@ from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
-from torch.nn import functional as F
 
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.model.experts import expert_settings
 from minitron_megatron.model.gpt import HiddenStateGPT, OutputLayer, StageModel
+from minitron_megatron.model.modules import family_settings
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.parallel.split import EndWork, hidden_state_work, layer_works, logits_work, split_layers
 from minitron_megatron.platform import Platform
@@ -115,10 +115,8 @@ def transformer_config(
         num_query_groups=arch.kv_groups,
         kv_channels=arch.head_channels,
         ffn_hidden_size=arch.ffn,
-        normalization="RMSNorm",
+        **family_settings(arch.family),
         layernorm_epsilon=arch.norm_eps,
-        gated_linear_unit=True,
-        activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=arch.family.qkv_bias,
         qk_layernorm=arch.family.qk_norm,

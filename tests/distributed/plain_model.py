@@ -53,7 +53,12 @@ class PlainModel:
         return self.hidden(tokens_BS) @ self.weights[name].T
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
-        scaled = x / (x.square().mean(-1, keepdim=True) + self.arch.norm_eps).sqrt() * self.weights[name]
+        if self.arch.family_name == "nemotron":
+            centred = x - x.mean(-1, keepdim=True)
+            unit = centred / (centred.square().mean(-1, keepdim=True) + self.arch.norm_eps).sqrt()
+            scaled = unit * (1 + self.weights[name]) + self.weights[name.removesuffix("weight") + "bias"]
+        else:
+            scaled = x / (x.square().mean(-1, keepdim=True) + self.arch.norm_eps).sqrt() * self.weights[name]
         layer = name.split(".")[2]
         axes = (("linear_qkv.layer_norm", "attention_norm"), ("linear_fc1.layer_norm", "mlp_norm"), ("pre_mlp_layernorm", "mlp_norm"))
         for part, axis in axes:
@@ -84,12 +89,14 @@ class PlainModel:
         return context @ self.weights[f"{ours}.linear_proj.weight"].T
 
     def _rotate(self, x: Tensor) -> Tensor:
-        """Rotary embedding of [B, S, G, heads, K], first half against second half of the channels."""
-        half = self.arch.head_channels // 2
+        """Rotary embedding of [B, S, G, heads, K], first half against second half of the channels that turn."""
+        turned = int(self.arch.head_channels * self.arch.rotary_share)
+        x, still = x[..., :turned], x[..., turned:]
+        half = turned // 2
         frequency = self.arch.rope_theta ** -(torch.arange(half, dtype=torch.float64) / half)
         angle = torch.outer(torch.arange(x.shape[1], dtype=torch.float64), frequency)[None, :, None, None, :]
         first, second = x[..., :half], x[..., half:]
-        return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], dim=-1)
+        return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin(), still], dim=-1)
 
     def _after_attention(self, layer: int, x: Tensor) -> Tensor:
         if self.arch.experts:
@@ -115,8 +122,13 @@ class PlainModel:
 
     def _mlp(self, layer: int, x: Tensor) -> Tensor:
         ours = f"decoder.layers.{layer}.mlp"
-        gate, up = (x @ self.weights[f"{ours}.linear_fc1.weight"].T).chunk(2, dim=-1)
-        inner = gate * torch.sigmoid(gate) * up
+        first = x @ self.weights[f"{ours}.linear_fc1.weight"].T
+        if self.arch.family_name == "nemotron":
+            gate = first
+            inner = first.clamp_min(0).square()
+        else:
+            gate, up = first.chunk(2, dim=-1)
+            inner = gate * torch.sigmoid(gate) * up
         self.seen[layer, "ffn"], self.seen[layer, "ffn_before_activation"] = inner.detach(), gate.detach()
         return inner @ self.weights[f"{ours}.linear_fc2.weight"].T
 

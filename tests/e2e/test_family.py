@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -12,10 +11,9 @@ import yaml
 from minitron_megatron import conductor
 from minitron_megatron.chain import STAGES
 from minitron_megatron.config.family import picked_steps
-from minitron_megatron.parallel.layout import destroy_layout
 from minitron_megatron.results.family import publish_family
-from minitron_megatron.worker import prepare, run_here
 
+from .in_process import STARTED, in_this_process
 from .tiny_model import write_model, write_recipe, write_text
 
 FAMILY = [
@@ -23,17 +21,6 @@ FAMILY = [
     {"name": "middle", "prune": {"target": {"ffn": 32, "hidden": 24}}},
     {"name": "small", "prune": {"target": {"ffn": 24, "hidden": 24, "layers": 3}}},
 ]
-STARTED: list[str] = []
-
-
-def in_this_process(stage: str, recipe_path: str, overrides: list[str], processes: int) -> int:
-    """Stands for the launcher: starting a process takes longer than what it does here."""
-    recipe, platform = prepare(recipe_path, overrides)
-    with ExitStack() as connections:
-        run_here(STAGES[stage], recipe, recipe_path, platform, connections)
-        destroy_layout()
-    STARTED.append(f"{recipe.name} {stage}")
-    return 0
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ ROWS = [
     {"failure"},
     {"worker", "launcher", "show", "advice"},
     {"conductor"},
+    {"ablate"},
     {"cli"},
 ]
 ROW_OF = {room: number for number, row in enumerate(ROWS) for room in row}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +79,20 @@ def removed_by_hand(folder: Path, plan: dict[str, Any]) -> Any:
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
     model.model.embed_tokens.weight[:, dropped] = 0
     for name, module in model.named_modules():
-        if name.endswith(("layernorm", "model.norm")):
+        if name.endswith(("layernorm", "model.norm")) and model.config.model_type == "nemotron":
+            module.forward = partial(norm_of_kept, module, torch.tensor(plan["channels"]))
+        elif name.endswith(("layernorm", "model.norm")):
             module.weight *= math.sqrt(share)
             module.variance_epsilon *= share
     model.model.layers = nn.ModuleList(model.model.layers[layer] for layer in plan["kept_layers"])
     model.config.num_hidden_layers = len(plan["kept_layers"])
     return model
+
+
+def norm_of_kept(module: Any, kept: Tensor, x: Tensor) -> Tensor:
+    """Mean and variance of the kept channels alone; the others stay 0."""
+    inner = torch.nn.functional.layer_norm(x[..., kept], (len(kept),), 1 + module.weight[kept], module.bias[kept], module.eps)
+    return torch.zeros_like(x).index_copy(-1, kept, inner)
 
 
 @torch.no_grad()

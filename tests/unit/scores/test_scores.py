@@ -226,7 +226,8 @@ def test_magnitudes_are_norms_over_all_weights_that_go_with_a_unit(
         if arch.experts:
             check_expert_magnitudes(own, scores, arch, layer)
         else:
-            ffn = [norm(own["mlp.gate_proj.weight"][i], own["mlp.up_proj.weight"][i], own["mlp.down_proj.weight"][:, i]) for i in range(arch.ffn)]
+            first = [own[name] for name in ("mlp.gate_proj.weight", "mlp.up_proj.weight") if name in own]  # nemotron has no gate
+            ffn = [norm(*(matrix[i] for matrix in first), own["mlp.down_proj.weight"][:, i]) for i in range(arch.ffn)]
             torch.testing.assert_close(scores.ffn[layer], torch.stack(ffn), rtol=1e-5, atol=0)
         heads = []
         for head in range(arch.heads):
@@ -253,7 +254,7 @@ def test_magnitudes_are_norms_over_all_weights_that_go_with_a_unit(
                 parts.append(tensor[channel])
             elif tensor.dim() == 2:
                 parts.append(tensor[:, channel])
-            elif name.endswith(("layernorm.weight", "model.norm.weight")):
+            elif name.endswith(("layernorm.weight", "model.norm.weight", "layernorm.bias", "model.norm.bias")):
                 parts.append(tensor[channel])
         channels.append(norm(*parts))
     torch.testing.assert_close(scores.channels, torch.stack(channels), rtol=1e-5, atol=0)

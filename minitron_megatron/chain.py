@@ -51,7 +51,7 @@ STAGES = {
         Stage("prune", "prune.stage", ("import", "importance"), ("prune",), True, streams=True),
         Stage("distill", "distill.stage", ("import", "data", "prune"), ("distill",), True, continues=MAY_CHANGE_IN_A_RUN),
         Stage("evaluate", "evaluate.stage", ("import", "data", "prune", "distill"), ("evaluate",), True),
-        Stage("export", "convert.export_stage", ("import", "prune", "distill"), (), False),
+        Stage("export", "convert.export_stage", ("import", "prune", "distill"), ("export",), False),
         Stage("report", "report.stage", ("import", "data", "importance", "prune", "distill", "evaluate", "export"), (), False),
     )
 }

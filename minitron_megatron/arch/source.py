@@ -8,11 +8,15 @@ from typing import Any
 
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.arch.hf_config import architecture_from_hf
+from minitron_megatron.arch.nemo_archive import NemoArchive, is_nemo
+from minitron_megatron.arch.nemo_config import config_of_archive
 from minitron_megatron.errors import ArchitectureError
 
 
 def source_config(model_path: str, hf_config: str | None = None) -> dict[str, Any]:
-    """config.json of the source model; for a Megatron checkpoint the one that `model.hf_config` names."""
+    """config.json of the source model: the one that `model.hf_config` names, that of its folder, or what its .nemo archive says."""
+    if is_nemo(model_path) and not hf_config:
+        return config_of_archive(NemoArchive(model_path))
     path = Path(hf_config) if hf_config else Path(model_path) / "config.json"
     if not path.is_file():
         raise ArchitectureError(

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from minitron_megatron.config.distill import Distill, Training
 from minitron_megatron.config.evaluate import Evaluate
+from minitron_megatron.config.export import Export
 from minitron_megatron.config.importance import Importance
 from minitron_megatron.config.parallel import Parallel
 from minitron_megatron.config.prune import Prune
@@ -30,3 +31,4 @@ class Recipe(Section):
     distill: Distill
     training: Training = Training()
     evaluate: Evaluate = Evaluate()
+    export: Export = Export()

@@ -10,8 +10,10 @@ from minitron_megatron.config.section import Section
 class Model(Section):
     """The model to compress."""
 
-    path: str = Field(description="folder with config.json, safetensors and tokenizer, or a Megatron torch_dist checkpoint")
-    hf_config: str | None = Field(None, description="config.json that goes with a Megatron checkpoint")
+    path: str = Field(description="folder with config.json, safetensors and tokenizer, a .nemo archive, or a Megatron torch_dist checkpoint")
+    hf_config: str | None = Field(
+        None, description="config.json that goes with a Megatron checkpoint, or in place of what a .nemo archive says; its folder has the tokenizer"
+    )
 
 
 class Data(Section):

@@ -22,7 +22,10 @@ from minitron_megatron.model.experts import layer_spec
 
 def family_settings(family: Family) -> dict[str, Any]:
     """TransformerConfig arguments for a family's norm and the activation of its FFN."""
-    norms = {"rmsnorm": {"normalization": "RMSNorm"}, "layernorm1p": {"normalization": "LayerNorm", "layernorm_zero_centered_gamma": True}}
+    norms: dict[str, dict[str, Any]] = {
+        "rmsnorm": {"normalization": "RMSNorm"},
+        "layernorm1p": {"normalization": "LayerNorm", "layernorm_zero_centered_gamma": True},
+    }
     activations = {"swiglu": F.silu, "squared_relu": squared_relu}
     return {**norms[family.norm], "gated_linear_unit": family.is_gated, "activation_func": activations[family.activation]}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from minitron_megatron.arch.architecture import Architecture, nearest_multiples
+from minitron_megatron.config.checks.export import export_problems
 from minitron_megatron.config.checks.layout import layout_problems, list_problems, shape_problems, teacher_problems
 from minitron_megatron.config.checks.target import target_architecture
 from minitron_megatron.config.checks.training import batch_problems, hidden_problems, training_problems
@@ -31,6 +32,7 @@ def check_recipe(recipe: Recipe, source: Architecture) -> Architecture:
     if recipe.prune.scores_file and recipe.prune.scores != "activation":
         problems.append(f"prune.scores_file holds activation scores, but prune.scores={recipe.prune.scores}; leave one of them out")
     problems += training_problems(recipe.training)
+    problems += export_problems(recipe, source)
     if problems:
         raise RecipeError(list(dict.fromkeys(problems)))
     return target

@@ -14,6 +14,7 @@ from minitron_megatron.checkpoint.huggingface import write_huggingface
 from minitron_megatron.checkpoint.tensors import tensor_table
 from minitron_megatron.checkpoint.torch_dist import MegatronSource, checkpoint_bytes
 from minitron_megatron.config.schema import Recipe
+from minitron_megatron.convert.fast_tokenizer import add_fast_tokenizer
 from minitron_megatron.convert.nemo_archive import ARCHIVE, write_nemo
 from minitron_megatron.convert.tokenizer_files import copy_tokenizer
 
@@ -32,6 +33,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path) -> dict[st
         write_nemo(folder, source, config, original.path / "tokenizer")
     else:
         copy_tokenizer(original.path / "tokenizer", folder / "model")
+        add_fast_tokenizer(folder / "model")
         write_huggingface(folder / "model", source, arch)
         write_json(folder / "model" / "config.json", config)
     final = Path(recipe.runs) / recipe.name / "export" / (ARCHIVE if as_nemo else "model")

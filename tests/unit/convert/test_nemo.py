@@ -132,15 +132,16 @@ def legacy_name(name: str) -> str:
 class Foreign:
     """A model's weights, and files for an archive that this project does not write."""
 
-    def __init__(self, source: Path, folder: Path) -> None:
+    def __init__(self, source: Path, folder: Path, tokenizer: str = "tokenizer.json") -> None:
         self.arch: Architecture = source_architecture(str(source))
         reader = HuggingFaceSource(source, self.arch)
         self.weights = {row.name: reader.read(row) for row in tensor_table(self.arch)}
         self.source, self.folder = source, folder
         folder.mkdir()
-        (folder / "tokenizer").mkdir()
-        (folder / "tokenizer" / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
-        (folder / "tokenizer" / "tokenizer_config.json").write_bytes((source / "tokenizer_config.json").read_bytes())
+        if tokenizer == "tokenizer.json":
+            (folder / "tokenizer").mkdir()
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                (folder / "tokenizer" / name).write_bytes((source / name).read_bytes())
         self.configure()
 
     def configure(self, **changes: Any) -> None:

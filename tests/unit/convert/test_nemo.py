@@ -366,3 +366,15 @@ def test_a_member_that_leaves_the_archive_or_is_no_plain_file_is_refused(bad: ta
         import_it(archive, tmp_path / "import")
     assert {path for path in tmp_path.rglob("*") if "x.nemo" not in path.name} - before == {tmp_path / "import"}
     assert list((tmp_path / "import").iterdir()) == []
+
+
+def test_nemos_own_connector_opens_what_is_written_here_and_packs_what_is_read_here(tiny_hf_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Where the extra `nemo` is installed: NeMo's list, its unpacking, and an archive of its making with the same weights."""
+    connector = pytest.importorskip("nemo.core.connectors.save_restore_connector").SaveRestoreConnector
+    first = import_it(tiny_hf_model("nemotron"), tmp_path / "first")
+    archive = export_it(first, tmp_path / "export")
+    assert [member.name for member in connector._filtered_tar_info(str(archive), lambda name: name.endswith(".yaml"))] == ["./model_config.yaml"]
+    connector._unpack_nemo_file(str(archive), str(tmp_path / "unpacked"))
+    connector._make_nemo_file_from_folder(str(tmp_path / "by_nemo.nemo"), str(tmp_path / "unpacked"))
+    again = import_it(tmp_path / "by_nemo.nemo", tmp_path / "again")
+    assert again.result["weights_sha256"] == first.result["weights_sha256"]

@@ -66,7 +66,7 @@ def open_archive(archive: Path, arch: Architecture, unpacked: Path) -> MegatronS
 def outside_files(recipe: Recipe) -> list[Path]:
     """Every file of the source model, for the artifact's id."""
     folders = [Path(recipe.model.path)] + ([Path(recipe.model.hf_config).parent] if recipe.model.hf_config else [])
-    archive = [Path(recipe.model.path)] if is_nemo(recipe.model.path) else []
+    archive = [Path(recipe.model.path)] if is_nemo(recipe.model.path) and Path(recipe.model.path).is_file() else []
     return archive + [path for folder in folders if folder.is_dir() for path in folder.rglob("*") if path.is_file()]
 
 

@@ -65,7 +65,7 @@ STAGES = {
         ),
         Stage("finetune", "finetune.stage", ("chat", "distill"), ("finetune",), True, continues=_may_change("finetune"), asked_by="finetune"),
         Stage("evaluate", "evaluate.stage", ("import", "data", "prune", "teachers", "correct", "distill", "finetune"), ("evaluate",), True),
-        Stage("export", "convert.export_stage", ("import", "prune", "distill", "finetune"), (), False),
+        Stage("export", "convert.export_stage", ("import", "prune", "distill", "finetune"), ("export",), False),
         Stage(
             "report",
             "report.stage",

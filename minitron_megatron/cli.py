@@ -54,7 +54,7 @@ class StageHelp(NamedTuple):
 
 STAGE_HELP = {
     "import": StageHelp(
-        "Read the source model (Hugging Face or Megatron) into a torch_dist checkpoint, tensor by tensor.",
+        "Read the source model (Hugging Face, .nemo or Megatron) into a torch_dist checkpoint, tensor by tensor.",
         "checkpoint/, hf_config.json, tokenizer/",
         "model.path=/models/Llama-3.1-8B",
     ),
@@ -105,7 +105,11 @@ STAGE_HELP = {
         "table.md",
         "evaluate.tokens=all evaluate.task_items=all",
     ),
-    "export": StageHelp("Write the student as a Hugging Face model that plain transformers loads.", "model/ (config.json, safetensors, tokenizer)"),
+    "export": StageHelp(
+        "Write the student as a Hugging Face model that plain transformers loads, or as a .nemo archive.",
+        "model/ (config.json, safetensors, tokenizer) or model.nemo",
+        "export.format=nemo",
+    ),
     "report": StageHelp("Gather the whole run in one self-contained HTML page.", "report.html"),
 }
 DEMO = "configs/smollm2_135m_to_97m.yaml"

@@ -154,7 +154,7 @@ def _models(base: dict[str, Any], before: str, source: Source, teacher: Teacher)
     run = Path(_place(base, before)["runs"]) / before
     models: dict[str, dict[str, Any]] = {
         "original": base.get("model", {}),
-        "previous": {"path": str(run / "export" / "model")},
+        "previous": {"path": str(run / "export" / ("model.nemo" if base.get("export", {}).get("format") == "nemo" else "model"))},
         "pruned": {
             "path": str(run / "prune" / "checkpoint"),
             "hf_config": str(run / "prune" / "hf_config.json"),

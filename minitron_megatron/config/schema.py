@@ -10,6 +10,7 @@ from minitron_megatron.config.chat import Chat
 from minitron_megatron.config.correct import Correct, CorrectionBeside
 from minitron_megatron.config.distill import Distill, Training, TrainingRun
 from minitron_megatron.config.evaluate import Evaluate
+from minitron_megatron.config.export import Export
 from minitron_megatron.config.finetune import Finetune
 from minitron_megatron.config.importance import Importance
 from minitron_megatron.config.labels import Labels
@@ -40,6 +41,7 @@ class Recipe(Section):
     finetune: Finetune | None = None
     training: Training = Training()
     evaluate: Evaluate = Evaluate()
+    export: Export = Export()
 
     @property
     def teacher_weights(self) -> TeacherWeights | None:

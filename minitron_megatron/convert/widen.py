@@ -16,16 +16,17 @@ class WidenedSource:
 
     def __init__(self, source: MegatronSource, wide: Architecture) -> None:
         self._source = source
-        self._wide = wide
+        self.arch = wide
 
     def dtype(self, row: TensorRow) -> torch.dtype:
         return self._source.dtype(row)
 
     def read(self, row: TensorRow) -> Tensor:
-        """The Megatron tensor of a row: gate and up rows, or columns of the second matrix, followed by zeros."""
-        tensor = self._source.read(row)
+        """The Megatron tensor of a row: rows of the first matrix (gate and up), or columns of the second, followed by zeros."""
+        tensor, wide = self._source.read(row), row.shape(self.arch)
+        missing = [size - had for size, had in zip(wide, tensor.shape, strict=True)]
+        if not any(missing):
+            return tensor
         if row.axes[0] == "2F":
-            missing = row.shape(self._wide)[0] // 2 - len(tensor) // 2
-            return torch.cat([pad(half, (0, 0, 0, missing)) for half in tensor.chunk(2)]) if missing else tensor
-        missing = row.shape(self._wide)[-1] - tensor.shape[-1] if row.axes[-1] == "F" else 0
-        return pad(tensor, (0, missing)) if missing else tensor
+            return torch.cat([pad(half, (0, 0, 0, missing[0] // 2)) for half in tensor.chunk(2)])
+        return pad(tensor, (0, missing[-1], 0, missing[0]) if len(missing) > 1 else (0, missing[0]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from minitron_megatron.arch.architecture import Architecture, nearest_multiples
 from minitron_megatron.config.checks.criteria import criteria_problems
+from minitron_megatron.config.checks.export import export_problems
 from minitron_megatron.config.checks.layout import layout_problems, list_problems, shape_problems, teacher_problems
 from minitron_megatron.config.checks.losses import vocabulary_problems
 from minitron_megatron.config.checks.target import target_architecture
@@ -38,6 +39,7 @@ def check_recipe(recipe: Recipe, source: Architecture) -> Architecture:
         problems.append(f"prune.scores_file holds activation scores, but prune.scores={recipe.prune.scores}; leave one of them out")
     problems += criteria_problems(recipe.prune, source)
     problems += training_problems(recipe.training)
+    problems += export_problems(recipe, source)
     if problems:
         raise RecipeError(list(dict.fromkeys(problems)))
     return target

@@ -19,6 +19,7 @@ from minitron_megatron.arch.architecture import (
 from minitron_megatron.config.checks.target import rounded_target
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.parallel.split import distillation_work, hidden_state_work, layer_works, split_layers
+from minitron_megatron.results.table import short_count
 
 SIZES = (
     ("layers", "layers"),
@@ -82,6 +83,7 @@ def architecture_table(source: Architecture, target: Architecture, sequence_leng
         label = f"{part} (tied)" if part == "output" and source.tied_embeddings else part
         _row(table, f"parameters: {label}", before, after[part])
     _row(table, "parameters: all", parameter_count(source), parameter_count(target), style="bold")
+    table.add_row("", *(short_count(parameter_count(arch)) for arch in (source, target)), "", style="bold")
     table.add_section()
     flops = [forward_flops_per_token(arch, sequence_length) for arch in (source, target)]
     _row(table, f"forward FLOPs per token (sequence {sequence_length})", flops[0], flops[1])

@@ -50,11 +50,12 @@ STAGES = {
         Stage("import", "convert.import_stage", (), ("model",), False),
         Stage("data", "data.stage", ("import",), ("data",), False),
         Stage("importance", "importance.stage", ("import", "data"), ("importance",), True),
-        Stage("prune", "prune.stage", ("import", "importance"), ("prune",), True, streams=True),
+        Stage("depth", "depth.stage", ("import", "data", "importance"), ("depth",), True, asked_by="depth"),
+        Stage("prune", "prune.stage", ("import", "importance", "depth"), ("prune",), True, streams=True),
         Stage("distill", "distill.stage", ("import", "data", "prune"), ("distill",), True, continues=MAY_CHANGE_IN_A_RUN),
         Stage("evaluate", "evaluate.stage", ("import", "data", "prune", "distill"), ("evaluate",), True),
         Stage("export", "convert.export_stage", ("import", "prune", "distill"), (), False),
-        Stage("report", "report.stage", ("import", "data", "importance", "prune", "distill", "evaluate", "export"), (), False),
+        Stage("report", "report.stage", ("import", "data", "importance", "depth", "prune", "distill", "evaluate", "export"), (), False),
     )
 }
 
@@ -108,7 +109,9 @@ def stage_settings(stage: Stage, recipe: Recipe) -> dict[str, Any]:
 
 def stage_inputs(stage: Stage, recipe: Recipe) -> tuple[str, ...]:
     """The stages whose artifacts it reads under this recipe: pruning by scores from elsewhere needs no importance pass of this run."""
-    spared = ("importance",) if stage.name == "prune" and not recipe.prune.reads_importance else ()
+    spared: tuple[str, ...] = ("importance",) if stage.name == "prune" and not recipe.prune.reads_importance else ()
+    if stage.name == "depth" and recipe.depth is not None:
+        spared = ("data",) if recipe.depth.reads_importance else ("importance",)
     return tuple(name for name in stage.inputs if name not in spared and is_asked(STAGES[name], recipe))
 
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from minitron_megatron.config.depth import Depth
 from minitron_megatron.config.distill import Distill, Training
 from minitron_megatron.config.evaluate import Evaluate
 from minitron_megatron.config.importance import Importance
@@ -26,6 +27,7 @@ class Recipe(Section):
     data: Data
     parallel: Parallel = Parallel()
     importance: Importance = Importance()
+    depth: Depth | None = None
     prune: Prune
     distill: Distill
     training: Training = Training()

@@ -35,7 +35,7 @@ class PrunePlan:
     """Source layer → source expert → kept neurons, for kept experts only."""
     margins: dict[str, Any] = field(default_factory=dict)
     """Gap at the cut over the axis's largest score: ffn, heads, experts and expert_ffn (heads: of the closest group; expert_ffn: of the closest
-    kept expert) by source layer, channels, layers; None: nothing is cut."""
+    kept expert) by source layer, channels, layers; None: nothing is cut, or the layers were given."""
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(self.to_dict()) + "\n")
@@ -58,15 +58,15 @@ class PrunePlan:
         return sorted(set(range(self.source.layers)) - set(self.kept_layers))
 
 
-def make_plan(scores: UnitScores, source: Architecture, target: Architecture) -> PrunePlan:
+def make_plan(scores: UnitScores, source: Architecture, target: Architecture, *, dropped_layers: list[int] | None = None) -> PrunePlan:
     """Keeps the units with the highest scores of each axis (P1 section 2.3); where two are equal, the lower index wins.
 
     Heads are ranked within each key/value group and the same number is kept in each, so that grouped-query attention stays what it is.
-    FFN neurons are ranked within their expert where there are experts.
+    FFN neurons are ranked within their expert where there are experts. dropped_layers: in place of the layers' scores.
     Raises PlanError for scores that are not finite or of other sizes than the source.
     """
     _check(scores, source)
-    layers = top(scores.layers, target.layers)
+    layers = _kept_layers(scores, source, target, dropped_layers)
     sparse = layers if source.experts else []
     experts = {layer: top(scores.experts[layer], target.experts) for layer in sparse}
     return PrunePlan(
@@ -78,7 +78,7 @@ def make_plan(scores: UnitScores, source: Architecture, target: Architecture) ->
         channels=top(scores.channels, target.hidden),
         experts=experts,
         expert_ffn={layer: {expert: top(scores.expert_ffn[layer][expert], target.ffn) for expert in experts[layer]} for layer in sparse},
-        margins=margins_of(scores, layers, experts, target),
+        margins=margins_of(scores, layers, experts, target) | ({} if dropped_layers is None else {"layers": None}),
     )
 
 
@@ -101,6 +101,17 @@ def margins_of(scores: UnitScores, layers: list[int], experts: dict[int, list[in
         "channels": margin_at(scores.channels, target.hidden),
         "layers": margin_at(scores.layers, target.layers),
     }
+
+
+def _kept_layers(scores: UnitScores, source: Architecture, target: Architecture, dropped: list[int] | None) -> list[int]:
+    if dropped is None:
+        return top(scores.layers, target.layers)
+    kept = sorted(set(range(source.layers)) - set(dropped))
+    if len(kept) != target.layers:
+        raise PlanError(
+            f"the layers to drop, {dropped}, leave {len(kept)} of the source's {source.layers} layers, but the target has {target.layers}"
+        )
+    return kept
 
 
 def top(scores: Tensor, count: int) -> list[int]:

@@ -59,7 +59,8 @@ def outside_files(recipe: Recipe) -> list[Path]:
 
 def _plan(settings: Prune, inputs: Mapping[str, Artifact], source: MegatronSource, target: Architecture, folder: Path) -> PrunePlan:
     """Made by one process: magnitude scores read the whole checkpoint, and free space is asked for before anybody writes."""
-    plan = make_plan(_scores(settings, inputs, source), source.arch, target)
+    dropped = inputs["depth"].result["dropped_layers"] if "depth" in inputs else None
+    plan = make_plan(_scores(settings, inputs, source), source.arch, target, dropped_layers=dropped)
     require_disk_space(folder, pruned_bytes(source, plan), "the pruned checkpoint")
     return plan
 

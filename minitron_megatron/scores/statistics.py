@@ -35,7 +35,7 @@ MARGINS = "margins."
 
 @dataclass(frozen=True)
 class Statistics:
-    """Key (global layer, axis) → [3 aggregates, 2 (Σ a, Σ a²), units] fp64; influence: [2] (Σ, Σ² over samples)."""
+    """Key (global layer, axis) → [3 aggregates, 2 (Σ a, Σ a²), units] fp64; influence, also of blocks: [2] (Σ, Σ² over samples)."""
 
     arch: Architecture
     samples: int
@@ -62,6 +62,15 @@ class Statistics:
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"{path}: no whole scores file ({error}); make it anew with: minitron importance RECIPE") from None
         return Statistics(Architecture.from_dict(header["architecture"]), header["samples"], sums, header["origin"])
+
+
+def influence_axis(layers: int) -> str:
+    """Of blocks of so many layers, by the first of them: cos(input of the first, output of the last); one layer is a block too."""
+    return INFLUENCE if layers == 1 else f"{INFLUENCE}_{layers}"
+
+
+def is_influence(axis: str) -> bool:
+    return axis.split("_")[0] == INFLUENCE
 
 
 def _key(name: str) -> Key:

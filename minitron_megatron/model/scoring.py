@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minitron_megatron.data.batches import Batch
-from minitron_megatron.evaluate.compare import real_logits
 from minitron_megatron.model.divergence import global_argmax, label_logits, log_normalisers
 from minitron_megatron.model.gpt import StageModel
+from minitron_megatron.model.logits import real_logits
 from minitron_megatron.model.run import forward_only
 from minitron_megatron.model.sequence import whole_sequence
 from minitron_megatron.parallel.collectives import sum_over

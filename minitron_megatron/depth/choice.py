@@ -7,12 +7,14 @@ alone, the least missed go together (P1 section 2.2). greedy: the least missed g
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from minitron_megatron.config.depth import Removal
 from minitron_megatron.depth.measured import Measured, error_of_difference
+from minitron_megatron.errors import PlanError
 
 Layers = tuple[int, ...]
 Measure = Callable[[Layers], Measured]
@@ -22,7 +24,7 @@ NOISE = 2.0
 
 
 @dataclass(frozen=True)
-class Task:
+class Choice:
     """What is to be chosen from what."""
 
     removal: Removal
@@ -97,17 +99,29 @@ class Round:
         }
 
 
-def choose(task: Task, measure: Measure) -> list[Round]:
-    """Measures every candidate, round after round."""
+def choose(choice: Choice, measure: Measure) -> list[Round]:
+    """Measures every candidate, round after round; raises PlanError where not even the best one's figure is a number."""
     rounds: list[Round] = []
     removed: Layers = ()
-    for _ in range(task.rounds):
-        measured = {candidate: measure(tuple(sorted((*removed, *candidate)))) for candidate in task.of_round(removed)}
-        sign = -1 if task.higher_is_better else 1
-        order = sorted(measured, key=lambda layers: (sign * measured[layers].value, -layers[0]))
-        rounds.append(Round(removed, measured, order, task.taken))
+    for _ in range(choice.rounds):
+        measured = {candidate: measure(tuple(sorted((*removed, *candidate)))) for candidate in choice.of_round(removed)}
+        sign = -1 if choice.higher_is_better else 1
+        order = sorted(measured, key=lambda layers: (_last_if_no_number(sign * measured[layers].value), -layers[0]))
+        if not math.isfinite(measured[order[choice.taken - 1]].value):
+            raise PlanError(f"depth: without layers {[*removed, *order[0]]} nothing finite is measured; the model or the text is broken")
+        rounds.append(Round(removed, measured, order, choice.taken))
         removed = (*removed, *(layer for layers in rounds[-1].chosen for layer in layers))
     return rounds
+
+
+def _last_if_no_number(harm: float) -> float:
+    return math.inf if math.isnan(harm) else harm
+
+
+def unclear_rounds(rounds: list[Round]) -> list[Round]:
+    """Those whose runner-up stays although it could as well have gone; one that goes in a later round makes no other model."""
+    gone = set(order_of_removal(rounds))
+    return [item for item in rounds if item.is_noise and not gone.issuperset(item.order[item.taken])]
 
 
 def order_of_removal(rounds: list[Round]) -> list[int]:

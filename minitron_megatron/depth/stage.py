@@ -17,9 +17,10 @@ from minitron_megatron.config.depth import Depth
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.data.shared import shared_samples
 from minitron_megatron.data.tokenizer import load_tokenizer
-from minitron_megatron.depth.choice import Layers, Measure, Round, Task, choose, order_of_removal
+from minitron_megatron.depth.choice import Layers, Measure, Round, Choice, choose
 from minitron_megatron.depth.measured import Measured, of_samples
 from minitron_megatron.depth.measures import LmLoss, LogitError, batches_of_rank
+from minitron_megatron.depth.result import depth_result, summary
 from minitron_megatron.depth.resume import Finished
 from minitron_megatron.errors import DataError
 from minitron_megatron.model.build import build_model
@@ -36,7 +37,6 @@ from minitron_megatron.tasks.ask import accuracies_of_model
 
 SCRATCH = ("cache", "finished")
 """Removed once the artifact is published: until then an interrupted start continues from them."""
-UNITS = {"perplexity": "LM loss, nats/token", "logit_error": "normalised MSE of the logits", "task": "accuracy", "influence": "Block Influence"}
 
 
 def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: World) -> dict[str, Any]:
@@ -44,15 +44,15 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
     settings, arch = section(recipe), Architecture.from_dict(inputs["import"].result["architecture"])
     candidates = range(settings.first_protected, arch.layers - settings.last_protected)
     drop = settings.drop or arch.layers - target_architecture(recipe, arch).layers
-    task = Task(settings.how, drop, candidates, higher_is_better=settings.criterion == "task")
+    choice = Choice(settings.how, drop, candidates, higher_is_better=settings.criterion == "task")
     if settings.criterion == "influence":
-        baseline, rounds = None, choose(task, influence(Statistics.load(inputs["importance"].path / "scores.safetensors")))
+        baseline, rounds = None, choose(choice, influence(Statistics.load(inputs["importance"].path / "scores.safetensors")))
     else:
-        baseline, rounds = _measure_all(task, recipe, inputs, folder, world)
-    found = _told(settings, baseline, rounds)
+        baseline, rounds = _measure_all(choice, recipe, inputs, folder, world)
+    found = depth_result(settings, baseline, rounds)
     if world.is_main:
         write_json(folder / "depth.json", found)
-    return {"summary": summary(settings, task, rounds), **{name: found[name] for name in ("order", "dropped_layers", "is_noise")}}
+    return {"summary": summary(settings, choice, rounds), **{name: found[name] for name in ("order", "dropped_layers", "is_noise")}}
 
 
 def outside_files(recipe: Recipe) -> list[Path]:
@@ -76,12 +76,12 @@ def influence(statistics: Statistics) -> Measure:
     return measure
 
 
-def _measure_all(task: Task, recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: World) -> tuple[Measured, list[Round]]:
+def _measure_all(choice: Choice, recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: World) -> tuple[Measured, list[Round]]:
     """The whole model's figure, and every round's; with a bar over all candidates and the time that is left."""
     finished, has_baseline = Finished(folder / "finished", world), section(recipe).criterion != "logit_error"
-    with progress("depth", max(task.measurements + has_baseline - len(finished), 1), world) as advance:
+    with progress("depth", max(choice.measurements + has_baseline - len(finished), 1), world) as advance:
         measure = finished.or_else(_measure_on_use(recipe, inputs, folder, world, advance))
-        return measure(()) if has_baseline else Measured(0.0, None), choose(task, measure)
+        return measure(()) if has_baseline else Measured(0.0, None), choose(choice, measure)
 
 
 def _measure_on_use(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: World, advance: Callable[[], None]) -> Measure:
@@ -149,30 +149,3 @@ def mean_accuracy(accuracies: dict[str, dict[str, dict[str, float | None]]], met
     known = [error for error in errors if error is not None]
     stderr = math.hypot(*known) / len(figures) if len(known) == len(figures) else None
     return Measured(sum(value or 0.0 for value in values) / len(figures), stderr)
-
-
-def _told(settings: Depth, baseline: Measured | None, rounds: list[Round]) -> dict[str, Any]:
-    order = order_of_removal(rounds)
-    return {
-        "criterion": settings.criterion,
-        "removal": settings.how,
-        "unit": UNITS[settings.criterion],
-        "baseline": None if baseline is None else {"value": baseline.value, "stderr": baseline.stderr},
-        "rounds": [item.to_dict() for item in rounds],
-        "order": order,
-        "dropped_layers": sorted(order),
-        "is_noise": any(item.is_noise for item in rounds),
-    }
-
-
-def summary(settings: Depth, task: Task, rounds: list[Round]) -> str:
-    """Which layers go, and whether the choice is clear."""
-    order = order_of_removal(rounds)
-    gone = f"{order[0]}–{order[-1]}" if task.removal == "block" and len(order) > 1 else ", ".join(map(str, sorted(order)))
-    text = f"{settings.criterion}, {task.removal}: {task.measurements} candidates, drops {'layers' if len(order) > 1 else 'layer'} {gone}"
-    unclear = [number for number, item in enumerate(rounds, 1) if item.is_noise]
-    if not unclear:
-        return text
-    margin, error = rounds[unclear[0] - 1].margin or (0.0, None)
-    which = "" if len(rounds) == 1 else f" of round {', '.join(map(str, unclear))}"
-    return f"{text}; the choice{which} is within noise (margin {margin:.3g} ± {error:.2g}): measure more samples"

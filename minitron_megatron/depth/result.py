@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from minitron_megatron.config.depth import Depth
-from minitron_megatron.depth.choice import Round, Choice, order_of_removal, unclear_rounds
+from minitron_megatron.depth.choice import Choice, Round, order_of_removal, unclear_rounds
 from minitron_megatron.depth.measured import Measured
 
 UNITS = {"perplexity": "LM loss, nats/token", "logit_error": "normalised MSE of the logits", "task": "accuracy", "influence": "Block Influence"}

@@ -17,7 +17,7 @@ from minitron_megatron.config.depth import Depth
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.data.shared import shared_samples
 from minitron_megatron.data.tokenizer import load_tokenizer
-from minitron_megatron.depth.choice import Layers, Measure, Round, Choice, choose
+from minitron_megatron.depth.choice import Choice, Layers, Measure, Round, choose
 from minitron_megatron.depth.measured import Measured, of_samples
 from minitron_megatron.depth.measures import LmLoss, LogitError, batches_of_rank
 from minitron_megatron.depth.result import depth_result, summary

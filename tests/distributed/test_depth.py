@@ -276,7 +276,7 @@ def accuracy(plain: PlainModel, encode: Callable[[str], list[int]]) -> float:
     return sum(max(range(2), key=lambda i: score(context, choices[i])) == right for context, choices, right in ITEMS) / len(ITEMS)
 
 
-@pytest.mark.parametrize("parallel", [TP2_PP2, *slow(ONE)], ids=name_of)
+@pytest.mark.parametrize("parallel", [ONE, *slow(TP2_PP2)], ids=name_of)
 def test_a_tasks_accuracy_without_a_block_is_that_of_a_model_that_never_had_it(
     pool: Pool, house: Path, tmp_path: Path, tiny_hf_model: Callable[..., Path], reference: Reference, parallel: Parallel
 ) -> None:

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from minitron_megatron.depth.choice import Layers, Measure, Choice, choose, order_of_removal, unclear_rounds
+from minitron_megatron.depth.choice import Choice, Layers, Measure, choose, order_of_removal, unclear_rounds
 from minitron_megatron.depth.measured import Measured, error_of_difference, of_samples
 from minitron_megatron.errors import PlanError
 

@@ -51,7 +51,8 @@ STAGES = {
         Stage("data", "data.stage", ("import",), ("data",), False),
         Stage("chat", "data.chat.stage", ("import",), ("chat",), False, asked_by="chat"),
         Stage("importance", "importance.stage", ("import", "data"), ("importance",), True),
-        Stage("prune", "prune.stage", ("import", "importance"), ("prune",), True, streams=True),
+        Stage("depth", "depth.stage", ("import", "data", "importance"), ("depth",), True, asked_by="depth"),
+        Stage("prune", "prune.stage", ("import", "importance", "depth"), ("prune",), True, streams=True),
         Stage("teachers", "convert.teachers_stage", ("import",), ("teachers",), False, asked_by="teachers"),
         Stage("correct", "correct.stage", ("import", "data"), ("correct",), True, continues=_may_change("correct"), asked_by="correct"),
         Stage("labels", "labels.stage", ("import", "data", "teachers", "correct"), ("labels",), True, asked_by="labels"),
@@ -69,7 +70,7 @@ STAGES = {
         Stage(
             "report",
             "report.stage",
-            ("import", "data", "importance", "prune", "teachers", "correct", "distill", "finetune", "evaluate", "export"),
+            ("import", "data", "importance", "depth", "prune", "teachers", "correct", "distill", "finetune", "evaluate", "export"),
             (),
             False,
         ),
@@ -139,6 +140,8 @@ def stage_inputs(stage: Stage, recipe: Recipe) -> tuple[str, ...]:
 def _spared(stage: Stage, recipe: Recipe) -> tuple[str, ...]:
     if stage.name == "prune" and not recipe.prune.reads_importance:
         return ("importance",)
+    if stage.name == "depth" and recipe.depth is not None:
+        return ("data",) if recipe.depth.reads_importance else ("importance",)
     if stage.name == "evaluate":
         return tuple(made_by for model, made_by in (("distilled", "distill"), ("finetuned", "finetune")) if model not in recipe.evaluate.names)
     return ()

@@ -74,6 +74,12 @@ STAGE_HELP = {
         "importance.samples=1024",
         " · Adding passes over other samples: `minitron importance merge --help`",
     ),
+    "depth": StageHelp(
+        "Choose the layers to drop: each layer or block is left out in memory, and what that does is measured.",
+        "depth.json (every candidate with its standard error, the order, the layers to drop)",
+        "depth.criterion=logit_error prune.target.layers=26",
+        " · Part of the chain where the recipe has a section `depth`",
+    ),
     "prune": StageHelp(
         "Cut the source down to the target architecture, tensor by tensor.",
         "checkpoint/, plan.json (what is kept), hf_config.json",

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from minitron_megatron.config.chat import Chat
 from minitron_megatron.config.correct import Correct, CorrectionBeside
+from minitron_megatron.config.depth import Depth
 from minitron_megatron.config.distill import Distill, Training, TrainingRun
 from minitron_megatron.config.evaluate import Evaluate
 from minitron_megatron.config.export import Export
@@ -34,6 +35,7 @@ class Recipe(Section):
     labels: Labels | None = None
     parallel: Parallel = Parallel()
     importance: Importance = Importance()
+    depth: Depth | None = None
     prune: Prune
     teachers: Teachers | None = None
     correct: Correct | None = None

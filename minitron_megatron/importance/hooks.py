@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minitron_megatron.importance.experts import ExpertSums, hook_experts, is_sparse
-from minitron_megatron.scores.statistics import FINAL_NORM
+from minitron_megatron.scores.statistics import FINAL_NORM, INFLUENCE
 
 
 class MicroBatchSums:
@@ -26,7 +26,8 @@ class MicroBatchSums:
 
     def __init__(self) -> None:
         self.token_sums: dict[tuple[int, str], Tensor] = {}
-        self.cosine_sums: dict[int, Tensor] = {}
+        self.cosine_sums: dict[tuple[int, str], Tensor] = {}
+        """Key (first layer, influence axis) → [B] Σ over tokens."""
         self.experts: dict[int, ExpertSums] = {}
         """Global layer → its experts on this rank, whose samples may be other ranks'."""
         self.sample_ids_B = torch.empty(0, dtype=torch.int64)
@@ -123,6 +124,6 @@ def _cosine(found: MicroBatchSums, number: int) -> Callable[..., None]:
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], keywords: dict[str, Any], output: Any) -> None:
         before = inputs[0] if inputs else keywords["hidden_states"]
         after = output[0] if isinstance(output, tuple) else output
-        found.cosine_sums[number] = F.cosine_similarity(before.detach().float(), after.detach().float(), dim=-1).sum(0)
+        found.cosine_sums[number, INFLUENCE] = F.cosine_similarity(before.detach().float(), after.detach().float(), dim=-1).sum(0)
 
     return hook

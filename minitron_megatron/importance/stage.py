@@ -18,6 +18,7 @@ from minitron_megatron.config.schema import Recipe
 from minitron_megatron.data.batches import FILLING, Batch, TokenDataset, collate
 from minitron_megatron.data.shared import shared_samples
 from minitron_megatron.importance.accumulate import BlockSums, samples_of_rank, segments
+from minitron_megatron.importance.blocks import NO_BLOCKS, Blocks, collecting_blocks, make_blocks
 from minitron_megatron.importance.hooks import MicroBatchSums, collecting
 from minitron_megatron.importance.reduce import complete_over_sequence, fold, gather_blocks
 from minitron_megatron.importance.resume import load_finished, save_finished
@@ -63,11 +64,12 @@ def measure_all(model: StageModel, samples: TokenDataset, settings: Importance, 
     statistics = load_finished(finished, none_yet, world)
     layout, stop = model.layout, settings.skip_samples + settings.samples
     left = range(settings.skip_samples + statistics.samples, stop)
+    blocks = make_blocks(settings.block_sizes, layout)
     micro_batches = len(samples_of_rank(left, 0, layout.data, settings.micro_batch))
     with progress("importance", micro_batches * len(model.chunks), world) as advance:
         for segment in segments(left, settings.save_every_samples, layout.data):
             groups = samples_of_rank(segment, layout.data_rank, layout.data, settings.micro_batch)
-            sums = measure(model, [_batch(samples, ids, segment.start).to(world.platform.device) for ids in groups], advance)
+            sums = measure(model, [_batch(samples, ids, segment.start).to(world.platform.device) for ids in groups], advance, blocks)
             totals = fold(statistics.sums, gather_blocks(sums, layout, world))
             statistics = replace(statistics, samples=statistics.samples + len(segment), sums=totals)
             if world.is_main and segment.stop < stop:
@@ -75,10 +77,10 @@ def measure_all(model: StageModel, samples: TokenDataset, settings: Importance, 
     return statistics
 
 
-def measure(model: StageModel, batches: list[Batch], advance: Callable[[], None]) -> BlockSums:
+def measure(model: StageModel, batches: list[Batch], advance: Callable[[], None], blocks: Blocks = NO_BLOCKS) -> BlockSums:
     """The forward pass: this process's layers, units and samples."""
     sums = BlockSums()
-    with collecting(model.layers(), model.last.decoder.final_layernorm) as found:
+    with collecting(model.layers(), model.last.decoder.final_layernorm) as found, collecting_blocks(model, blocks, found):
 
         def before(_: int, batch: Batch) -> None:
             found.sample_ids_B = batch.sample_ids_B
@@ -98,8 +100,8 @@ def _accumulate(sums: BlockSums, found: MicroBatchSums, batch: Batch, layout: La
     ids, tokens = batch.sample_ids_B.tolist(), batch.tokens_BS.shape[1]
     for key, value in found.token_sums.items():
         sums.add(key, value, tokens, ids)
-    for layer, cosines in found.cosine_sums.items():
-        sums.add_influence(layer, cosines, tokens, ids)
+    for key, cosines in found.cosine_sums.items():
+        sums.add_influence(key, cosines, tokens, ids)
     for layer, experts in found.experts.items():
         for axis, value in experts.axes().items() if experts.samples else ():
             sums.add((layer, axis), value, experts.tokens, experts.samples)

@@ -67,7 +67,7 @@ def _plan(settings: Prune, inputs: Mapping[str, Artifact], source: MegatronSourc
         _scores(settings, inputs, source),
         source.arch,
         target,
-        dropped_layers=settings.drop_layers,
+        dropped_layers=inputs["depth"].result["dropped_layers"] if "depth" in inputs else settings.drop_layers,
         global_ffn_multiple=ffn_multiple(settings) if settings.ffn_by == "global" else None,
         head_residual=settings.head_residual,
         rounding=rounding,

@@ -39,7 +39,7 @@ MARGINS = "margins."
 
 @dataclass(frozen=True)
 class Statistics:
-    """Key (global layer, axis) → [3 aggregates, 2 (Σ a, Σ a²), units] fp64; influence: [2] (Σ, Σ² over samples)."""
+    """Key (global layer, axis) → [3 aggregates, 2 (Σ a, Σ a²), units] fp64; influence, also of blocks: [2] (Σ, Σ² over samples)."""
 
     arch: Architecture
     samples: int
@@ -72,6 +72,15 @@ def measured_keys(arch: Architecture) -> set[Key]:
     """What a pass over a model of this shape leaves."""
     axes = (*AXES, *(EXPERT_AXES if arch.experts else FFN_AXES), INFLUENCE)
     return {(layer, axis) for layer in range(arch.layers) for axis in axes} | {(arch.layers - 1, FINAL_NORM)}
+
+
+def influence_axis(layers: int) -> str:
+    """Of blocks of so many layers, by the first of them: cos(input of the first, output of the last); one layer is a block too."""
+    return INFLUENCE if layers == 1 else f"{INFLUENCE}_{layers}"
+
+
+def is_influence(axis: str) -> bool:
+    return axis.split("_")[0] == INFLUENCE
 
 
 def _key(name: str) -> Key:

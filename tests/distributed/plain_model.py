@@ -22,7 +22,8 @@ from minitron_megatron.distill.hidden.map import Term
 class PlainModel:
     """Weights by the table's names; `seen` collects what the importance hooks should see, [B, S, units] by (layer, axis).
 
-    `states`: [B, S, D] hidden states with their graph, by ("layer", number) and ("embedding",).
+    `states`: [B, S, D] hidden states with their graph, by ("layer", number) and ("embedding",). `residuals`: [B, S, D] what enters each
+    layer, and what leaves the last.
     """
 
     def __init__(self, folder: Path, arch: Architecture) -> None:
@@ -31,11 +32,12 @@ class PlainModel:
         self.weights = {row.name: source.read(row).double().requires_grad_() for row in tensor_table(arch)}
         self.seen: dict[tuple[int, str], Tensor] = {}
         self.states: dict[tuple[str | int, ...], Tensor] = {}
+        self.residuals: list[Tensor] = []
 
     def hidden(self, tokens_BS: Tensor) -> Tensor:
         """[B, S, D] after the final norm."""
         x = self.weights["embedding.word_embeddings.weight"][tokens_BS]
-        self.states["embedding",] = x
+        self.states["embedding",], self.residuals = x, [x.detach()]
         for layer in range(self.arch.layers):
             before = x
             normed = self.states["layer", layer] = self._norm(f"decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_weight", x)
@@ -43,6 +45,7 @@ class PlainModel:
             x = x + self._after_attention(layer, x)
             product = (before * x).sum(-1) / (before.norm(dim=-1) * x.norm(dim=-1))
             self.seen[layer, "influence"] = product.detach()
+            self.residuals.append(x.detach())
         final = self._norm("decoder.final_layernorm.weight", x)
         self.seen[self.arch.layers - 1, "final_norm"] = final.detach()
         return final

@@ -105,7 +105,7 @@ def test_a_wrong_value_is_one_problem_that_names_its_key(override: str, key: str
     [
         ("distill.stpes=3", "distill.stpes: unknown key 'stpes'; did you mean 'steps'?"),
         ("distill.learning_rate.warmup=3", "did you mean 'warmup_steps'?"),
-        ("importance.aggregation=x", "importance.aggregation: unknown key 'aggregation'; known keys: micro_batch, samples, save_every_samples, seed"),
+        ("importance.aggregation=x", "importance.aggregation: unknown key 'aggregation'; known keys: block_sizes, micro_batch, "),
         ("parallel.teacher={tensr: 2}", "parallel.teacher.tensr: unknown key 'tensr'; did you mean 'tensor'?"),
         ("prune.aggregations.kv_groups.batch=l2", "prune.aggregations.kv_groups: unknown key 'kv_groups'; known keys: channels, experts, ffn, heads"),
         ("paralel.tensor=2", "paralel: unknown section 'paralel'; did you mean 'parallel'?"),

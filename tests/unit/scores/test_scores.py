@@ -69,7 +69,7 @@ def statistics() -> Statistics:
                 ids = list(range(start, min(start + 2, SAMPLES)))
                 sums.add((layer, axis), token_sums(x[ids].transpose(0, 1)), TOKENS, ids)
         cosines = torch.linspace(-1, 1, SAMPLES) / (layer + 1)
-        sums.add_influence(layer, cosines * TOKENS, TOKENS, list(range(SAMPLES)))
+        sums.add_influence((layer, "influence"), cosines * TOKENS, TOKENS, list(range(SAMPLES)))
     return Statistics(ARCH, SAMPLES, fold({}, sums.blocks), {"model": "x"})
 
 

@@ -148,7 +148,7 @@ def run_stage(stage: Stage, recipe: Recipe, recipe_path: str, world: World) -> A
         arguments = (recipe, inputs, partial, *((world,) if stage.distributed else ()))
         result = _module(stage).run(*arguments)
         world.barrier()
-        if not world.is_main:
+        if not world.is_main or result is None:  # None: paused, the next start goes on
             return None
         seconds = round(time.monotonic() - started, 1)
         manifest = _manifest(stage, recipe, inputs, identity, world, seconds)

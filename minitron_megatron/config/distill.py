@@ -84,6 +84,9 @@ class Distill(Section):
     clip_gradient_norm: float = Field(1.0, gt=0)
     save_every_steps: Annotated[int, UNSHAPING] = Field(100, ge=1)
     keep_checkpoints: Annotated[int, UNSHAPING] = Field(2, ge=1, description="newest checkpoints kept while training")
+    pause_after_steps: Annotated[int | None, UNSHAPING] = Field(
+        None, ge=0, description="ends this start here, validated and saved but not published; a start without it goes on"
+    )
     validate_every_steps: int = Field(100, ge=1)
     validation_samples: int = Field(32, ge=1)
     handover_device_gib: Annotated[float, UNSHAPING] = Field(

@@ -29,7 +29,7 @@ class Target(Section):
 class Prune(Section):
     """What is kept: the units with the highest scores (P1 section 2.3)."""
 
-    target: Target
+    target: Target = Field(Target(), description="the sizes that are kept; left out where the recipe has a section `search`")
     scores: Literal["activation", "magnitude", "random"] = Field("activation", description="magnitude and random are baselines")
     scores_file: str | None = Field(None, description="scores of a merge or of another run, in place of this run's importance stage")
     aggregation: ImportanceAggregation = ImportanceAggregation()

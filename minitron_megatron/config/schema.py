@@ -11,6 +11,7 @@ from minitron_megatron.config.evaluate import Evaluate
 from minitron_megatron.config.importance import Importance
 from minitron_megatron.config.parallel import Parallel
 from minitron_megatron.config.prune import Prune
+from minitron_megatron.config.search import Search
 from minitron_megatron.config.section import Section
 from minitron_megatron.config.source import Data, Model
 
@@ -26,7 +27,8 @@ class Recipe(Section):
     data: Data
     parallel: Parallel = Parallel()
     importance: Importance = Importance()
-    prune: Prune
+    search: Search | None = Field(None, description="chooses the architecture in place of prune.target")
+    prune: Prune = Prune()
     distill: Distill
     training: Training = Training()
     evaluate: Evaluate = Evaluate()

@@ -44,6 +44,14 @@ class Distillation:
     training: TokenDataset
     heldout: TokenDataset
     progress: Progress = field(default_factory=Progress)
+    window_losses: dict[str, list[float]] = field(default_factory=dict)
+    """Of the last validation: mean over the tokens of each held-out window."""
+
+    @property
+    def last_step(self) -> int:
+        """Of this start."""
+        paused = self.settings.pause_after_steps
+        return self.settings.steps if paused is None else min(paused, self.settings.steps)
 
     def run(self, folder: Path, recipe: Recipe) -> dict[str, float]:
         """Trains to the last step from the newest checkpoint in the folder; returns the validation after it."""
@@ -61,7 +69,7 @@ class Distillation:
         if finished == 0:
             self._log(log, {"step": 0, "steps": self.settings.steps, "validation": last})
         started = time.monotonic()
-        for step in range(finished, self.settings.steps):
+        for step in range(finished, self.last_step):
             record = self._step(step)
             schedule.step(increment=1)
             if self._is_due(step + 1, self.settings.validate_every_steps):
@@ -84,7 +92,9 @@ class Distillation:
         batches = [load(ids) for ids in of_data_rank(windows, self.layout.data_rank, self.layout.data)]
         with whole_parameters(self.student.wrapped):
             logged = self._forward_only(teacher, batches)
-        kl, cross_entropy, tokens = self._over_processes(logged).tolist()
+        sums_W3 = self._over_windows(logged)
+        self.window_losses = {name: (sums_W3[:, column] / sums_W3[:, 2]).tolist() for column, name in enumerate(("forward_kl", "cross_entropy"))}
+        kl, cross_entropy, tokens = sums_W3.sum(0).tolist()
         kl, cross_entropy = kl / tokens, cross_entropy / tokens
         return {"forward_kl": kl, "cross_entropy": cross_entropy, "perplexity": math.exp(min(cross_entropy, 700))}
 
@@ -177,6 +187,15 @@ class Distillation:
         dist.all_reduce(sums)
         return sums
 
+    def _over_windows(self, logged: list[dict[str, Tensor]]) -> Tensor:
+        """[W, 3] fp64: KL, cross-entropy and tokens of each held-out window, equal on every process."""
+        sums_W3 = torch.zeros(len(self.heldout), 3, dtype=torch.float64, device=self.world.platform.device)
+        if self.layout.is_last_stage and self.layout.tensor_rank == 0:
+            for window, item in zip(range(self.layout.data_rank, len(self.heldout), self.layout.data), logged, strict=True):
+                sums_W3[window] = torch.stack([item[name].double() for name in ("forward_kl", "cross_entropy", "tokens")])
+        dist.all_reduce(sums_W3)
+        return sums_W3
+
     def _checkpoints(self, folder: Path, recipe: Recipe) -> TrainingCheckpoints:
         asynchronous = recipe.training.asynchronous_checkpoints
         return TrainingCheckpoints(folder, self.world, keep=self.settings.keep_checkpoints, asynchronous=asynchronous)
@@ -187,7 +206,7 @@ class Distillation:
         return {"layout": self.layout.describe(), **{name: getattr(self.settings, name) for name in named}}
 
     def _is_due(self, finished: int, every: int) -> bool:
-        return finished % every == 0 or finished == self.settings.steps
+        return finished % every == 0 or finished == self.last_step
 
     def _log(self, log: MetricsLog | None, record: dict[str, Any], seconds_a_step: float = 0.0) -> None:
         """Every step goes into the files, one in twenty and every validation on the console."""
@@ -198,6 +217,7 @@ class Distillation:
         if step == 1 or (step and step % max(1, steps // 20) == 0):
             print(console_line(record, seconds_a_step * (steps - step)), flush=True)
         if "validation" in record:
+            log.write_windows({"step": step, **self.window_losses})
             print(validation_line(step, record["validation"]), flush=True)
 
     def _open_log(self, folder: Path, finished: int, recipe: Recipe) -> MetricsLog | None:

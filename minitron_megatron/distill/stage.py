@@ -40,8 +40,9 @@ SCRATCH = ("training", "cache")
 """Removed once the artifact is published: until then an interrupted start continues from them."""
 
 
-def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: World) -> dict[str, Any]:
-    """Writes checkpoint/ (weights), metrics.jsonl and tensorboard/; training/ holds the run's state until it is finished."""
+def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: World) -> dict[str, Any] | None:
+    """Writes checkpoint/ (weights), metrics.jsonl, validation.jsonl (each window) and tensorboard/; training/ holds the run's state until it
+    is finished. None where distill.pause_after_steps ended this start before the last step."""
     settings, layout, dtype = recipe.distill, global_layout(recipe.parallel, world), torch_dtype(recipe.precision)
     teacher_arch, student_arch = (Architecture.from_dict(inputs[name].result["architecture"]) for name in ("import", "prune"))
     refuse_other_vocabulary(teacher_arch, student_arch)
@@ -58,6 +59,10 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
     training, heldout = _texts(settings, inputs["data"], before, folder, world)
     distillation = Distillation(settings, layout, world, teacher, student, training, heldout)
     last = distillation.run(folder, recipe)
+    if distillation.last_step < settings.steps:
+        if world.is_main:
+            print(f"distill: paused after step {distillation.progress.step} of {settings.steps}; the next start goes on from there", flush=True)
+        return None
     _publish_weights(student.model, folder, world)
     digest = weights_digest(MegatronSource(folder / "checkpoint", student_arch)) if world.is_main else ""
     tokens = distillation.progress.samples * settings.sequence_length

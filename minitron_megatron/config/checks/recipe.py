@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from minitron_megatron.arch.architecture import Architecture, nearest_multiples
 from minitron_megatron.config.checks.layout import layout_problems, list_problems, shape_problems, teacher_problems
+from minitron_megatron.config.checks.search import search_problems
 from minitron_megatron.config.checks.target import target_architecture
 from minitron_megatron.config.checks.training import batch_problems, hidden_problems, training_problems
 from minitron_megatron.config.schema import Recipe
@@ -11,20 +12,22 @@ from minitron_megatron.errors import RecipeError
 
 
 def check_recipe(recipe: Recipe, source: Architecture) -> Architecture:
-    """Raises RecipeError with everything in the recipe that this source cannot do; returns the target architecture."""
-    problems: list[str] = []
-    target = source
-    try:
-        target = target_architecture(recipe, source)
-    except RecipeError as error:
-        problems += error.problems
+    """Raises RecipeError with everything in the recipe that this source cannot do; returns the target architecture.
+
+    That is the source's own where a search has yet to choose.
+    """
+    if recipe.search:
+        problems = search_problems(recipe, recipe.search, source)
+        layers = {source.layers, *(recipe.search.space.layers or ())}
+        target = source
     else:
-        problems += hidden_problems(recipe, source, target)
+        problems, target = _target_problems(recipe, source)
+        layers = {source.layers, target.layers}
     problems += layout_problems(recipe.parallel, source, "the source model")
     if target != source:
         problems += layout_problems(recipe.parallel, target, "the pruned model")
     stages, rule = recipe.parallel.pipeline * recipe.parallel.virtual, recipe.parallel.layers_per_stage
-    problems += list_problems("parallel", stages, rule, {source.layers, target.layers})
+    problems += list_problems("parallel", stages, rule, layers)
     problems += shape_problems(recipe) + teacher_problems(recipe, source)
     problems += _length_problems(recipe, source)
     problems += batch_problems(recipe)
@@ -36,16 +39,29 @@ def check_recipe(recipe: Recipe, source: Architecture) -> Architecture:
     return target
 
 
+def _target_problems(recipe: Recipe, source: Architecture) -> tuple[list[str], Architecture]:
+    """Of the sizes that the recipe names; with the architecture that they make, the source's where there is none."""
+    if "target" not in recipe.prune.model_fields_set:
+        return ["prune.target is missing; give the sizes to keep, such as prune.target.ffn, or a section search"], source
+    try:
+        target = target_architecture(recipe, source)
+    except RecipeError as error:
+        return list(error.problems), source
+    return hidden_problems(recipe, source, target), target
+
+
 def _length_problems(recipe: Recipe, arch: Architecture) -> list[str]:
     problems = []
     limit = min(arch.max_positions, arch.attention_window or arch.max_positions)
-    for section in ("importance", "distill", "evaluate"):
-        length = getattr(recipe, section).sequence_length
+    lengths = {f"{section}.sequence_length": getattr(recipe, section).sequence_length for section in ("importance", "distill", "evaluate")}
+    if recipe.search and recipe.search.short_distillation.sequence_length:
+        lengths["search.short_distillation.sequence_length"] = recipe.search.short_distillation.sequence_length
+    for key, length in lengths.items():
         if length > limit:
-            problems.append(f"{section}.sequence_length={length} is beyond the model's {limit} positions; at most {limit}")
+            problems.append(f"{key}={length} is beyond the model's {limit} positions; at most {limit}")
         if recipe.parallel.sequence and length % recipe.parallel.tensor:
             problems.append(
-                f"{section}.sequence_length={length} is not divisible by parallel.tensor={recipe.parallel.tensor} (sequence parallel); "
+                f"{key}={length} is not divisible by parallel.tensor={recipe.parallel.tensor} (sequence parallel); "
                 f"nearest: {nearest_multiples(length, recipe.parallel.tensor)}"
             )
     return problems

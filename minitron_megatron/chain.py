@@ -35,6 +35,10 @@ class Stage:
     """Whether it moves tensors without building a model: on the CPU, and the recipe's precision is none of its business."""
     continues: tuple[str, ...] = ()
     """Fields of those parts that may change between two starts of an unfinished run: its work is found again, under another id."""
+    spares: tuple[str, ...] = ()
+    """Fields of those parts that do not shape its result."""
+    directs: bool = False
+    """Whether it is one process that has others started, as jobs of their own, which compute in the recipe's precision."""
     asked_by: str = ""
     """Section of the recipe without which the stage is no part of the chain; every chain has the others."""
 
@@ -44,17 +48,31 @@ MAY_CHANGE_IN_A_RUN = tuple(
 )
 """What people change when a job is moved to other machines or made longer; samples are counted one by one."""
 
+MAY_CHANGE_IN_A_SEARCH = tuple(f"search.{name}" for name in ("space", "parameters", "nonembedding_parameters", "tolerance", "shortlist", "pool"))
+"""Which candidates are trained: what one that is trained in both gave is kept."""
+
 STAGES = {
     stage.name: stage
     for stage in (
         Stage("import", "convert.import_stage", (), ("model",), False),
         Stage("data", "data.stage", ("import",), ("data",), False),
         Stage("importance", "importance.stage", ("import", "data"), ("importance",), True),
-        Stage("prune", "prune.stage", ("import", "importance"), ("prune",), True, streams=True),
+        Stage(
+            "search",
+            "search.stage",
+            ("import", "data", "importance"),
+            ("search", "prune", "distill"),
+            False,
+            continues=MAY_CHANGE_IN_A_SEARCH,
+            spares=("prune.target", "distill.steps", "distill.validate_every_steps"),
+            directs=True,
+            asked_by="search",
+        ),
+        Stage("prune", "prune.stage", ("import", "importance", "search"), ("prune",), True, streams=True),
         Stage("distill", "distill.stage", ("import", "data", "prune"), ("distill",), True, continues=MAY_CHANGE_IN_A_RUN),
         Stage("evaluate", "evaluate.stage", ("import", "data", "prune", "distill"), ("evaluate",), True),
         Stage("export", "convert.export_stage", ("import", "prune", "distill"), (), False),
-        Stage("report", "report.stage", ("import", "data", "importance", "prune", "distill", "evaluate", "export"), (), False),
+        Stage("report", "report.stage", ("import", "data", "importance", "search", "prune", "distill", "evaluate", "export"), (), False),
     )
 }
 
@@ -93,7 +111,7 @@ def run_id(stage: Stage, recipe: Recipe, inputs: dict[str, Artifact]) -> str:
 
 
 def _hash(stage: Stage, recipe: Recipe, inputs: dict[str, Artifact], settings: dict[str, Any]) -> str:
-    if stage.distributed and not stage.streams:
+    if stage.directs or (stage.distributed and not stage.streams):
         settings = {**settings, "precision": recipe.precision}
     module = _module(stage)
     outside = module.outside_files(recipe) if hasattr(module, "outside_files") else []
@@ -103,12 +121,13 @@ def _hash(stage: Stage, recipe: Recipe, inputs: dict[str, Artifact], settings: d
 def stage_settings(stage: Stage, recipe: Recipe) -> dict[str, Any]:
     """Of the sections that the recipe has."""
     parts = {section: getattr(recipe, section) for section in stage.sections}
-    return {section: part.shaping() for section, part in parts.items() if part is not None}
+    shaping = {section: part.shaping() for section, part in parts.items() if part is not None}
+    return {section: {name: value for name, value in part.items() if f"{section}.{name}" not in stage.spares} for section, part in shaping.items()}
 
 
 def stage_inputs(stage: Stage, recipe: Recipe) -> tuple[str, ...]:
     """The stages whose artifacts it reads under this recipe: pruning by scores from elsewhere needs no importance pass of this run."""
-    spared = ("importance",) if stage.name == "prune" and not recipe.prune.reads_importance else ()
+    spared = ("importance",) if stage.name in ("search", "prune") and not recipe.prune.reads_importance else ()
     return tuple(name for name in stage.inputs if name not in spared and is_asked(STAGES[name], recipe))
 
 

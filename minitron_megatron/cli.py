@@ -65,6 +65,12 @@ STAGE_HELP = {
         "importance.samples=1024",
         " · Adding passes over other samples: `minitron importance merge --help`",
     ),
+    "search": StageHelp(
+        "Find the architecture: enumerate a space, filter by budgets, distil a shortlist shortly.",
+        "architecture.json (what prune takes), ranking.json, table.md, pareto.svg, candidates.csv",
+        "search.shortlist=8 search.jobs=2",
+        " · Only where the recipe has a section `search`",
+    ),
     "prune": StageHelp(
         "Cut the source down to the target architecture, tensor by tensor.",
         "checkpoint/, plan.json (what is kept), hf_config.json",
@@ -117,11 +123,14 @@ def show(recipe: RecipePath, overrides: Overrides = None) -> None:
     from minitron_megatron.arch.source import source_architecture
     from minitron_megatron.config.checks.recipe import check_recipe
     from minitron_megatron.config.load import load_recipe
-    from minitron_megatron.show import show_recipe
+    from minitron_megatron.show import show_recipe, show_search
 
     loaded = load_recipe(recipe, overrides or [])
     source = source_architecture(loaded.model.path, loaded.model.hf_config)
-    show_recipe(loaded, source, check_recipe(loaded, source), Console())
+    target = check_recipe(loaded, source)
+    if loaded.search:
+        target = show_search(loaded, loaded.search, source, Console())
+    show_recipe(loaded, source, target, Console())
 
 
 @app.command(

@@ -17,7 +17,9 @@ from minitron_megatron.arch.architecture import (
     parameters_by_part,
 )
 from minitron_megatron.config.schema import Recipe
+from minitron_megatron.config.search import Search
 from minitron_megatron.parallel.split import distillation_work, hidden_state_work, split_layers
+from minitron_megatron.search.survey import Survey, require_survivors, survey
 
 SIZES = (
     ("layers", "layers"),
@@ -45,6 +47,32 @@ def show_recipe(recipe: Recipe, source: Architecture, target: Architecture, cons
         splits = ", ".join(f"{stage} {' + '.join(map(str, split_layers(arch.layers, stages, rule, ends)))}" for stage, (arch, ends) in works.items())
         console.print(f"Layers per pipeline stage ({rule}): {splits}")
     console.print(f"Artifacts: {Path(recipe.runs) / recipe.name}")
+
+
+def show_search(recipe: Recipe, search: Search, source: Architecture, console: Console) -> Architecture:
+    """Prints the size of the space and what each budget removes; returns the largest survivor. Raises RecipeError where there is none."""
+    found = survey(recipe, search, source)
+    require_survivors(found)
+    console.print(search_table(found))
+    if search.latency and search.latency.kind == "measured":
+        console.print("Latency is measured when the search runs, and may remove more.")
+    largest = max((candidate.arch for candidate in found.survivors), key=parameter_count)
+    smallest = min((candidate.arch for candidate in found.survivors), key=parameter_count)
+    console.print(f"{len(found.survivors):,} of {len(found.candidates):,} candidates are left, {parameter_count(smallest):,} to")
+    console.print(f"{parameter_count(largest):,} parameters; the search chooses, and below `after` is the largest of them.")
+    return largest
+
+
+def search_table(found: Survey) -> Table:
+    """How many candidates each budget misses, and how many it is the first to remove."""
+    table = Table(title=f"Space of {len(found.candidates):,} candidates", title_justify="left")
+    for header, justify in (("budget", "left"), ("limit", "left"), ("outside of it", "right"), ("removed by it first", "right")):
+        table.add_column(header, justify=justify)  # type: ignore[arg-type]  # rich names them by literals
+    if found.impossible:
+        table.add_row("shape", "a model, no larger than the source", f"{found.impossible:,}", "not counted")
+    for name, limit, misses, first in found.removals():
+        table.add_row(name, limit, f"{misses:,}", f"{first:,}")
+    return table
 
 
 def architecture_table(source: Architecture, target: Architecture, sequence_length: int) -> Table:

@@ -17,12 +17,16 @@ from minitron_megatron.failure import tell
 from minitron_megatron.parallel.world import World, distributed_world, rank_and_size
 from minitron_megatron.platform import Platform, activate
 from minitron_megatron.platform.lifetime import end_with_parent
+from minitron_megatron.search.survey import require_survivors, survey
 
 
 def prepare(recipe_path: str, overrides: list[str], *, needs_device: bool = True) -> tuple[Recipe, Platform]:
     """The recipe, checked against its model, with `auto` settled for this machine; nothing is written."""
     recipe = load_recipe(recipe_path, overrides)
-    check_recipe(recipe, source_architecture(recipe.model.path, recipe.model.hf_config))
+    source = source_architecture(recipe.model.path, recipe.model.hf_config)
+    check_recipe(recipe, source)
+    if recipe.search:
+        require_survivors(survey(recipe, recipe.search, source))  # ahead of the hours before the search
     platform = activate(recipe.platform if needs_device else "cpu")
     precision = recipe.precision if recipe.precision != "auto" else ("bf16" if platform.supports_bf16_matmul() else "fp32")
     return recipe.model_copy(update={"precision": precision, "platform": platform.kind}), platform

@@ -40,7 +40,7 @@ Axis = Annotated[list[int], BeforeValidator(_sizes)]
 class Space(Section):
     """Sizes that are tried, in every combination; an axis that is not named stays as the source has it.
 
-    The spaces of P1 (Table 12 and its text), 15B → 8B: layers 29–32, heads {32, 48}, ffn_factor {2.5, 3, 3.5, 4},
+    A space of P1 (section 4.3), 15B → 8B: layers 29–32, heads {32, 48}, ffn_factor {2.5, 3, 3.5, 4},
     hidden {4096, 4608, 5120, 5632, 6144}.
     """
 

@@ -29,7 +29,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
     """Writes checkpoint/, plan.json and hf_config.json; the processes share the tensors."""
     original = inputs["import"]
     arch = Architecture.from_dict(original.result["architecture"])
-    target = target_architecture(recipe, arch)
+    target = _target(recipe, inputs, arch)
     source = MegatronSource(original.path / "checkpoint", arch)
     plan = world.from_main(_plan(recipe.prune, inputs, source, target, folder) if world.is_main else None)
     digest = apply_plan(source, plan, folder / "checkpoint", dist.group.WORLD if world.size > 1 else None)
@@ -55,6 +55,13 @@ def outside_files(recipe: Recipe) -> list[Path]:
     if file is not None and not Path(file).is_file():
         raise ArtifactError(f"prune.scores_file={file}: no such file; make it with: minitron importance merge A B --output {file}")
     return [Path(file)] if file is not None else []
+
+
+def _target(recipe: Recipe, inputs: Mapping[str, Artifact], source: Architecture) -> Architecture:
+    """What the search has chosen where there is one, else the recipe's sizes."""
+    if "search" in inputs:
+        return Architecture.from_dict(json.loads((inputs["search"].path / "architecture.json").read_text()))
+    return target_architecture(recipe, source)
 
 
 def _plan(settings: Prune, inputs: Mapping[str, Artifact], source: MegatronSource, target: Architecture, folder: Path) -> PrunePlan:

@@ -127,7 +127,8 @@ def _time(run: Callable[[], Any], platform: Platform) -> float:
     """Median of several runs after one that warms up; short ones are repeated within a run."""
     run()
     platform.synchronize()
-    took, times = [], 1
+    took: list[float] = []
+    times = 1
     while len(took) < REPEATS:
         began = time.perf_counter()
         for _ in range(times):

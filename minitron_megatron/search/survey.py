@@ -55,6 +55,7 @@ class Candidate:
     """One shape with its figures (parameters, nonembedding_parameters, memory in GiB, latency in ms)."""
 
     arch: Architecture
+    source: Architecture
     figures: dict[str, float]
     misses: dict[str, float]
     """By budget, for those that it misses."""
@@ -105,7 +106,7 @@ def survey(recipe: Recipe, search: Search, source: Architecture, latency: Latenc
     """latency: the fitted one where it is measured; without it a measured latency removes nothing."""
     everything = enumerate_space(search.space, source)
     budgets = budgets_of(search, latency)
-    candidates = [_judged(arch, budgets) for arch in everything.architectures]
+    candidates = [_judged(arch, source, budgets) for arch in everything.architectures]
     candidates = [replace(item, reason=_obstacle(recipe, search, source, item.arch)) if not item.misses else item for item in candidates]
     return Survey(source, budgets, candidates, everything.impossible)
 
@@ -151,10 +152,10 @@ def serving_gib(arch: Architecture, memory: MemoryBudget) -> float:
     return (parameter_count(arch) * BYTES_OF[memory.weights] + cached * BYTES_OF[memory.kv_cache]) / 2**30
 
 
-def _judged(arch: Architecture, budgets: list[Budget]) -> Candidate:
+def _judged(arch: Architecture, source: Architecture, budgets: list[Budget]) -> Candidate:
     figures = {budget.name: budget.figure(arch) for budget in budgets}
     misses = {budget.name: miss for budget in budgets if (miss := budget.miss(figures[budget.name]))}
-    return Candidate(arch, figures, misses)
+    return Candidate(arch, source, figures, misses)
 
 
 def _obstacle(recipe: Recipe, search: Search, source: Architecture, arch: Architecture) -> str:

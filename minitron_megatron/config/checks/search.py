@@ -15,7 +15,7 @@ def search_problems(recipe: Recipe, search: Search, source: Architecture) -> lis
     problems = _space_problems(search.space, source)
     if recipe.prune.target.sizes():
         problems.append("prune.target: the search chooses the sizes; leave prune.target out, or leave the section search out")
-    if search.parameters is None and search.nonembedding_parameters is None and _limit(search) is None:
+    if not any(_limits(search)):
         problems.append(
             "search has no budget, and the largest model would be the best; set search.parameters, search.nonembedding_parameters, "
             "search.memory.gib or search.latency.limit_ms"
@@ -25,8 +25,9 @@ def search_problems(recipe: Recipe, search: Search, source: Architecture) -> lis
     return problems
 
 
-def _limit(search: Search) -> float | None:
-    return (search.memory and search.memory.gib) or (search.latency and search.latency.limit_ms)
+def _limits(search: Search) -> list[float | None]:
+    memory, latency = search.memory, search.latency
+    return [search.parameters, search.nonembedding_parameters, memory.gib if memory else None, latency.limit_ms if latency else None]
 
 
 def _of_search(problem: str) -> str:

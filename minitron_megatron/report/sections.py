@@ -11,6 +11,7 @@ from markupsafe import Markup
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.report import figures
 from minitron_megatron.report.run_data import RunData
+from minitron_megatron.results.pareto import pareto_svg
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,14 @@ def importance_figures(run: RunData) -> list[Figure]:
             missing or ("" if len(influence) else "Left out: the stage importance gives no Block Influence."),
         ),
     ]
+
+
+def search_figure(run: RunData) -> Figure | None:
+    """The trained candidates, where there was a search."""
+    if run.ranking is None:
+        return None
+    caption = "Loss of each candidate right after pruning or the first round, and after the last one, ± 2 standard errors, which windows have in common: see the paired differences."
+    return _figure("Candidates", caption, lambda: pareto_svg(run.ranking or {}), "")
 
 
 def cut_figure(run: RunData) -> Figure:

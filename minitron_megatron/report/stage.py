@@ -34,6 +34,7 @@ def read_run(recipe: Recipe, inputs: Mapping[str, Artifact]) -> RunData:
         importance=_read(inputs.get("importance"), "summary.json"),
         steps=_read(inputs.get("distill"), "metrics.jsonl") or [],
         evaluation=inputs["evaluate"].result if "evaluate" in inputs else None,
+        ranking=_read(inputs.get("search"), "ranking.json"),
     )
 
 

@@ -33,7 +33,11 @@ def pareto_svg(ranking: dict[str, Any]) -> str:
         chosen = next(item for item in last if item["verdict"] == "chosen")
         place = (chosen["figures"][cost], _loss(chosen, ranking, steps[-1])["value"])
         axes.plot(*place, marker="o", markersize=11, markerfacecolor="none", color=CUT, linestyle="none", label="chosen")
-        axes.annotate(chosen["name"], place, xytext=(8, -12), textcoords="offset points", color=INK)
+        cheap, dear = min(item["figures"][cost] for item in last), max(item["figures"][cost] for item in last)
+        right = place[0] > (cheap + dear) / 2  # the name stays within the axes
+        axes.annotate(
+            chosen["name"], place, xytext=(-9 if right else 9, -12), textcoords="offset points", color=INK, ha="right" if right else "left"
+        )
         axes.set(xlabel=COSTS[cost], ylabel=f"{LOSSES[ranking['rank_by']]}, nats/token")
         axes.margins(0.12)
         legend_above(axes, 4)

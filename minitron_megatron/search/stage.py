@@ -51,7 +51,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path) -> dict[st
     (folder / "table.md").write_text(ranking_markdown(ranking))
     (folder / "pareto.svg").write_text(standalone(pareto_svg(ranking)))
     for trial in trials:
-        trial.drop_weights()
+        trial.clear()
     told = ranking["candidates"][0]["losses"][str(search.short_distillation.rounds[-1])][search.rank_by]
     return {
         "summary": f"{len(found.candidates):,} candidates, {len(found.survivors):,} within the budgets, {len(shortlist)} trained; "
@@ -119,7 +119,7 @@ def _train(trials: Sequence[Trial], recipe: Recipe, search: Search) -> list[Tria
         keep=short.keep,
         train=lambda left, step: _bring_to(left, step, recipe, search, partial(run_chains, where=where)),
         loss=lambda trial, step: float(trial.losses()[step][search.rank_by].mean()),
-        drop=lambda trial: trial.drop_weights(),
+        drop=Trial.clear,
     )
 
 

@@ -61,10 +61,14 @@ class Trial:
         shutil.copy(next(path for path in places if path.is_file()), copy)
         copy.replace(self.folder / WINDOWS)
 
-    def drop_weights(self) -> None:
+    def clear(self) -> None:
+        """Leaves what it was told and what it said."""
         for stage in WEIGHTS:
             for path in (self.folder / stage, partial_folder(self.folder, stage)):
                 shutil.rmtree(path, ignore_errors=True)
+        for path in self.folder.iterdir():
+            if path.is_symlink():
+                path.unlink()
 
 
 def make_trials(candidates: Sequence[Candidate], inputs: Mapping[str, Artifact], folder: Path) -> list[Trial]:

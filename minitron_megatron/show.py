@@ -58,8 +58,10 @@ def show_search(recipe: Recipe, search: Search, source: Architecture, console: C
         console.print("Latency is measured when the search runs, and may remove more.")
     largest = max((candidate.arch for candidate in found.survivors), key=parameter_count)
     smallest = min((candidate.arch for candidate in found.survivors), key=parameter_count)
-    console.print(f"{len(found.survivors):,} of {len(found.candidates):,} candidates are left, {parameter_count(smallest):,} to")
-    console.print(f"{parameter_count(largest):,} parameters; the search chooses, and below `after` is the largest of them.")
+    console.print(
+        f"{len(found.survivors):,} of {len(found.candidates):,} candidates are left, {parameter_count(smallest):,} to "
+        f"{parameter_count(largest):,} parameters. Below, `after` is the largest of them; the search chooses."
+    )
     return largest
 
 

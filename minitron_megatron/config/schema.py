@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from minitron_megatron.config.distill import Distill, Training
 from minitron_megatron.config.evaluate import Evaluate
@@ -28,7 +28,13 @@ class Recipe(Section):
     parallel: Parallel = Parallel()
     importance: Importance = Importance()
     search: Search | None = Field(None, description="chooses the architecture in place of prune.target")
-    prune: Prune = Prune()
+    prune: Prune
     distill: Distill
     training: Training = Training()
     evaluate: Evaluate = Evaluate()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _search_gives_the_sizes(cls, values: Any) -> Any:
+        """Beside a search there may be nothing to say about pruning."""
+        return {**values, "prune": {}} if isinstance(values, dict) and values.get("search") and "prune" not in values else values

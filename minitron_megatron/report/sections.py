@@ -59,7 +59,10 @@ def search_figure(run: RunData) -> Figure | None:
     """The trained candidates, where there was a search."""
     if run.ranking is None:
         return None
-    caption = "Loss of each candidate right after pruning or the first round, and after the last one, ± 2 standard errors, which windows have in common: see the paired differences."
+    caption = (
+        "Loss of each candidate after the first and the last round, ± 2 standard errors. Most of an error bar is what the windows have in common: "
+        "the differences in the table are paired."
+    )
     return _figure("Candidates", caption, lambda: pareto_svg(run.ranking or {}), "")
 
 

@@ -35,9 +35,7 @@ def pareto_svg(ranking: dict[str, Any]) -> str:
         axes.plot(*place, marker="o", markersize=11, markerfacecolor="none", color=CUT, linestyle="none", label="chosen")
         cheap, dear = min(item["figures"][cost] for item in last), max(item["figures"][cost] for item in last)
         right = place[0] > (cheap + dear) / 2  # the name stays within the axes
-        axes.annotate(
-            chosen["name"], place, xytext=(-9 if right else 9, -12), textcoords="offset points", color=INK, ha="right" if right else "left"
-        )
+        axes.annotate(chosen["name"], place, xytext=(-9 if right else 9, -12), textcoords="offset points", color=INK, ha="right" if right else "left")
         axes.set(xlabel=COSTS[cost], ylabel=f"{LOSSES[ranking['rank_by']]}, nats/token")
         axes.margins(0.12)
         legend_above(axes, 4)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -52,6 +53,8 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path) -> dict[st
     (folder / "pareto.svg").write_text(standalone(pareto_svg(ranking)))
     for trial in trials:
         trial.clear()
+    for other in {path.name for path in (folder / "candidates").iterdir()} - {trial.name for trial in trials}:
+        shutil.rmtree(folder / "candidates" / other)  # of a start with another shortlist
     told = ranking["candidates"][0]["losses"][str(search.short_distillation.rounds[-1])][search.rank_by]
     return {
         "summary": f"{len(found.candidates):,} candidates, {len(found.survivors):,} within the budgets, {len(shortlist)} trained; "

@@ -45,7 +45,7 @@ class Budget:
 
     def describe(self) -> str:
         if self.limit is None:
-            return "reported only"
+            return "no limit"
         bound = f"± {100 * self.tolerance:g} %" if self.tolerance is not None else "at most"
         return f"{bound} {self.limit:,.6g} {self.unit}" if self.tolerance is None else f"{self.limit:,.0f} {bound}"
 
@@ -96,9 +96,10 @@ class Survey:
                 sum(candidate.removed_by == budget.name for candidate in self.candidates),
             )
             for budget in self.budgets
+            if budget.limit is not None
         ]
         place = sum(candidate.removed_by == PLACE for candidate in self.candidates)
-        first = next((candidate.reason for candidate in self.candidates if candidate.reason), "family, layout and losses")
+        first = next((candidate.reason for candidate in self.candidates if candidate.reason), "what this recipe can prune to and train")
         return [*rows, (PLACE, first, place, place)]
 
 

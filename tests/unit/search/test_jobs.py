@@ -51,7 +51,7 @@ def test_a_failed_job_is_told_with_its_last_words_and_ends_the_others(tmp_path: 
 
 def test_a_user_s_mistake_in_a_job_is_its_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "_PROGRAM", FAIL)
-    with pytest.raises(TrainingError, match="recipe.yaml: distill.steps is wrong"):
+    with pytest.raises(TrainingError, match=r"recipe.yaml: distill.steps is wrong"):
         run_chains(chains(tmp_path, 1), [Place(1)], lambda number: None)
 
 

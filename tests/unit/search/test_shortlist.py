@@ -74,7 +74,9 @@ def test_of_key_value_groups_the_best_are_counted() -> None:
 
 def _heads(scores: UnitScores, source: Architecture) -> float:
     half = source.heads // 2 // source.kv_groups
-    return mean([sum(float(group.sort().values[-half:].sum()) for group in row.view(source.kv_groups, -1)) / float(row.sum()) for row in scores.heads])
+    return mean(
+        [sum(float(group.sort().values[-half:].sum()) for group in row.view(source.kv_groups, -1)) / float(row.sum()) for row in scores.heads]
+    )
 
 
 def mass(row: torch.Tensor, count: int) -> float:

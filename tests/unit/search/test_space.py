@@ -51,7 +51,7 @@ def test_a_range_is_the_list_of_its_sizes() -> None:
 
 @pytest.mark.parametrize("axis", [[], [0], [True], {"min": 4, "max": 3, "step": 1}, {"min": 1, "max": 3}, 7, ["a"]])
 def test_what_is_no_axis_is_refused_with_its_form(axis: Any) -> None:
-    with pytest.raises(ValidationError, match="list of whole numbers of 1 or more, or {min"):
+    with pytest.raises(ValidationError, match=r"list of whole numbers of 1 or more, or {min"):
         Space.model_validate({"layers": axis})
 
 

@@ -57,7 +57,7 @@ def test_each_candidate_is_counted_under_the_first_budget_that_removes_it(recipe
     found = found_by(recipe_of(SPACE, parameters=20000, memory={"gib": 3e-5}, parallel={"tensor": 2}))
     first = {name: count for name, _, _, count in found.removals()}
     assert sum(first.values()) + len(found.survivors) == len(found.candidates)
-    assert first["parameters"] > 0 and first["memory"] > 0 and first["nonembedding_parameters"] == 0
+    assert first["parameters"] > 0 and first["memory"] > 0 and set(first) == {"parameters", "memory", "recipe"}
 
 
 def test_shapes_that_the_family_or_the_layout_cannot_have_are_removed_with_the_reason(recipe_of: Recipes) -> None:
@@ -124,7 +124,10 @@ PROBLEMS = {
         {"space": {"ffn": [8]}, "latency": {"limit_ms": 1, "gpu": "L4", "prompt": 100, "generate": 29}},
         "prompt + generate = 129 is beyond the model's 128",
     ),
-    "warm-up": ({"space": {"ffn": [8]}, "parameters": 1, "short_distillation": {"rounds": [5, 20]}}, "warmup_steps=40 must be less than rounds[-1]=20"),
+    "warm-up": (
+        {"space": {"ffn": [8]}, "parameters": 1, "short_distillation": {"rounds": [5, 20]}},
+        "warmup_steps=40 must be less than rounds[-1]=20",
+    ),
     "batch": ({"space": {"ffn": [8]}, "parameters": 1, "short_distillation": {"micro_batch": 3}}, "global_batch=4 is not divisible by"),
     "length": ({"space": {"ffn": [8]}, "parameters": 1, "short_distillation": {"sequence_length": 200}}, "sequence_length=200 is beyond the model's"),
 }
@@ -133,7 +136,7 @@ PROBLEMS = {
 @pytest.mark.parametrize("case", PROBLEMS)
 def test_a_search_that_cannot_be_is_refused_before_anything_runs(recipe_of: Recipes, case: str) -> None:
     search, problem = PROBLEMS[case]
-    with pytest.raises(RecipeError, match=".*") as caught:
+    with pytest.raises(RecipeError) as caught:
         check_recipe(recipe_of(**search), SMALL)
     assert any(problem in line for line in caught.value.problems), caught.value.problems
 

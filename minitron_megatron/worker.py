@@ -13,7 +13,7 @@ from minitron_megatron.config.checks.recipe import check_recipe
 from minitron_megatron.config.load import load_recipe
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.errors import LayoutError, MinitronError
-from minitron_megatron.failure import tell
+from minitron_megatron.failure import LAUNCHED, tell
 from minitron_megatron.parallel.world import World, distributed_world, rank_and_size
 from minitron_megatron.platform import Platform, activate
 from minitron_megatron.platform.lifetime import end_with_parent
@@ -58,7 +58,8 @@ def main(arguments: list[str]) -> int:
 def _die_with_the_launcher() -> None:
     """A launcher that is killed takes its workers along: orphans would go on writing into the folder of the next start."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with_parent()
+        launcher = os.environ.get(LAUNCHED, "")
+        end_with_parent(int(launcher) if launcher.isdecimal() else None)
 
 
 def _run(connections: ExitStack, stage_name: str, recipe_path: str, *overrides: str) -> None:

@@ -21,9 +21,22 @@ from minitron_megatron.errors import LayoutError, TrainingError
 POLL_SECONDS = 0.1
 _PROGRAM = (
     # the job ends with the search: an orphan would go on writing into the folder of the next start
-    "from minitron_megatron.platform.lifetime import end_with_parent; end_with_parent(); from minitron_megatron.cli import main; main()"
+    "import sys; from minitron_megatron.platform.lifetime import end_with_parent; end_with_parent(int(sys.argv.pop(1))); "
+    "from minitron_megatron.cli import main; main()"
 )
-_OF_THIS_PROCESS = ("TORCHELASTIC_", "TORCH_NCCL_", "GROUP_", "ROLE_", "LOCAL_", "MASTER_", "MALLOC_MMAP_", "MALLOC_TRIM_", "RANK", "WORLD_SIZE")
+_OF_THIS_PROCESS = (
+    "TORCHELASTIC_",
+    "TORCH_NCCL_",
+    "GROUP_",
+    "ROLE_",
+    "LOCAL_",
+    "MASTER_",
+    "MALLOC_MMAP_",
+    "MALLOC_TRIM_",
+    "MINITRON_LAUNCHED",
+    "RANK",
+    "WORLD_SIZE",
+)
 """What the launcher told the search's own process, and a job must not take for the user's."""
 
 
@@ -68,7 +81,8 @@ def start(job: Job, place: Place) -> subprocess.Popen[bytes]:
     environment |= {"OMP_NUM_THREADS": str(place.threads)}
     environment |= {"CUDA_VISIBLE_DEVICES": place.devices} if place.devices else {}
     with job.log.open("ab") as log:
-        return subprocess.Popen([sys.executable, "-c", _PROGRAM, job.verb, str(job.recipe)], env=environment, stdout=log, stderr=log)
+        command = [sys.executable, "-c", _PROGRAM, str(os.getpid()), job.verb, str(job.recipe)]
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
 
 def run_chains(chains: Sequence[Sequence[Job]], where: Sequence[Place], finished: Callable[[int], None]) -> None:

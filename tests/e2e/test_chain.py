@@ -71,11 +71,9 @@ def environment() -> dict[str, str]:
     return {**os.environ, **one_thread, "PYTHONPATH": path, "COLUMNS": "200"}
 
 
-def start(recipe: Path, *overrides: str) -> str:
+def start(recipe: Path, *overrides: str, timeout_seconds: float = 2 * PATIENCE_SECONDS) -> str:
     """Runs the chain to its end; its output."""
-    done = subprocess.run(
-        command(recipe, *overrides), env=environment(), cwd=recipe.parent, capture_output=True, text=True, timeout=2 * PATIENCE_SECONDS
-    )
+    done = subprocess.run(command(recipe, *overrides), env=environment(), cwd=recipe.parent, capture_output=True, text=True, timeout=timeout_seconds)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

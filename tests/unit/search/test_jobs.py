@@ -14,7 +14,7 @@ from minitron_megatron.search.jobs import Job, Place, places, run_chains
 
 TALK = "import sys, time; print(*sys.argv[1:], time.monotonic()); sys.stdout.flush(); time.sleep(0.15); print('end', time.monotonic())"
 FAIL = "import sys; print('some words'); sys.exit('recipe.yaml: distill.steps is wrong')"
-SLEEP_OR_FAIL = "import sys, time; time.sleep(30) if sys.argv[2].endswith('long') else sys.exit('it fell over')"
+SLEEP_OR_FAIL = "import sys, time; time.sleep(30) if sys.argv[3].endswith('long') else sys.exit('it fell over')"
 
 
 def chains(folder: Path, count: int) -> list[list[Job]]:

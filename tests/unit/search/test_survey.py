@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import pytest
 
@@ -112,7 +113,7 @@ def test_the_published_minitron_fits_its_own_budget(recipe_of: Recipes, space: d
     assert len(found.survivors) < len(found.candidates) / 2
 
 
-PROBLEMS = {
+PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
     "layers above": ({"space": {"layers": [5]}, "parameters": 1}, "search.space.layers: 5 is larger than the source's 4"),
     "no experts": ({"space": {"experts": [2]}, "parameters": 1}, "the family llama has no experts"),
     "no axis": ({"space": {}, "parameters": 1}, "search.space names no axis; axes: layers, hidden"),

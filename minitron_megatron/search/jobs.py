@@ -1,7 +1,7 @@
 """Jobs of a search: each is the command that a person would type, `minitron prune RECIPE` or `minitron distill RECIPE`.
 
-A candidate runs on the processes of the recipe's `parallel`, `search.jobs` of them at the same time: jobs × processes is what the machine has
-to hold. On a cluster that starts processes otherwise, `start` is the function to change.
+A candidate runs on the processes of the recipe's `parallel`, `search.jobs` of them at the same time: jobs × processes is what the machine
+has to hold. All are started on this machine; on a cluster that starts processes otherwise, `start` is the function to change.
 """
 
 from __future__ import annotations
@@ -61,8 +61,9 @@ class Job:
 def places(jobs: int, processes: int, *, platform: str) -> list[Place]:
     """Equal shares of the machine; raises LayoutError where its GPUs are too few."""
     cores = os.cpu_count() or 1
-    told = int(os.environ.get("OMP_NUM_THREADS", cores))
-    threads = told if told < cores else max(1, cores // (jobs * processes))  # fewer than all cores: somebody's wish
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    # fewer than all cores is somebody's wish, all of them is what the launcher gives to one process
+    threads = int(told) if told.isdecimal() and 0 < int(told) < cores else max(1, cores // (jobs * processes))
     if platform != "cuda":
         return [Place(threads)] * jobs
     named = os.environ.get("CUDA_VISIBLE_DEVICES")

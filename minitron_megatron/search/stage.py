@@ -17,7 +17,7 @@ from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.artifact import Artifact, write_json
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.config.search import Search
-from minitron_megatron.errors import RecipeError
+from minitron_megatron.errors import ArtifactError, RecipeError
 from minitron_megatron.model.precision import torch_dtype
 from minitron_megatron.platform import activate
 from minitron_megatron.results.pareto import pareto_svg, ranking_markdown
@@ -69,6 +69,14 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path) -> dict[st
     }
 
 
+def outside_files(recipe: Recipe) -> list[Path]:
+    """The scores file that is not this run's, for the artifact's id; raises ArtifactError where it is missing."""
+    file = recipe.prune.scores_file
+    if file is not None and not Path(file).is_file():
+        raise ArtifactError(f"prune.scores_file={file}: no such file; make it with: minitron importance merge A B --output {file}")
+    return [Path(file)] if file is not None else []
+
+
 def _surveyed(recipe: Recipe, search: Search, source: Architecture, inputs: Mapping[str, Artifact], folder: Path) -> tuple[Survey, list[Candidate]]:
     """All candidates, and the shortlist; both written to candidates.csv."""
     found = survey(recipe, search, source, _latency(recipe, search, source, folder))
@@ -108,8 +116,10 @@ def _proxy(recipe: Recipe, inputs: Mapping[str, Artifact], source: Architecture)
     if recipe.prune.scores != "activation":
         return KeptParameters(source)
     path = Path(recipe.prune.scores_file) if recipe.prune.scores_file else inputs["importance"].path / "scores.safetensors"
-    rule = recipe.prune.aggregation
-    return KeptImportance(activation_scores(Statistics.load(path), batch=rule.batch, sequence=rule.sequence), source)
+    statistics, rule = Statistics.load(path), recipe.prune.aggregation
+    if statistics.arch != source:
+        raise ArtifactError(f"{path} was measured on another model than {inputs['import'].path}; make it anew with: minitron importance RECIPE")
+    return KeptImportance(activation_scores(statistics, batch=rule.batch, sequence=rule.sequence), source)
 
 
 def _train(trials: Sequence[Trial], recipe: Recipe, search: Search) -> list[Trial]:

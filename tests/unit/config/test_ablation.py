@@ -61,7 +61,9 @@ def test_each_variant_and_seed_is_a_run_of_its_own_below_the_ablations_folder(ab
     recipes = [trial.last.recipe for trial in plan.trials]
     assert [(recipe.runs, recipe.name) for recipe in recipes] == [("runs/some", "a-seed1"), ("runs/some", "a-seed2"), ("runs/some", "b")]
     assert [(recipe.distill.steps, recipe.distill.seed, recipe.prune.seed) for recipe in recipes] == [(30, 1, 1), (30, 2, 2), (20, 1234, 0)]
-    assert [recipe.prune.target.ffn for recipe in recipes] == [24, 24, 24]  # the command line stands above both
+    assert [recipe.prune.target.ffn for recipe in recipes] == [24, 24, 24]
+    above = planned(file, ["distill.steps=50"]).trials  # the command line stands above both
+    assert [trial.last.recipe.distill.steps for trial in above] == [50, 50, 50]
     assert recipes[2].distill.loss == {"cross_entropy": 1.0}
     assert (plan.folder, plan.lenders) == (Path("runs/some"), [Path("runs/tiny")])
 

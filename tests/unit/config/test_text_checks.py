@@ -9,7 +9,7 @@ import pytest
 
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.config.checks.recipe import check_recipe
-from minitron_megatron.config.load import load_recipe
+from minitron_megatron.config.family import load_recipe
 from minitron_megatron.errors import RecipeError
 
 MODEL = Architecture("llama", 6, 48, 12, 4, 8, 60, 131, True, 128, 1e-6, 10000.0)

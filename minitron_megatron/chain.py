@@ -69,7 +69,7 @@ STAGES = {
         Stage(
             "report",
             "report.stage",
-            ("import", "data", "importance", "prune", "teachers", "correct", "distill", "finetune", "evaluate", "export"),
+            ("import", "data", "chat", "importance", "prune", "teachers", "correct", "labels", "distill", "finetune", "evaluate", "export"),
             (),
             False,
         ),

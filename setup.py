@@ -30,7 +30,8 @@ EXTRAS = {
     # Transformer Engine's torch extension is built from source (--no-build-isolation, with torch installed). NVIDIA's apex has
     # no package on PyPI: the one of that name is an unrelated web toolkit, never install it
     "gpu": ["transformer-engine[pytorch]>=2.9,<2.12; platform_system=='Linux'"],
-    "nemo": ["nemo_toolkit>=3.0.0,<3.1"],  # .nemo archives
+    # .nemo archives are read and written without it; for opening them with NeMo's own connector, which needs `core`
+    "nemo": ["nemo_toolkit[core]>=3.0.0,<3.1"],
     "export": ["gguf>=0.17,<1", "accelerate>=1,<2"],  # GGUF models to and from Hugging Face checkpoints
     "wandb": ["wandb>=0.20,<1"],
     "dev": ["pytest>=8,<10", "ruff>=0.15,<0.18", "mypy>=1.15,<3", "pre-commit>=4,<5", "types-PyYAML", "wandb>=0.20,<1"],

@@ -18,7 +18,7 @@ from common import RECIPE, minitron, result_of, write_result  # noqa: E402
 
 from minitron_megatron.arch.architecture import Architecture  # noqa: E402
 from minitron_megatron.checkpoint.sharded import load_model  # noqa: E402
-from minitron_megatron.config.load import load_recipe  # noqa: E402
+from minitron_megatron.config.family import load_recipe  # noqa: E402
 from minitron_megatron.data.samples import evaluation_windows  # noqa: E402
 from minitron_megatron.evaluate.compare import compare, domain_figures  # noqa: E402
 from minitron_megatron.model.build import build_model  # noqa: E402

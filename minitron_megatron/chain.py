@@ -51,7 +51,8 @@ STAGES = {
         Stage("data", "data.stage", ("import",), ("data",), False),
         Stage("chat", "data.chat.stage", ("import",), ("chat",), False, asked_by="chat"),
         Stage("importance", "importance.stage", ("import", "data"), ("importance",), True),
-        Stage("prune", "prune.stage", ("import", "importance"), ("prune",), True, streams=True),
+        Stage("depth", "depth.stage", ("import", "data", "importance"), ("depth",), True, asked_by="depth"),
+        Stage("prune", "prune.stage", ("import", "importance", "depth"), ("prune",), True, streams=True),
         Stage("teachers", "convert.teachers_stage", ("import",), ("teachers",), False, asked_by="teachers"),
         Stage("correct", "correct.stage", ("import", "data"), ("correct",), True, continues=_may_change("correct"), asked_by="correct"),
         Stage("labels", "labels.stage", ("import", "data", "teachers", "correct"), ("labels",), True, asked_by="labels"),
@@ -65,11 +66,11 @@ STAGES = {
         ),
         Stage("finetune", "finetune.stage", ("chat", "distill"), ("finetune",), True, continues=_may_change("finetune"), asked_by="finetune"),
         Stage("evaluate", "evaluate.stage", ("import", "data", "prune", "teachers", "correct", "distill", "finetune"), ("evaluate",), True),
-        Stage("export", "convert.export_stage", ("import", "prune", "distill", "finetune"), (), False),
+        Stage("export", "convert.export_stage", ("import", "prune", "distill", "finetune"), ("export",), False),
         Stage(
             "report",
             "report.stage",
-            ("import", "data", "chat", "importance", "prune", "teachers", "correct", "labels", "distill", "finetune", "evaluate", "export"),
+            ("import", "data", "chat", "importance", "depth", "prune", "teachers", "correct", "labels", "distill", "finetune", "evaluate", "export"),
             (),
             False,
         ),
@@ -132,8 +133,18 @@ def stage_settings(stage: Stage, recipe: Recipe) -> dict[str, Any]:
 def stage_inputs(stage: Stage, recipe: Recipe) -> tuple[str, ...]:
     """The stages whose artifacts it reads under this recipe: pruning by scores from elsewhere needs no importance pass of this run, and
     nothing waits for a correction beside the distillation."""
-    spared = {*_beside(recipe), *(("importance",) if stage.name == "prune" and not recipe.prune.reads_importance else ())}
+    spared = {*_beside(recipe), *_spared(stage, recipe)}
     return tuple(name for name in stage.inputs if name not in spared and is_asked(STAGES[name], recipe))
+
+
+def _spared(stage: Stage, recipe: Recipe) -> tuple[str, ...]:
+    if stage.name == "prune" and not recipe.prune.reads_importance:
+        return ("importance",)
+    if stage.name == "depth" and recipe.depth is not None:
+        return ("data",) if recipe.depth.reads_importance else ("importance",)
+    if stage.name == "evaluate":
+        return tuple(made_by for model, made_by in (("distilled", "distill"), ("finetuned", "finetune")) if model not in recipe.evaluate.names)
+    return ()
 
 
 def refuse_foreign_inputs(inputs: dict[str, Artifact], recipe: Recipe, recipe_path: str) -> None:

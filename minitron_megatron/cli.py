@@ -12,6 +12,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from minitron_megatron import __version__
+from minitron_megatron.config.family import Step
 from minitron_megatron.errors import MinitronError
 
 
@@ -35,6 +36,9 @@ app = typer.Typer(
 )
 
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file of one compression, for example configs/smollm2_135m_to_97m.yaml")]
+AblationPath = Annotated[
+    str, typer.Argument(metavar="ABLATION", help="YAML file with a recipe and its variants, for example configs/ablations/losses.yaml")
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="key=value", help="values that replace the recipe's, for example distill.steps=300 parallel.data=2")
 ]
@@ -50,7 +54,7 @@ class StageHelp(NamedTuple):
 
 STAGE_HELP = {
     "import": StageHelp(
-        "Read the source model (Hugging Face or Megatron) into a torch_dist checkpoint, tensor by tensor.",
+        "Read the source model (Hugging Face, .nemo or Megatron) into a torch_dist checkpoint, tensor by tensor.",
         "checkpoint/, hf_config.json, tokenizer/",
         "model.path=/models/Llama-3.1-8B",
     ),
@@ -69,6 +73,12 @@ STAGE_HELP = {
         "scores.safetensors (sums from which every aggregation follows), summary.json",
         "importance.samples=1024",
         " · Adding passes over other samples: `minitron importance merge --help`",
+    ),
+    "depth": StageHelp(
+        "Choose the layers to drop: each layer or block is left out in memory, and what that does is measured.",
+        "depth.json (every candidate with its standard error, the order, the layers to drop)",
+        "depth.criterion=logit_error prune.target.layers=26",
+        " · Part of the chain where the recipe has a section `depth`",
     ),
     "prune": StageHelp(
         "Cut the source down to the target architecture, tensor by tensor.",
@@ -101,7 +111,11 @@ STAGE_HELP = {
         "table.md",
         "evaluate.tokens=all evaluate.task_items=all",
     ),
-    "export": StageHelp("Write the student as a Hugging Face model that plain transformers loads.", "model/ (config.json, safetensors, tokenizer)"),
+    "export": StageHelp(
+        "Write the student as a Hugging Face model that plain transformers loads, or as a .nemo archive.",
+        "model/ (config.json, safetensors, tokenizer) or model.nemo",
+        "export.format=nemo",
+    ),
     "report": StageHelp("Gather the whole run in one self-contained HTML page.", "report.html"),
 }
 DEMO = "configs/smollm2_135m_to_97m.yaml"
@@ -118,31 +132,66 @@ def _stage_command(name: str) -> None:
         rich_help_panel="Stages, in order",
     )
     def command(recipe: RecipePath, overrides: Overrides = None) -> None:
-        raise typer.Exit(_run_stages([name], recipe, overrides or []))
+        from minitron_megatron.conductor import run_stages
+
+        raise typer.Exit(run_stages([name], recipe, overrides or []))
 
 
 @app.command("run", help="Run the whole chain; finished stages whose inputs are unchanged are skipped.", rich_help_panel="The whole chain")
 def run(recipe: RecipePath, overrides: Overrides = None) -> None:
-    from minitron_megatron.chain import stages_of
-    from minitron_megatron.config.load import load_recipe
+    from minitron_megatron.conductor import run_steps
 
-    names = [stage.name for stage in stages_of(load_recipe(recipe, overrides or []))]
-    code = _run_stages(names, recipe, overrides or [])
+    steps = _steps(recipe, overrides or [])
+    code = run_steps(steps, recipe, overrides or [])
     if code == 0:
-        _show_results(recipe, overrides or [])
+        _show_results(steps, recipe)
+    raise typer.Exit(code)
+
+
+@app.command(
+    "ablate",
+    short_help="Run the variants of an ablation, with their seeds, and print one table.",
+    help="Run every variant of an ablation as far as `evaluate` takes, with each seed, and print one table of their final models.\n\n"
+    "What variants have in common is made once, or taken from the recipe's own run. Writes `runs/ABLATION/VARIANT[-seedN]/`, and "
+    "`ablation.md` and `.json` beside them.",
+    epilog="Example: `minitron ablate configs/ablations/aggregation_pairs.yaml evaluate.tokens=4096`",
+    rich_help_panel="The whole chain",
+)
+def ablate(ablation: AblationPath, overrides: Overrides = None) -> None:
+    from minitron_megatron.ablate import collect, run_trials
+    from minitron_megatron.config.ablation import planned
+    from minitron_megatron.results.ablation import console_ablation
+
+    plan = planned(ablation, overrides or [])
+    code = run_trials(plan)
+    if code == 0:
+        Console().print(console_ablation(collect(plan)))
+        print(f"Table: {plan.folder / 'ablation.md'}")
     raise typer.Exit(code)
 
 
 @app.command("show", help="Print the resolved recipe, both architectures, their parameters, FLOPs and KV-cache size.", rich_help_panel="Look first")
 def show(recipe: RecipePath, overrides: Overrides = None) -> None:
-    from minitron_megatron.arch.source import source_architecture
-    from minitron_megatron.config.checks.recipe import check_recipe
-    from minitron_megatron.config.load import load_recipe
+    from minitron_megatron.config.family import checked_steps
     from minitron_megatron.show import show_recipe
 
-    loaded = load_recipe(recipe, overrides or [])
-    source = source_architecture(loaded.model.path, loaded.model.hf_config)
-    show_recipe(loaded, source, check_recipe(loaded, source), Console())
+    for step, source, target in checked_steps(_steps(recipe, overrides or [])):
+        show_recipe(step.recipe, source, target, Console())
+
+
+@app.command(
+    "advise",
+    help="Hold a recipe, or every step of a family, against what the papers and later work found; nothing is run.",
+    epilog=f"Example: `minitron advise {DEMO}`",
+    rich_help_panel="Look first",
+)
+def advise_recipe(recipe: RecipePath, overrides: Overrides = None) -> None:
+    from minitron_megatron.advice.rules import Subject, advise
+    from minitron_megatron.advice.text import told
+    from minitron_megatron.config.family import checked_steps
+
+    for step, source, target in checked_steps(_steps(recipe, overrides or [])):
+        print(told(advise(Subject(step, source, target)), step.name))
 
 
 @app.command(
@@ -183,37 +232,27 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
-def _run_stages(names: list[str], recipe_path: str, overrides: list[str]) -> int:
-    """Starts each stage that is not up to date in its own processes; stops at the first that fails."""
-    from minitron_megatron.chain import STAGES, finished, require_asked
-    from minitron_megatron.launcher import launch
-    from minitron_megatron.worker import prepare
+def _steps(recipe: str, overrides: list[str]) -> list[Step]:
+    """One for an ordinary recipe; of a family all, or the one that `step=NAME` picks."""
+    from minitron_megatron.config.family import picked_steps
 
-    recipe, _ = prepare(recipe_path, overrides, needs_device=not all(STAGES[name].streams for name in names))
-    for name in names:
-        stage = STAGES[name]
-        require_asked(stage, recipe, recipe_path)
-        artifact = finished(stage, recipe)
-        if artifact:
-            print(f"{name}: up to date ({artifact.path})", flush=True)
-            continue
-        code = launch(name, recipe_path, overrides, recipe.parallel.processes if stage.distributed else 1)
-        if code:
-            return code
-    return 0
+    return picked_steps(recipe, overrides)
 
 
-def _show_results(recipe_path: str, overrides: list[str]) -> None:
+def _show_results(steps: list[Step], recipe_path: str) -> None:
     from minitron_megatron.artifact import open_artifact
     from minitron_megatron.chain import run_folder
-    from minitron_megatron.config.load import load_recipe
+    from minitron_megatron.results.family import publish_family
     from minitron_megatron.results.table import console_table, continuations
 
-    folder, console = run_folder(load_recipe(recipe_path, overrides)), Console()
-    result = open_artifact(folder, "evaluate", recipe_path).result
+    console = Console()
+    evaluated = {step.name: open_artifact(run_folder(step.recipe), "evaluate", recipe_path).result for step in steps if step.trained}
+    result = publish_family(evaluated, run_folder(steps[-1].recipe).parent) if len(evaluated) > 1 else next(iter(evaluated.values()))
     console.print(console_table(result))
     console.print(continuations(result), markup=False, highlight=False)
-    console.print(f"Report: {folder / 'report' / 'report.html'}")
+    for step in steps:
+        if step.trained:
+            console.print(f"Report: {run_folder(step.recipe) / 'report' / 'report.html'}")
 
 
 def main() -> None:
@@ -225,7 +264,7 @@ def main() -> None:
         print(error, file=sys.stderr)
         sys.exit(2)
     finally:
-        if "run" in sys.argv[1:2] and time.monotonic() - started > 60:
+        if sys.argv[1:2] in (["run"], ["ablate"]) and time.monotonic() - started > 60:
             print(f"total: {(time.monotonic() - started) / 60:.1f} minutes", file=sys.stderr)
 
 

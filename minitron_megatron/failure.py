@@ -29,6 +29,9 @@ LAUNCHED = "MINITRON_LAUNCHED"
 PATIENCE_SECONDS = 5.0
 """How long a process that is no cause itself leaves the first word to the others; the launcher ends it as soon as it knows."""
 
+LOOK_SECONDS = 2
+"""Longest time between a death and the launcher's look, on a busy machine."""
+
 LEAVING_SECONDS = 10.0
 """After which a process that has told its error is ended where it stands: closing its connections may wait for processes that are gone."""
 
@@ -92,7 +95,12 @@ def exit_code_of(failures: Mapping[int, ProcessFailure]) -> int:
 
 def first_cause(failures: Mapping[int, ProcessFailure]) -> int:
     """The rank that failed first; of the same second, one that died or failed by itself before those that followed it."""
-    return min(failures, key=lambda rank: (failures[rank].timestamp, _place(failures[rank])))
+    return min(failures, key=lambda rank: (_seconds(failures[rank]), _place(failures[rank])))
+
+
+def _seconds(failure: ProcessFailure) -> float:
+    """When it failed: a process that left no word was only found dead then, at the launcher's next look."""
+    return failure.timestamp - (LOOK_SECONDS if _place(failure) == 0 else 0)
 
 
 def _place(failure: ProcessFailure) -> int:

@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from minitron_megatron.chain import STAGES
-from minitron_megatron.config.load import load_recipe
+from minitron_megatron.config.family import load_recipe
 from minitron_megatron.errors import LayoutError, MinitronError
 from minitron_megatron.failure import LAUNCHED, exit_code_of, message_of
 

@@ -16,9 +16,11 @@ from minitron_megatron.arch.architecture import (
     parameter_count,
     parameters_by_part,
 )
+from minitron_megatron.config.checks.target import rounded_target
 from minitron_megatron.config.checks.teachers import teacher_architectures
 from minitron_megatron.config.schema import Recipe
-from minitron_megatron.parallel.split import distillation_work, hidden_state_work, split_layers
+from minitron_megatron.parallel.split import distillation_work, hidden_state_work, layer_works, split_layers
+from minitron_megatron.results.table import short_count
 
 SIZES = (
     ("layers", "layers"),
@@ -37,6 +39,8 @@ def show_recipe(recipe: Recipe, source: Architecture, target: Architecture, cons
     resolved = yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False, width=120)
     console.print(Syntax(resolved, "yaml", background_color="default"))
     console.print(architecture_table(source, target, recipe.distill.sequence_length))
+    for note in trimming_notes(recipe, source, target):
+        console.print(note)
     stages, rule = recipe.parallel.pipeline * recipe.parallel.virtual, recipe.parallel.layers_per_stage
     if stages > 1:
         works = {
@@ -46,9 +50,26 @@ def show_recipe(recipe: Recipe, source: Architecture, target: Architecture, cons
             "finetune": (target, distillation_work(target)),
         }
         works = {stage: work for stage, work in works.items() if getattr(recipe, stage)}
-        splits = ", ".join(f"{stage} {' + '.join(map(str, split_layers(arch.layers, stages, rule, ends)))}" for stage, (arch, ends) in works.items())
+        splits = ", ".join(
+            f"{stage} {' + '.join(map(str, split_layers(arch.layers, stages, rule, ends, layer_works(arch))))}"
+            for stage, (arch, ends) in works.items()
+        )
         console.print(f"Layers per pipeline stage ({rule}): {splits}")
     console.print(f"Artifacts: {Path(recipe.runs) / recipe.name}")
+
+
+def trimming_notes(recipe: Recipe, source: Architecture, target: Architecture) -> list[str]:
+    """What the table does not say: sizes that alignment changed, layers that are named, and FFNs of different widths."""
+    notes = [f"Rounded: {note}" for note in rounded_target(recipe.prune, source)[1]]
+    if recipe.prune.drop_layers:
+        notes.append(f"Dropped layers: {', '.join(map(str, recipe.prune.drop_layers))}")
+    if recipe.prune.ffn_by == "global":
+        notes.append(f"FFN neurons are ranked over all layers: {target.ffn} a layer on average, the scores decide each layer's width")
+    elif target.ffn_per_layer:
+        notes.append(f"FFN widths: {', '.join(map(str, target.ffn_per_layer))}")
+    if recipe.prune.ffn_by == "global" or target.ffn_per_layer:
+        notes.append("Exported to Hugging Face, every layer is as wide as the widest one, filled up with zeros: config.json knows one width")
+    return notes
 
 
 def architecture_table(source: Architecture, target: Architecture, sequence_length: int) -> Table:
@@ -66,6 +87,7 @@ def architecture_table(source: Architecture, target: Architecture, sequence_leng
         label = f"{part} (tied)" if part == "output" and source.tied_embeddings else part
         _row(table, f"parameters: {label}", before, after[part])
     _row(table, "parameters: all", parameter_count(source), parameter_count(target), style="bold")
+    table.add_row("", *(short_count(parameter_count(arch)) for arch in (source, target)), "", style="bold")
     table.add_section()
     flops = [forward_flops_per_token(arch, sequence_length) for arch in (source, target)]
     _row(table, f"forward FLOPs per token (sequence {sequence_length})", flops[0], flops[1])

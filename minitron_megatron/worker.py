@@ -9,8 +9,9 @@ from contextlib import ExitStack
 from minitron_megatron.arch.source import source_architecture
 from minitron_megatron.artifact import Artifact
 from minitron_megatron.chain import STAGES, Stage, finished, require_asked, run_stage
+from minitron_megatron.config.checks.depth import settled_depth
 from minitron_megatron.config.checks.recipe import check_recipe
-from minitron_megatron.config.load import load_recipe
+from minitron_megatron.config.family import load_recipe
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.errors import LayoutError, MinitronError
 from minitron_megatron.failure import tell
@@ -22,7 +23,8 @@ from minitron_megatron.platform.lifetime import end_with_parent
 def prepare(recipe_path: str, overrides: list[str], *, needs_device: bool = True) -> tuple[Recipe, Platform]:
     """The recipe, checked against its model, with `auto` settled for this machine; nothing is written."""
     recipe = load_recipe(recipe_path, overrides)
-    check_recipe(recipe, source_architecture(recipe.model.path, recipe.model.hf_config))
+    source = source_architecture(recipe.model.path, recipe.model.hf_config)
+    recipe = settled_depth(recipe, source, check_recipe(recipe, source))
     platform = activate(recipe.platform if needs_device else "cpu")
     precision = recipe.precision if recipe.precision != "auto" else ("bf16" if platform.supports_bf16_matmul() else "fp32")
     return recipe.model_copy(update={"precision": precision, "platform": platform.kind}), platform

@@ -45,6 +45,7 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 512},
     "qwen2": {"max_window_layers": 3},
     "qwen3": {"max_window_layers": 3},
+    "nemotron": {"partial_rotary_factor": 0.67},  # 4 of the 6 channels turn; the default half of them is no number of pairs
 }
 # numbers of experts that are no power of two; the width that qwen3_moe names for layers without experts is not to be taken for theirs
 EXPERT_SIZES: dict[str, dict[str, Any]] = {
@@ -69,7 +70,7 @@ def every_family(request: pytest.FixtureRequest, tiny_hf_model: Callable[..., Pa
 def tiny_hf_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """tiny_hf_model(family, **config fields): a folder with random weights and a tokenizer, made once a session; copy it to change it.
 
-    Families: llama, llama3 (llama with its rope scaling), mistral, qwen2, qwen3, and those of EXPERT_SIZES.
+    Families: llama, llama3 (llama with its rope scaling), mistral, qwen2, qwen3, nemotron, and those of EXPERT_SIZES.
     """
     made: dict[str, Path] = {}
 

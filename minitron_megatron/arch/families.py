@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from minitron_megatron.errors import ArchitectureError
 
@@ -19,17 +20,24 @@ class ExpertNames:
 
 @dataclass(frozen=True)
 class Family:
-    """What sets one family of pre-norm, rotary, gated (SwiGLU) decoders apart from the others."""
+    """What sets one family of pre-norm, rotary decoders apart from the others; by default RMSNorm and a SwiGLU FFN."""
 
     name: str
     """Hugging Face `model_type`."""
     qkv_bias: bool = False
     qk_norm: bool = False
+    activation: Literal["swiglu", "squared_relu"] = "swiglu"
+    """Of the FFN: a gated SiLU, whose first matrix is [2F, D], or relu(x)², whose first matrix is [F, D]."""
+    norm: Literal["rmsnorm", "layernorm1p"] = "rmsnorm"
+    """layernorm1p: LayerNorm whose weight is kept as its distance from 1, with a bias."""
+    norm_eps_field: str = "rms_norm_eps"
     default_tied: bool = False
     default_rope_theta: float = 10000.0
     default_norm_eps: float = 1e-6
     default_head_channels: int | None = None
     """`head_dim` where config.json does not name it; None: hidden size / heads."""
+    default_rotary_share: float | None = None
+    """`partial_rotary_factor` where config.json does not name it; None: the family turns whole heads, and another share is refused."""
     has_window: bool = False
     """Whether attention slides where config.json names a `sliding_window`."""
     default_window: int | None = None
@@ -48,6 +56,10 @@ class Family:
     """Whether a token's expert weights sum to 1 whatever config.json says; else `norm_topk_prob` decides."""
     default_experts_per_token: int = 0
     expert_names: ExpertNames | None = None
+
+    @property
+    def is_gated(self) -> bool:
+        return self.activation == "swiglu"
 
 
 FAMILIES = {
@@ -71,6 +83,16 @@ FAMILIES = {
             default_head_channels=128,
             must_be=(("hidden_act", "silu"), ("attention_bias", False), ("use_sliding_window", False)),
             per_layer=("layer_types",),
+        ),
+        # Nemotron-4 and Minitron (arXiv 2402.16819; 2407.14679, section 3)
+        Family(
+            "nemotron",
+            activation="squared_relu",
+            norm="layernorm1p",
+            norm_eps_field="norm_eps",
+            default_norm_eps=1e-5,
+            default_rotary_share=0.5,
+            must_be=(("hidden_act", "relu2"), ("attention_bias", False), ("mlp_bias", False)),
         ),
         Family(
             "mixtral",

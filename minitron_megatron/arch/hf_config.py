@@ -23,6 +23,8 @@ REASONS = {
     "decoder_sparse_step": "every layer has to have experts",
     "shared_expert_intermediate_size": "shared experts are not built here",
 }
+WIDTHS = "ffn_per_layer"
+"""Our own field of the hf_config.json beside a checkpoint whose layers have FFNs of different widths; transformers' families have none for it."""
 LLAMA3_CONSTANTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -32,6 +34,7 @@ def architecture_from_hf(config: dict[str, Any]) -> Architecture:
     _refuse_other_arithmetic(config, kind)
     heads = _required(config, "num_attention_heads")
     hidden = _required(config, "hidden_size")
+    widths = config.get(WIDTHS)
     return Architecture(
         family_name=kind.name,
         layers=_required(config, "num_hidden_layers"),
@@ -43,10 +46,12 @@ def architecture_from_hf(config: dict[str, Any]) -> Architecture:
         vocab=_required(config, "vocab_size"),
         tied_embeddings=bool(config.get("tie_word_embeddings", kind.default_tied)),
         max_positions=int(config.get("max_position_embeddings", 2048)),
-        norm_eps=float(config.get("rms_norm_eps", kind.default_norm_eps)),
+        norm_eps=float(config.get(kind.norm_eps_field, kind.default_norm_eps)),
         rope_theta=_rope_theta(config, kind),
         rope_scaling=_rope_scaling(config),
         attention_window=_attention_window(config, kind),
+        rotary_share=_rotary_share(config, kind),
+        ffn_per_layer=tuple(widths) if widths else None,
         **_experts(config, kind),
     )
 
@@ -54,9 +59,11 @@ def architecture_from_hf(config: dict[str, Any]) -> Architecture:
 def hf_config_for(source_config: dict[str, Any], kept_layers: list[int], arch: Architecture) -> dict[str, Any]:
     """config.json of a pruned model: the source's own, with the sizes of arch and the kept layers' entries.
 
-    head_dim is always written: after width pruning it is no longer hidden / heads.
+    head_dim is always written: after width pruning it is no longer hidden / heads. Where widths differ the result is for us alone (WIDTHS).
     """
-    config = dict(source_config)
+    config = {field: value for field, value in source_config.items() if field != WIDTHS}
+    if arch.ffn_per_layer:
+        config[WIDTHS] = list(arch.ffn_per_layer)
     config.update({theirs: getattr(arch, ours) for ours, theirs in _size_fields(arch.family).items()})
     for field in _expert_fields(config, arch.family):
         config[field] = arch.experts
@@ -110,11 +117,18 @@ def _reason(field: str) -> str:
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
     """Both spellings: `rope_parameters` (transformers 5) and `rope_scaling` + `rope_theta` (before)."""
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    turned = rope.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1.0
-    if float(turned) != 1.0:
-        raise ArchitectureError(f"config.json: partial_rotary_factor={turned} is not supported; expected 1.0")
-    return rope
+    return {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+
+
+def _rotary_share(config: dict[str, Any], kind: Family) -> float:
+    """Share of a head's channels that turn; raises ArchitectureError where the family's own arithmetic knows no share."""
+    named = _rope(config).get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    share = float(named or kind.default_rotary_share or 1.0)
+    if kind.default_rotary_share is None and share != 1.0:
+        raise ArchitectureError(f"config.json: partial_rotary_factor={named} of family '{kind.name}' is not supported; expected 1.0")
+    if not 0 < share <= 1:
+        raise ArchitectureError(f"config.json: partial_rotary_factor={named} is no share of a head's channels; expected above 0 and at most 1")
+    return share
 
 
 def _rope_theta(config: dict[str, Any], kind: Family) -> float:

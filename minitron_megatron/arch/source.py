@@ -8,12 +8,17 @@ from typing import Any
 
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.arch.hf_config import architecture_from_hf
+from minitron_megatron.arch.nemo_archive import NemoArchive, is_nemo
+from minitron_megatron.arch.nemo_config import config_of_archive
 from minitron_megatron.errors import ArchitectureError
 
 
 def source_config(model_path: str, hf_config: str | None = None) -> dict[str, Any]:
-    """config.json of the source model; for a Megatron checkpoint the one that `model.hf_config` names."""
-    path = Path(hf_config) if hf_config else Path(model_path) / "config.json"
+    """config.json of the source model: its folder's own, what its .nemo archive says, or else the one that `model.hf_config` names."""
+    if is_nemo(model_path) and not hf_config:
+        return config_of_archive(NemoArchive(model_path))
+    own = Path(model_path) / "config.json"
+    path = Path(hf_config) if hf_config and not own.is_file() else own
     if not path.is_file():
         raise ArchitectureError(
             f"{path}: not found; model.path must name a Hugging Face folder with config.json"

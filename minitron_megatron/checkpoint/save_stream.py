@@ -70,7 +70,7 @@ def _placed(item: WriteItem, key: str, prefix: tuple[tuple[int, int], ...]) -> W
     """The item of a whole tensor → that of its place in the checkpoint's tensor."""
     data = item.tensor_data
     if data is None or not prefix:
-        return item
+        return replace(item, index=replace(item.index, fqn=key))
     offsets = torch.Size((*(place for place, _ in prefix), *(0 for _ in data.size)))
     chunk = ChunkStorageMetadata(offsets, torch.Size((*(1 for _ in prefix), *data.size)))
     whole = replace(data, chunk=chunk, size=torch.Size((*(size for _, size in prefix), *data.size)))

@@ -1,6 +1,6 @@
 """The table of tensors: Hugging Face name, Megatron name and the axis of each dimension, for import, export and pruning.
 
-Axes: V vocabulary, D hidden, E experts, F ffn, 2F gate rows then up rows, HK query heads × channels, K head channels,
+Axes: V vocabulary, D hidden, E experts, F ffn, 2F gate rows then up rows (F where there is no gate), HK query heads × channels, K head channels,
 QKV fused rows: for each key/value group its queries, its key, its value.
 Megatron keeps the experts of a layer in one tensor [E, …]; here each expert is a row of its own, so that streams hold one at a time.
 """
@@ -41,16 +41,18 @@ class TensorRow:
 
     def shape(self, arch: Architecture) -> tuple[int, ...]:
         """Global shape, the vocabulary not padded."""
-        return tuple(axis_size(axis, arch) for axis in self.axes)
+        return tuple(axis_size(axis, arch, self.layer) for axis in self.axes)
 
 
-def axis_size(axis: str, arch: Architecture) -> int:
+def axis_size(axis: str, arch: Architecture, layer: int | None = None) -> int:
+    """layer: where layers differ in it."""
+    ffn = arch.ffn if layer is None else arch.ffn_widths[layer]
     return {
         "V": arch.vocab,
         "D": arch.hidden,
         "E": arch.experts,
-        "F": arch.ffn,
-        "2F": 2 * arch.ffn,
+        "F": ffn,
+        "2F": 2 * ffn,
         "HK": arch.heads * arch.head_channels,
         "K": arch.head_channels,
         "QKV": arch.qkv_rows,
@@ -62,7 +64,7 @@ def tensor_table(arch: Architecture) -> list[TensorRow]:
     rows = [TensorRow("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), ("V", "D"))]
     for layer in range(arch.layers):
         rows += _layer_rows(arch, layer)
-    rows.append(TensorRow("decoder.final_layernorm.weight", ("model.norm.weight",), ("D",)))
+    rows += [TensorRow(f"decoder.final_layernorm.{part}", (f"model.norm.{part}",), ("D",)) for part in _norm_parts(arch)]
     if not arch.tied_embeddings:
         rows.append(TensorRow("output_layer.weight", ("lm_head.weight",), ("V", "D")))
     return rows
@@ -76,8 +78,12 @@ def _layer_rows(arch: Architecture, layer: int) -> list[TensorRow]:
         return TensorRow(f"{ours}.{name}", hf, axes, layer, f"{ours}.{plain}" if plain else None)
 
     attention, qkv = "self_attention.linear_qkv", tuple(f"self_attn.{x}_proj" for x in "qkv")
+
+    def norm(fused: str, plain: str, hf_name: str) -> list[TensorRow]:
+        return [row(f"{fused}.layer_norm_{part}", (f"{hf_name}.{part}",), "D", plain=f"{plain}.{part}") for part in _norm_parts(arch)]
+
     rows = [
-        row(f"{attention}.layer_norm_weight", ("input_layernorm.weight",), "D", plain="input_layernorm.weight"),
+        *norm(attention, "input_layernorm", "input_layernorm"),
         row(f"{attention}.weight", tuple(f"{name}.weight" for name in qkv), "QKV", "D"),
     ]
     if arch.family.qkv_bias:
@@ -90,12 +96,17 @@ def _layer_rows(arch: Architecture, layer: int) -> list[TensorRow]:
     ]
     if arch.family.expert_names:
         return rows + _expert_rows(arch, arch.family.expert_names, layer)
+    first = ("mlp.gate_proj.weight", "mlp.up_proj.weight") if arch.family.is_gated else ("mlp.up_proj.weight",)
     rows += [
-        row("mlp.linear_fc1.layer_norm_weight", ("post_attention_layernorm.weight",), "D", plain="pre_mlp_layernorm.weight"),
-        row("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), "2F", "D"),
+        *norm("mlp.linear_fc1", "pre_mlp_layernorm", "post_attention_layernorm"),
+        row("mlp.linear_fc1.weight", first, "2F" if arch.family.is_gated else "F", "D"),
         row("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), "D", "F"),
     ]
     return rows
+
+
+def _norm_parts(arch: Architecture) -> tuple[str, ...]:
+    return ("weight",) if arch.family.norm == "rmsnorm" else ("weight", "bias")
 
 
 def _expert_rows(arch: Architecture, names: ExpertNames, layer: int) -> list[TensorRow]:
@@ -138,5 +149,5 @@ def unpack(row: TensorRow, tensor: Tensor, arch: Architecture) -> list[Tensor]:
 
 
 def _part_rows(row: TensorRow, arch: Architecture) -> list[int]:
-    queries, keys = arch.heads * arch.head_channels, arch.kv_groups * arch.head_channels
-    return {"QKV": [queries, keys, keys], "2F": [arch.ffn, arch.ffn]}.get(row.axes[0], [axis_size(row.axes[0], arch)])
+    queries, keys, rows = arch.heads * arch.head_channels, arch.kv_groups * arch.head_channels, row.shape(arch)[0]
+    return {"QKV": [queries, keys, keys], "2F": [rows // 2, rows // 2]}.get(row.axes[0], [rows])

@@ -3,27 +3,41 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.checkpoint.digest import combined_digest, tensor_digest
+from minitron_megatron.checkpoint.safe_metadata import SafeFileSystemReader
 from minitron_megatron.checkpoint.save_stream import Place, save_stream
-from minitron_megatron.checkpoint.tensors import TensorRow, axis_size, tensor_table
+from minitron_megatron.checkpoint.tensors import TensorRow, tensor_table
 from minitron_megatron.errors import CheckpointError
 
 BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
 MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
 """Keys of the model; optimizer state and random states lie beside them and are left alone."""
+WRAPPERS = ("", "model.", "model.module.", "module.")
+"""What a checkpoint may have ahead of each of the model's keys: NeMo's and that of half-precision modules."""
+
+
+class Regions(Protocol):
+    """Regions of global tensors, however they are stored."""
+
+    folder: Path
+    tensors: Mapping[str, TensorStorageMetadata]
+
+    def read(self, key: str, offsets: tuple[int, ...] | None = None, sizes: tuple[int, ...] | None = None) -> Tensor: ...
 
 
 class TorchDistReader:
@@ -33,13 +47,13 @@ class TorchDistReader:
         self.folder = folder
         if not (folder / ".metadata").is_file():
             raise CheckpointError(f"{folder}: no torch_dist checkpoint (its .metadata is missing); was the job that wrote it stopped?")
-        self._files = FileSystemReader(folder)
+        self._files = SafeFileSystemReader(folder)
         try:
             self._metadata = self._files.read_metadata()
         except Exception as error:  # a damaged pickle may raise anything
             raise CheckpointError(f"{folder}: its .metadata cannot be read ({_first_line(error)}); make the checkpoint anew") from None
         self._files.set_up_storage_reader(self._metadata, is_coordinator=True)
-        self.tensors: dict[str, TensorStorageMetadata] = {
+        self.tensors: Mapping[str, TensorStorageMetadata] = {
             key: entry for key, entry in self._metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)
         }
 
@@ -81,12 +95,14 @@ class _IntoTarget(DefaultLoadPlanner):
 class MegatronSource:
     """Tensors of the table out of a torch_dist checkpoint: ours, Megatron-LM's or Megatron-Bridge's.
 
-    Found by name under one key per layer or stacked [L, …] keys, plain or Transformer Engine's fused names; a padded vocabulary is cut.
+    Found by name under one key per layer or stacked [L, …] keys, plain or Transformer Engine's fused names, with or without NeMo's `model.`;
+    a padded vocabulary is cut. reader: of a checkpoint in another form.
     """
 
-    def __init__(self, folder: Path, arch: Architecture) -> None:
+    def __init__(self, folder: Path, arch: Architecture, reader: Regions | None = None) -> None:
         self.arch = arch
-        self._reader = TorchDistReader(checkpoint_folder(folder))
+        self._reader: Regions = reader or TorchDistReader(checkpoint_folder(folder))
+        self._wrapper = next((ahead for ahead in WRAPPERS if f"{ahead}embedding.word_embeddings.weight" in self._reader.tensors), "")
         self._check()
 
     def dtype(self, row: TensorRow) -> torch.dtype:
@@ -107,7 +123,8 @@ class MegatronSource:
 
     def _find(self, row: TensorRow) -> Place:
         """The checkpoint's key, and (place, size) of the dimensions that it has ahead of the row's: stacked layers, experts."""
-        for key in filter(None, (row.key, row.plain_name)):
+        for name in filter(None, (row.key, row.plain_name)):
+            key = self._wrapper + name
             if key in self._reader.tensors:
                 return key, row.prefix(self.arch)
             stacked = key.replace(f".layers.{row.layer}.", ".layers.")
@@ -128,7 +145,7 @@ class MegatronSource:
                     f"{self._reader.folder}: tensor {key} has shape {list(found)}, expected {list(expected)}; is it of another model?"
                 )
         for key in sorted(self._reader.tensors.keys() - known):
-            if key.startswith(MODEL_PREFIXES):
+            if key.removeprefix(self._wrapper).startswith(MODEL_PREFIXES):
                 raise CheckpointError(
                     f"{self._reader.folder}: tensor {key} is not part of family '{self.arch.family_name}' with {self.arch.layers} layers"
                 )
@@ -153,11 +170,13 @@ def write_torch_dist(
     dtype: Callable[[TensorRow], torch.dtype],
     read: Callable[[TensorRow], Tensor],
     group: dist.ProcessGroup | None = None,
+    place: Callable[[TensorRow, Architecture], Place] | None = None,
 ) -> str:
     """Streams tensors into a torch_dist checkpoint that megatron loads under any layout; returns the digest of all weights.
 
     read is called once for each row, in the rows' order, one tensor in memory at a time. Several processes share the rows: all call this with
     the same arguments and a group that carries CPU tensors; the checkpoint's content and the digest are those of one process.
+    place: where a row lies in the checkpoint, by default under its own key.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rank, size = (0, 1) if group is None else (group.rank(), group.size())
@@ -170,7 +189,7 @@ def write_torch_dist(
         digests[name] = tensor_digest(name, tensor)
         return tensor
 
-    places = {name: (row.key, row.prefix(arch)) for name, row in mine.items()}
+    places = {name: place(row, arch) if place else (row.key, row.prefix(arch)) for name, row in mine.items()}
     save_stream(folder, {name: shapes[name] for name in mine}, tensor_of, places, group)
     if rank == 0:
         (folder / "metadata.json").write_text(json.dumps(BACKEND))
@@ -203,11 +222,4 @@ def weights_digest(source: MegatronSource) -> str:
 
 def checkpoint_bytes(rows: list[TensorRow], arch: Architecture, dtype: Callable[[TensorRow], torch.dtype]) -> int:
     """Bytes of the tensors, for the check of disk space before a stream starts."""
-    return sum(_elements(row, arch) * dtype(row).itemsize for row in rows)
-
-
-def _elements(row: TensorRow, arch: Architecture) -> int:
-    count = 1
-    for axis in row.axes:
-        count *= axis_size(axis, arch)
-    return count
+    return sum(prod(row.shape(arch)) * dtype(row).itemsize for row in rows)

@@ -28,6 +28,9 @@ class Importance(Section):
     skip_samples: int = Field(0, ge=0, description="the first sample measured; `minitron importance merge` adds passes over other samples")
     sequence_length: int = Field(4096, ge=2, description="tokens of each sample")
     micro_batch: int = Field(1, ge=1, description="samples in one forward pass")
+    block_sizes: list[Annotated[int, Field(ge=2)]] = Field(
+        [], description="Block Influence of contiguous blocks of so many layers as well; costs the memory of as many hidden states"
+    )
     seed: int = Field(1234, ge=0, description="order in which documents are packed into samples")
     save_every_samples: Annotated[int, UNSHAPING] = Field(
         64, ge=1, description="samples after which an interrupted pass continues; rounded up to 16 for every data-parallel process"

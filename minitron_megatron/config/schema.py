@@ -8,8 +8,10 @@ from pydantic import Field
 
 from minitron_megatron.config.chat import Chat
 from minitron_megatron.config.correct import Correct, CorrectionBeside
+from minitron_megatron.config.depth import Depth
 from minitron_megatron.config.distill import Distill, Training, TrainingRun
 from minitron_megatron.config.evaluate import Evaluate
+from minitron_megatron.config.export import Export
 from minitron_megatron.config.finetune import Finetune
 from minitron_megatron.config.importance import Importance
 from minitron_megatron.config.labels import Labels
@@ -33,6 +35,7 @@ class Recipe(Section):
     labels: Labels | None = None
     parallel: Parallel = Parallel()
     importance: Importance = Importance()
+    depth: Depth | None = None
     prune: Prune
     teachers: Teachers | None = None
     correct: Correct | None = None
@@ -40,6 +43,7 @@ class Recipe(Section):
     finetune: Finetune | None = None
     training: Training = Training()
     evaluate: Evaluate = Evaluate()
+    export: Export = Export()
 
     @property
     def teacher_weights(self) -> TeacherWeights | None:

@@ -10,8 +10,13 @@ from minitron_megatron.config.section import Section
 class Model(Section):
     """The model to compress."""
 
-    path: str = Field(description="folder with config.json, safetensors and tokenizer, or a Megatron torch_dist checkpoint")
-    hf_config: str | None = Field(None, description="config.json that goes with a Megatron checkpoint")
+    path: str = Field(description="folder with config.json, safetensors and tokenizer, a .nemo archive, or a Megatron torch_dist checkpoint")
+    hf_config: str | None = Field(
+        None,
+        description="config.json that goes with a Megatron checkpoint, stands in for a model not yet on this disk, "
+        "or replaces what a .nemo archive says; its folder has the tokenizer",
+    )
+    tokenizer: str | None = Field(None, description="folder with the tokenizer's files, where they do not lie beside config.json")
 
 
 class Data(Section):

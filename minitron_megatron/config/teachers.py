@@ -15,6 +15,7 @@ SOURCE = "source"
 class TeacherModel(Section):
     path: str = Field(description="folder of a Hugging Face model or a Megatron checkpoint, or source")
     hf_config: str | None = Field(None, description="config.json that goes with a Megatron checkpoint")
+    tokenizer: str | None = Field(None, description="folder with the tokenizer's files, where they do not lie beside config.json")
     weight: float = Field(1.0, gt=0, description="of its losses in the sum over teachers")
 
     @property

@@ -1,4 +1,4 @@
-"""Stage `import`: a Hugging Face folder or a Megatron checkpoint → our torch_dist checkpoint, streamed tensor by tensor."""
+"""Stage `import`: a Hugging Face folder, a .nemo archive or a Megatron checkpoint → our torch_dist checkpoint, streamed tensor by tensor."""
 
 from __future__ import annotations
 
@@ -8,27 +8,38 @@ from typing import Any
 
 from minitron_megatron.arch.architecture import Architecture, parameter_count
 from minitron_megatron.arch.hf_config import architecture_from_hf
+from minitron_megatron.arch.nemo_archive import is_nemo
 from minitron_megatron.arch.source import source_config
 from minitron_megatron.artifact import Artifact, require_disk_space, write_json
 from minitron_megatron.checkpoint.huggingface import HuggingFaceSource
+from minitron_megatron.checkpoint.nemo_weights import open_nemo_weights
 from minitron_megatron.checkpoint.tensors import tensor_table
 from minitron_megatron.checkpoint.torch_dist import MegatronSource, checkpoint_bytes, checkpoint_folder, write_torch_dist
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.config.source import Model
+from minitron_megatron.convert.nemo_archive import unpack_tokenizer, unpack_weights
 from minitron_megatron.convert.tokenizer_files import copy_tokenizer
+
+UNPACKED = "unpacked"
+SCRATCH = (UNPACKED,)
+"""Removed when the stage is published."""
 
 
 def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path) -> dict[str, Any]:
     """Writes checkpoint/, hf_config.json and tokenizer/ into the folder."""
     config = source_config(recipe.model.path, recipe.model.hf_config)
     arch = architecture_from_hf(config)
-    source = open_source(recipe.model, arch)
+    archive = Path(recipe.model.path) if is_nemo(recipe.model.path) else None
+    source = open_archive(archive, arch, folder / UNPACKED) if archive else open_source(recipe.model, arch)
     rows = tensor_table(arch)
     size = checkpoint_bytes(rows, arch, source.dtype)
     require_disk_space(folder, size, "the imported checkpoint")
     digest = write_torch_dist(folder / "checkpoint", rows, arch, dtype=source.dtype, read=source.read)
     write_json(folder / "hf_config.json", config)
-    copy_tokenizer(tokenizer_folder(recipe.model), folder / "tokenizer")
+    if recipe.model.tokenizer or not archive or recipe.model.hf_config:
+        copy_tokenizer(tokenizer_folder(recipe.model), folder / "tokenizer")
+    else:
+        unpack_tokenizer(archive, folder / "tokenizer")
     return {
         "summary": f"{arch.family_name}, {parameter_count(arch):,} parameters, {size / 1e9:.2f} GB",
         "architecture": arch.to_dict(),
@@ -39,18 +50,32 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path) -> dict[st
 
 
 def open_source(model: Model, arch: Architecture) -> HuggingFaceSource | MegatronSource:
-    """The reader for what model.path names; its names and shapes are checked against the architecture."""
+    """The reader for the folder that model.path names; its names and shapes are checked against the architecture."""
     folder = Path(model.path)
     if (checkpoint_folder(folder) / ".metadata").is_file():
         return MegatronSource(folder, arch)
     return HuggingFaceSource(folder, arch)
 
 
+def open_archive(archive: Path, arch: Architecture, unpacked: Path) -> MegatronSource:
+    """The same for a .nemo archive, whose weights are written to a folder of their own first."""
+    unpack_weights(archive, unpacked)
+    return open_nemo_weights(unpacked, arch)
+
+
 def outside_files(recipe: Recipe) -> list[Path]:
     """Every file of the source model, for the artifact's id."""
-    folders = [Path(recipe.model.path)] + ([Path(recipe.model.hf_config).parent] if recipe.model.hf_config else [])
-    return [path for folder in folders if folder.is_dir() for path in folder.rglob("*") if path.is_file()]
+    model = recipe.model
+    folders = [Path(model.path), *([Path(model.hf_config).parent] if _needs_config(model) and model.hf_config else [])]
+    archive = [Path(model.path)] if is_nemo(model.path) and Path(model.path).is_file() else []
+    return archive + [path for folder in folders if folder.is_dir() for path in folder.rglob("*") if path.is_file()]
 
 
 def tokenizer_folder(model: Model) -> Path:
-    return Path(model.hf_config).parent if model.hf_config else Path(model.path)
+    if model.tokenizer:
+        return Path(model.tokenizer)
+    return Path(model.hf_config).parent if _needs_config(model) and model.hf_config else Path(model.path)
+
+
+def _needs_config(model: Model) -> bool:
+    return not (Path(model.path) / "config.json").is_file()

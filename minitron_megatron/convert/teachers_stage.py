@@ -52,7 +52,7 @@ def _import(model: TeacherModel, folder: Path, original: Artifact) -> dict[str, 
 
 
 def _named(model: TeacherModel) -> Model:
-    return Model(path=model.path, hf_config=model.hf_config)
+    return Model(path=model.path, hf_config=model.hf_config, tokenizer=model.tokenizer)
 
 
 def _refuse_other_tokenizer(folder: Path, original: Artifact) -> None:

@@ -166,7 +166,7 @@ def load_teacher(
     """Builds and fills the teacher, share: its weight among several; every process calls this, because a group for the exchange is made."""
     model = build_model(source.arch, layout, platform, dtype, output_layer=None)
     load_model(model, checkpoint)
-    group = dist.new_group()
+    group = dist.new_group(timeout=student.timeout)
     weight = output_weight(source, model, student, dtype) if student.is_last_stage else None
     return Teacher(model, student, weight, Exchange(layout, student, group, platform.device), budget_bytes, platform, share)
 

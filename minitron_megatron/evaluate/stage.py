@@ -18,8 +18,6 @@ from minitron_megatron.data.batches import TokenDataset, collate
 from minitron_megatron.data.samples import evaluation_windows
 from minitron_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_megatron.evaluate.compare import compare, domain_figures
-from minitron_megatron.evaluate.scoring import Request, loglikelihoods
-from minitron_megatron.evaluate.tasks import task_accuracies, task_files_outside
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.generate import generate
 from minitron_megatron.model.gpt import StageModel
@@ -29,6 +27,8 @@ from minitron_megatron.model.run import forward_only
 from minitron_megatron.parallel.layout import global_layout
 from minitron_megatron.parallel.world import World
 from minitron_megatron.results.table import continuations, markdown_table
+from minitron_megatron.tasks.accuracy import task_files_outside
+from minitron_megatron.tasks.ask import accuracies_of_model
 from minitron_megatron.training.given import first_teacher
 
 STAGE_OF_STUDENT = {"pruned": "prune", "distilled": "distill", "finetuned": "finetune"}
@@ -51,7 +51,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
             figures[name]["domains"][domain] = values
     for name, model in models.items():
         figures[name]["tokens_per_second"] = tokens_per_second(model, windows["in_domain"], world)
-        figures[name]["tasks"] = _tasks(model, settings, tokenizer, world)
+        figures[name]["tasks"] = accuracies_of_model(model, settings.tasks, items=settings.task_items, tokenizer=tokenizer, world=world)
         figures[name]["continuation"] = _continuation(model, settings, tokenizer)
     result = {
         "summary": f"held-out perplexity {_perplexities(figures, 'in_domain')} ({' / '.join(figures)})",
@@ -100,7 +100,7 @@ def _load_models(recipe: Recipe, inputs: Mapping[str, Artifact], world: World) -
 
 def compared_models(recipe: Recipe, inputs: Mapping[str, Artifact]) -> dict[str, tuple[Architecture, Path]]:
     """Architecture and checkpoint of each column: the teacher that was distilled from (of several the first) and what became of the student."""
-    students = {name: inputs[stage] for name, stage in STAGE_OF_STUDENT.items() if stage in inputs}
+    students = {name: inputs[stage] for name, stage in STAGE_OF_STUDENT.items() if stage in inputs and name in recipe.evaluate.names}
     found = {name: (Architecture.from_dict(artifact.result["architecture"]), artifact.path / "checkpoint") for name, artifact in students.items()}
     return {"teacher": first_teacher(recipe, inputs), **found}
 
@@ -111,30 +111,6 @@ def _windows(settings: Evaluate, data: Artifact) -> dict[str, TokenDataset]:
         for domain, part in DOMAINS.items()
         if part in data.result["parts"]
     }
-
-
-def _tasks(model: StageModel, settings: Evaluate, tokenizer: Tokenizer, world: World) -> dict[str, Any]:
-    """The main process runs lm-eval and asks; the others answer with it until it is done."""
-    if not settings.tasks:
-        return {}
-    if not world.is_main:
-        while (requests := world.from_main(None)) is not None:
-            loglikelihoods(model, requests)
-        return {}
-
-    def ask(requests: list[Request]) -> list[tuple[float, bool]]:
-        return loglikelihoods(model, world.from_main(requests))
-
-    try:
-        return task_accuracies(
-            settings.tasks,
-            items=None if settings.task_items == "all" else settings.task_items,
-            tokenize=tokenizer.encode,
-            eod=tokenizer.eod,
-            loglikelihoods=ask,
-        )
-    finally:
-        world.from_main(None)  # lets the others go on, also when a task file turns out to be unusable
 
 
 def _continuation(model: StageModel, settings: Evaluate, tokenizer: Tokenizer) -> str:

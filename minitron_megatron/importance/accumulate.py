@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minitron_megatron.data.batches import FILLING
-from minitron_megatron.scores.statistics import INFLUENCE, Key
+from minitron_megatron.scores.statistics import Key
 
 BLOCK = 16
 
@@ -33,10 +33,10 @@ class BlockSums:
         moments_32BC = torch.stack([aggregates_3BC, aggregates_3BC.square()], dim=1)
         self._add(key, moments_32BC.movedim(2, 0), sample_ids)
 
-    def add_influence(self, layer: int, cosine_sums_B: Tensor, tokens: int, sample_ids: list[int]) -> None:
-        """For Block Influence (P2 section 2.2); cosine_sums_B: Σ over all tokens of each sample of cos(layer input, layer output)."""
+    def add_influence(self, key: Key, cosine_sums_B: Tensor, tokens: int, sample_ids: list[int]) -> None:
+        """For Block Influence (P2 section 2.2); cosine_sums_B: Σ over all tokens of each sample of cos(input, output) of a layer or block."""
         means_B = cosine_sums_B.double() / tokens
-        self._add((layer, INFLUENCE), torch.stack([means_B, means_B.square()], dim=-1), sample_ids)
+        self._add(key, torch.stack([means_B, means_B.square()], dim=-1), sample_ids)
 
     def _add(self, key: Key, of_samples: Tensor, sample_ids: list[int]) -> None:
         for value, sample in zip(of_samples, sample_ids, strict=True):

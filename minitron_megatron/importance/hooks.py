@@ -1,9 +1,10 @@
 """Forward hooks that collect token sums of one micro-batch; they do not communicate, reduce or score.
 
-What is scored (P1 section 2.2): a head by its output before the projection, an FFN neuron by the input of the second matrix, an
-embedding channel by the outputs of both norms of every layer; a layer by Block Influence (P2 section 2.2).
+What is scored (P1 section 2.2): a head by its output before the projection, an FFN neuron by the input of the second matrix and by the first
+one's output, an embedding channel by the outputs of both norms of every layer and of the final one; a layer by Block Influence (P2 section
+2.2). Which of it ranks is chosen after the pass: scores/units.py.
 
-Legend: S this rank's tokens of a sample, B samples, C this rank's units, D hidden.
+Legend: S this rank's tokens of a sample, B samples, C this rank's units, D hidden, h this rank's query heads, f its neurons.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minitron_megatron.importance.experts import ExpertSums, hook_experts, is_sparse
+from minitron_megatron.scores.statistics import FINAL_NORM, INFLUENCE
 
 
 class MicroBatchSums:
@@ -24,7 +26,8 @@ class MicroBatchSums:
 
     def __init__(self) -> None:
         self.token_sums: dict[tuple[int, str], Tensor] = {}
-        self.cosine_sums: dict[int, Tensor] = {}
+        self.cosine_sums: dict[tuple[int, str], Tensor] = {}
+        """Key (first layer, influence axis) → [B] Σ over tokens."""
         self.experts: dict[int, ExpertSums] = {}
         """Global layer → its experts on this rank, whose samples may be other ranks'."""
         self.sample_ids_B = torch.empty(0, dtype=torch.int64)
@@ -38,10 +41,12 @@ class MicroBatchSums:
 
 
 @contextmanager
-def collecting(layers: Iterable[nn.Module]) -> Iterator[MicroBatchSums]:
-    """Hooks on these layers, all that this process holds, while the context is open."""
-    found = MicroBatchSums()
-    handles = [handle for layer in layers for handle in _hook_layer(layer, found)]
+def collecting(layers: Iterable[Any], final_norm: nn.Module | None = None) -> Iterator[MicroBatchSums]:
+    """Hooks on these layers, all that this process holds, while the context is open; final_norm: behind the last of them, on the last stage."""
+    found, held = MicroBatchSums(), list(layers)
+    handles = [handle for layer in held for handle in _hook_layer(layer, found)]
+    if final_norm is not None:
+        handles.append(final_norm.register_forward_hook(_sums_of_output(found, (held[-1].layer_number - 1, FINAL_NORM))))
     try:
         yield found
     finally:
@@ -53,7 +58,7 @@ def _hook_layer(layer: Any, found: MicroBatchSums) -> list[Any]:
     number = layer.layer_number - 1  # megatron counts from 1
     return [
         *_hook_mlp(layer.mlp, number, found),
-        layer.self_attention.linear_proj.register_forward_pre_hook(_sums_of_input(found, (number, "heads"))),
+        layer.self_attention.linear_proj.register_forward_pre_hook(_sums_of_heads(found, number, layer.config.kv_channels)),
         layer.input_layernorm.register_forward_hook(_sums_of_output(found, (number, "attention_norm"))),
         layer.pre_mlp_layernorm.register_forward_hook(_sums_of_output(found, (number, "mlp_norm"))),
         layer.register_forward_hook(_cosine(found, number), with_kwargs=True),
@@ -62,7 +67,12 @@ def _hook_layer(layer: Any, found: MicroBatchSums) -> list[Any]:
 
 def _hook_mlp(mlp: Any, number: int, found: MicroBatchSums) -> list[Any]:
     if not is_sparse(mlp):
-        return [mlp.linear_fc2.register_forward_pre_hook(_sums_of_input(found, (number, "ffn")))]
+        return [
+            mlp.linear_fc1.register_forward_hook(
+                _sums_before_activation(found, (number, "ffn_before_activation"), gated=mlp.config.gated_linear_unit)
+            ),
+            mlp.linear_fc2.register_forward_pre_hook(_sums_of_input(found, (number, "ffn"))),
+        ]
     found.experts[number] = ExpertSums(mlp.token_dispatcher, len(mlp.experts.local_experts))
     return hook_experts(mlp, found.experts[number], lambda: found.sample_ids_B)
 
@@ -80,6 +90,29 @@ def _sums_of_input(found: MicroBatchSums, key: tuple[int, str]) -> Callable[...,
     return hook
 
 
+def _sums_of_heads(found: MicroBatchSums, number: int, head_channels: int) -> Callable[..., None]:
+    """By channel, and of each head's L2 norm at each token; tensor ranks hold whole heads."""
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        context_SBC = inputs[0].detach()
+        norms_SBh = context_SBC.float().unflatten(-1, (-1, head_channels)).norm(dim=-1)
+        found.token_sums[number, "heads"] = token_sums(context_SBC)
+        found.token_sums[number, "head_norms"] = token_sums(norms_SBh)
+
+    return hook
+
+
+def _sums_before_activation(found: MicroBatchSums, key: tuple[int, str], *, gated: bool) -> Callable[..., None]:
+    """Of a gated FFN the first half, whose activation is the gate: each tensor rank holds its gates, then the values that they go with."""
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor | None]) -> None:
+        product_SBf, bias_f = output  # megatron leaves the bias to whoever applies the activation
+        product_SBf = product_SBf.detach() if bias_f is None else product_SBf.detach() + bias_f.detach()
+        found.token_sums[key] = token_sums(product_SBf.chunk(2, dim=-1)[0] if gated else product_SBf)
+
+    return hook
+
+
 def _sums_of_output(found: MicroBatchSums, key: tuple[int, str]) -> Callable[..., None]:
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         found.token_sums[key] = token_sums(output.detach())
@@ -91,6 +124,6 @@ def _cosine(found: MicroBatchSums, number: int) -> Callable[..., None]:
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], keywords: dict[str, Any], output: Any) -> None:
         before = inputs[0] if inputs else keywords["hidden_states"]
         after = output[0] if isinstance(output, tuple) else output
-        found.cosine_sums[number] = F.cosine_similarity(before.detach().float(), after.detach().float(), dim=-1).sum(0)
+        found.cosine_sums[number, INFLUENCE] = F.cosine_similarity(before.detach().float(), after.detach().float(), dim=-1).sum(0)
 
     return hook

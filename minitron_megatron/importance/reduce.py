@@ -13,9 +13,9 @@ from minitron_megatron.importance.hooks import MicroBatchSums
 from minitron_megatron.parallel.collectives import sum_over
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.parallel.world import World
-from minitron_megatron.scores.statistics import EXPERT_AXES, INFLUENCE, Key
+from minitron_megatron.scores.statistics import EXPERT_AXES, FINAL_NORM, Key, is_influence
 
-SEQUENCE_SHARDED = ("attention_norm", "mlp_norm")
+SEQUENCE_SHARDED = ("attention_norm", "mlp_norm", FINAL_NORM)
 """Axes whose hooks see a part of the sequence under sequence parallelism; the others see all of it and a part of the units."""
 
 
@@ -67,7 +67,7 @@ def _join(parts: list[Part], expert_ranks: int) -> dict[int, dict[Key, Tensor]]:
         for block, sums in part.blocks.items():
             for key, value in sums.items():
                 rank = part.expert_rank if key[1] in EXPERT_AXES else part.tensor_rank
-                if rank == 0 or key[1] not in (*SEQUENCE_SHARDED, INFLUENCE):
+                if rank == 0 or not (key[1] in SEQUENCE_SHARDED or is_influence(key[1])):
                     pieces.setdefault(block, {}).setdefault(key, {})[rank] = value
     return {block: {key: _side_by_side(key, by_rank, expert_ranks) for key, by_rank in keys.items()} for block, keys in pieces.items()}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from minitron_megatron.errors import ArtifactError
 from minitron_megatron.parallel.world import World
-from minitron_megatron.scores.statistics import Statistics
+from minitron_megatron.scores.statistics import Statistics, measured_keys
 
 FILE = "scores.safetensors"
 
@@ -29,6 +29,8 @@ def load_finished(folder: Path, none_yet: Statistics, world: World) -> Statistic
 
 def _read(path: Path) -> Statistics | None:
     try:
-        return Statistics.load(path) if path.is_file() else None
+        found = Statistics.load(path) if path.is_file() else None
     except ArtifactError:
         return None  # the machine stopped before the disk had it all: measured again
+    # of an older version of this program, which saw less: added to, what is new would lack these samples
+    return found if found and measured_keys(found.arch) <= found.sums.keys() else None

@@ -12,11 +12,13 @@ import torch
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.artifact import Artifact, write_json
 from minitron_megatron.checkpoint.sharded import load_model
+from minitron_megatron.config.criteria import DEFAULT_RANKING
 from minitron_megatron.config.importance import Importance
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.data.batches import FILLING, Batch, TokenDataset, collate
 from minitron_megatron.data.shared import shared_samples
 from minitron_megatron.importance.accumulate import BlockSums, samples_of_rank, segments
+from minitron_megatron.importance.blocks import NO_BLOCKS, Blocks, collecting_blocks, make_blocks
 from minitron_megatron.importance.hooks import MicroBatchSums, collecting
 from minitron_megatron.importance.reduce import complete_over_sequence, fold, gather_blocks
 from minitron_megatron.importance.resume import load_finished, save_finished
@@ -45,7 +47,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
     none_yet = Statistics(arch, 0, {}, _origin(recipe, inputs))
     statistics = measure_all(model, samples, settings, none_yet, folder / "finished", world)
     if world.is_main:
-        write_json(folder / "summary.json", _summary(save_scores(statistics, folder / "scores.safetensors")))
+        write_json(folder / "summary.json", _summary(save_scores(statistics, folder / "scores.safetensors"), sparse=arch.experts > 0))
     tokens = settings.samples * settings.sequence_length
     return {
         "summary": f"{settings.samples} × {settings.sequence_length} = {tokens:,} tokens, {layout.describe()}, {recipe.precision}",
@@ -62,11 +64,12 @@ def measure_all(model: StageModel, samples: TokenDataset, settings: Importance, 
     statistics = load_finished(finished, none_yet, world)
     layout, stop = model.layout, settings.skip_samples + settings.samples
     left = range(settings.skip_samples + statistics.samples, stop)
+    blocks = make_blocks(settings.block_sizes, layout)
     micro_batches = len(samples_of_rank(left, 0, layout.data, settings.micro_batch))
     with progress("importance", micro_batches * len(model.chunks), world) as advance:
         for segment in segments(left, settings.save_every_samples, layout.data):
             groups = samples_of_rank(segment, layout.data_rank, layout.data, settings.micro_batch)
-            sums = measure(model, [_batch(samples, ids, segment.start).to(world.platform.device) for ids in groups], advance)
+            sums = measure(model, [_batch(samples, ids, segment.start).to(world.platform.device) for ids in groups], advance, blocks)
             totals = fold(statistics.sums, gather_blocks(sums, layout, world))
             statistics = replace(statistics, samples=statistics.samples + len(segment), sums=totals)
             if world.is_main and segment.stop < stop:
@@ -74,10 +77,10 @@ def measure_all(model: StageModel, samples: TokenDataset, settings: Importance, 
     return statistics
 
 
-def measure(model: StageModel, batches: list[Batch], advance: Callable[[], None]) -> BlockSums:
+def measure(model: StageModel, batches: list[Batch], advance: Callable[[], None], blocks: Blocks = NO_BLOCKS) -> BlockSums:
     """The forward pass: this process's layers, units and samples."""
     sums = BlockSums()
-    with collecting(model.layers()) as found:
+    with collecting(model.layers(), model.last.decoder.final_layernorm) as found, collecting_blocks(model, blocks, found):
 
         def before(_: int, batch: Batch) -> None:
             found.sample_ids_B = batch.sample_ids_B
@@ -97,8 +100,8 @@ def _accumulate(sums: BlockSums, found: MicroBatchSums, batch: Batch, layout: La
     ids, tokens = batch.sample_ids_B.tolist(), batch.tokens_BS.shape[1]
     for key, value in found.token_sums.items():
         sums.add(key, value, tokens, ids)
-    for layer, cosines in found.cosine_sums.items():
-        sums.add_influence(layer, cosines, tokens, ids)
+    for key, cosines in found.cosine_sums.items():
+        sums.add_influence(key, cosines, tokens, ids)
     for layer, experts in found.experts.items():
         for axis, value in experts.axes().items() if experts.samples else ():
             sums.add((layer, axis), value, experts.tokens, experts.samples)
@@ -140,10 +143,13 @@ def _origin(recipe: Recipe, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
     }
 
 
-def _summary(scores: UnitScores) -> dict[str, Any]:
+def _summary(scores: UnitScores, *, sparse: bool) -> dict[str, Any]:
+    """The default scores and what they are: by other criteria the same file ranks otherwise."""
     return {
+        "ranked_by": DEFAULT_RANKING.to_dict(sparse=sparse),
         "ffn": [values.tolist() for values in scores.ffn],
         "heads": [values.tolist() for values in scores.heads],
+        "kv_groups": [values.tolist() for values in scores.kv_groups],
         "experts": [values.tolist() for values in scores.experts],
         "channels": scores.channels.tolist(),
         "block_influence": scores.layers.tolist(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,13 +13,13 @@ from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
-from torch.nn import functional as F
 
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.model.experts import expert_settings
 from minitron_megatron.model.gpt import HiddenStateGPT, OutputLayer, StageModel
+from minitron_megatron.model.modules import family_settings
 from minitron_megatron.parallel.layout import Layout
-from minitron_megatron.parallel.split import EndWork, hidden_state_work, logits_work, split_layers
+from minitron_megatron.parallel.split import EndWork, hidden_state_work, layer_works, logits_work, split_layers
 from minitron_megatron.platform import Platform
 from minitron_megatron.platform.activate import megatron_flags
 
@@ -73,6 +75,22 @@ def mark_shards(model: nn.Module) -> None:
             set_tensor_model_parallel_attributes(weight, True, dim, 1)
 
 
+@dataclass
+class LayerWidthsConfig(TransformerConfig):
+    """megatron's config of a model whose layers have FFNs of different widths.
+
+    megatron's own (heterogeneous_config.py) reads a JSON of Nemotron-NAS's blocks; its transformer block asks only for this method.
+    """
+
+    ffn_per_layer: tuple[int, ...] = ()
+
+    def get_config_for_layer(self, layer_number: int) -> TransformerConfig:
+        """The config of a layer, counted from 1 over the whole model."""
+        config = copy.copy(self)
+        config.ffn_hidden_size = self.ffn_per_layer[layer_number - 1]
+        return config
+
+
 def transformer_config(
     arch: Architecture,
     layout: Layout,
@@ -88,17 +106,17 @@ def transformer_config(
     if layout.virtual > 1:
         # batched sends and receives make the gradients of two stages with a virtual pipeline silently wrong
         flags["batch_p2p_comm"] = False
-    return TransformerConfig(
+    if arch.ffn_per_layer:
+        flags |= {"ffn_per_layer": arch.ffn_per_layer, "heterogeneous_block_specs": True}
+    return (LayerWidthsConfig if arch.ffn_per_layer else TransformerConfig)(
         num_layers=arch.layers,
         hidden_size=arch.hidden,
         num_attention_heads=arch.heads,
         num_query_groups=arch.kv_groups,
         kv_channels=arch.head_channels,
         ffn_hidden_size=arch.ffn,
-        normalization="RMSNorm",
+        **family_settings(arch.family),
         layernorm_epsilon=arch.norm_eps,
-        gated_linear_unit=True,
-        activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=arch.family.qkv_bias,
         qk_layernorm=arch.family.qk_norm,
@@ -150,7 +168,7 @@ class StagesOfLayout(PipelineParallelLayerLayout):
 def _pipeline_layout(arch: Architecture, layout: Layout, ends: EndWork) -> StagesOfLayout | None:
     if layout.pipeline == 1:
         return None
-    split = split_layers(arch.layers, layout.pipeline * layout.virtual, layout.split_rule, ends)
+    split = split_layers(arch.layers, layout.pipeline * layout.virtual, layout.split_rule, ends, layer_works(arch))
     stages = [["decoder"] * layers for layers in split]
     stages[0].insert(0, "embedding")
     stages[-1].append("loss")

@@ -39,6 +39,7 @@ class HiddenStateGPT(GPTModel):
             share_embeddings_and_output_weights=arch.tied_embeddings,
             position_embedding_type="rope",
             rotary_base=arch.rope_theta,
+            rotary_percent=arch.rotary_share,
             rope_scaling=arch.rope_scaling is not None,
             rope_scaling_factor=arch.rope_scaling.factor if arch.rope_scaling else 1.0,
             pg_collection=layout.groups,

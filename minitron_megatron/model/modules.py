@@ -9,13 +9,25 @@ import math
 from typing import Any
 
 import torch
+from megatron.core.activations import squared_relu
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from minitron_megatron.arch.families import Family
 from minitron_megatron.model.experts import layer_spec
+
+
+def family_settings(family: Family) -> dict[str, Any]:
+    """TransformerConfig arguments for a family's norm and the activation of its FFN."""
+    norms: dict[str, dict[str, Any]] = {
+        "rmsnorm": {"normalization": "RMSNorm"},
+        "layernorm1p": {"normalization": "LayerNorm", "layernorm_zero_centered_gamma": True},
+    }
+    activations = {"swiglu": F.silu, "squared_relu": squared_relu}
+    return {**norms[family.norm], "gated_linear_unit": family.is_gated, "activation_func": activations[family.activation]}
 
 
 class RMSNorm(nn.Module):
@@ -31,6 +43,30 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x and result: [..., hidden_size]."""
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class LayerNorm1p(nn.Module):
+    """LayerNorm whose weight is kept as its distance from 1, with sequence parallelism (Nemotron-4, arXiv 2402.16819, section 2).
+
+    megatron-core's own fallback refuses both without Transformer Engine or apex.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
+        self.bias = nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
+        for parameter in (self.weight, self.bias):
+            setattr(parameter, "sequence_parallel", config.sequence_parallel)  # noqa: B010 - see RMSNorm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x and result: [..., hidden_size]."""
+        return F.layer_norm(x, (x.shape[-1],), self.weight + 1, self.bias, self.eps)
+
+
+def norm_of(config: TransformerConfig) -> type[nn.Module]:
+    """The class of every norm in a model."""
+    return LayerNorm1p if config.layernorm_zero_centered_gamma else RMSNorm
 
 
 class CausalAttention(nn.Module):
@@ -56,7 +92,7 @@ def local_layer_spec(config: TransformerConfig) -> ModuleSpec:
     """megatron-core's local layer with our norm and core attention in it."""
     spec = layer_spec(config)
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
-    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    layer.input_layernorm = layer.pre_mlp_layernorm = norm_of(config)
     attention.core_attention = CausalAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
@@ -65,4 +101,4 @@ def local_layer_spec(config: TransformerConfig) -> ModuleSpec:
 
 def block_spec(config: TransformerConfig, layers: int) -> TransformerBlockSubmodules:
     """The spec of one pipeline stage with this many layers."""
-    return TransformerBlockSubmodules(layer_specs=[local_layer_spec(config)] * layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[local_layer_spec(config)] * layers, layer_norm=norm_of(config))

@@ -5,7 +5,8 @@ Ranks are dealt as megatron deals them: tensor is the fastest, then data, then p
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import NamedTuple
 
 from megatron.core import parallel_state, tensor_parallel
@@ -38,6 +39,8 @@ class Layout:
     virtual: int = 1
     expert: int = 1
     """Data-parallel ranks that share the experts of a layer out among themselves."""
+    timeout: timedelta = timedelta(minutes=30)
+    """Longest wait for the others; torch gives a group that is made without one its own 30 minutes, not those of the world."""
 
     @property
     def tensor_rank(self) -> int:
@@ -110,6 +113,7 @@ def global_layout(parallel: Parallel, world: World, *, seed: int = 1234) -> Layo
         groups=ProcessGroupCollection.use_mpu_process_groups(),
         virtual=parallel.virtual,
         expert=parallel.expert,
+        timeout=timedelta(seconds=parallel.timeout_seconds),
     )
 
 
@@ -127,11 +131,12 @@ def teacher_layout(teacher: TeacherParallel, world: World, student: Layout) -> L
         )
     data = world.size // model_processes
     layout = Layout(teacher.tensor, teacher.pipeline, data, teacher.sequence, teacher.layers_per_stage, student.groups, expert=student.expert)
+    layout = replace(layout, timeout=student.timeout)
     if layout.same_sizes(student):
         return layout
     if student.expert > 1:
         raise LayoutError("parallel.teacher: a layout of its own is not supported where experts are shared out; set parallel.teacher=student")
-    return Layout(layout.tensor, layout.pipeline, data, layout.sequence_parallel, layout.split_rule, _grid_groups(layout))
+    return replace(layout, groups=_grid_groups(layout))
 
 
 def destroy_layout() -> None:
@@ -157,7 +162,7 @@ def _grid_groups(layout: Layout) -> ProcessGroupCollection:
     grid = HyperCommGrid([layout.tensor, 1, layout.data, layout.pipeline], ["tp", "cp", "dp", "pp"])
     groups = ProcessGroupCollection()
     for name, dims in _GRID_GROUPS.items():
-        setattr(groups, name, grid.create_pg(dims))
+        setattr(groups, name, grid.create_pg(dims, timeout=layout.timeout))
     # a frozen model without its own output weight ties nothing between its first and last stage
     groups.embd = groups.pos_embd = None
     groups.ep, groups.expt_tp, groups.tp_ep, groups.tp_ep_pp, groups.expt_dp = groups.cp, groups.tp, groups.tp, groups.mp, groups.dp

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
 
-from minitron_megatron.arch.architecture import Architecture, layer_cost, output_cost
+from minitron_megatron.arch.architecture import Architecture, layer_cost, layer_costs, output_cost
 from minitron_megatron.config.parallel import Rule
 from minitron_megatron.errors import LayoutError
 
 
 @dataclass(frozen=True)
 class EndWork:
-    """What a pipeline's first and last stage do beyond their layers, in the unit of one layer's work."""
+    """What a pipeline's first and last stage do beyond their layers, in the unit of one layer's work (of mean width where widths differ)."""
 
     first: float = 0.0
     last: float = 0.0
@@ -33,11 +36,17 @@ def distillation_work(student: Architecture, *teachers: Architecture) -> EndWork
     return EndWork(hidden_state_work(student).first, outputs / (3 * layer_cost(student)))
 
 
-def split_layers(layers: int, stages: int, rule: Rule = "cost", ends: EndWork = EndWork()) -> tuple[int, ...]:
+def layer_works(arch: Architecture) -> tuple[float, ...]:
+    """[L] the work of each layer in that unit; empty where all are equal."""
+    return tuple(cost / layer_cost(arch) for cost in layer_costs(arch)) if arch.ffn_per_layer else ()
+
+
+def split_layers(layers: int, stages: int, rule: Rule = "cost", ends: EndWork = EndWork(), works: Sequence[float] = ()) -> tuple[int, ...]:
     """Layers of each pipeline stage in the order of the model's depth; with a virtual pipeline, of each virtual stage.
 
     "even": equal numbers, the remainder on the first stages. "cost": the largest work of a stage is as small as possible, the work of
-    both ends counted. A list is for models of as many layers as it deals out; others, such as the unpruned one, are split by cost.
+    both ends counted, and each layer's by works where they differ (layer_works).
+    A list is for models of as many layers as it deals out; others, such as the unpruned one, are split by cost.
     A pruned depth rarely divides, so no rule asks that it does.
     Raises LayoutError for more stages than layers and for a list of another number of stages.
     """
@@ -47,7 +56,9 @@ def split_layers(layers: int, stages: int, rule: Rule = "cost", ends: EndWork = 
         raise LayoutError(f"parallel.layers_per_stage={list(rule)} has {len(rule)} entries for {stages} stages (pipeline × virtual)")
     if not isinstance(rule, str) and sum(rule) == layers:
         return tuple(rule)
-    return _even(layers, stages) if rule == "even" else _balanced(layers, stages, ends)
+    if rule == "even":
+        return _even(layers, stages)
+    return _balanced_unequal(works, stages, ends) if works else _balanced(layers, stages, ends)
 
 
 def _even(layers: int, stages: int) -> tuple[int, ...]:
@@ -69,3 +80,23 @@ def _balanced(layers: int, stages: int, ends: EndWork) -> tuple[int, ...]:
 
 def _largest_work(split: tuple[int, ...], ends: EndWork) -> float:
     return max(split[0] + ends.first, split[-1] + ends.last, *split[1:2])
+
+
+def _balanced_unequal(works: Sequence[float], stages: int, ends: EndWork) -> tuple[int, ...]:
+    """Every way to end a stage, from the last one forward; of equal ones the one whose earlier stages are shorter."""
+    before = [0.0, *accumulate(works)]
+
+    @cache
+    def best(start: int, stage: int) -> tuple[float, tuple[int, ...]]:
+        """The largest work of this stage and those behind it, which begin at layer `start`, and their layers."""
+        last = stage == stages - 1
+        beyond = (ends.first if stage == 0 else 0.0) + (ends.last if last else 0.0)
+        if last:
+            return before[-1] - before[start] + beyond, (len(works) - start,)
+        found = []
+        for stop in range(start + 1, len(works) - (stages - 1 - stage) + 1):
+            rest, split = best(stop, stage + 1)
+            found.append((max(before[stop] - before[start] + beyond, rest), (stop - start, *split)))
+        return min(found)
+
+    return best(0, 0)[1]

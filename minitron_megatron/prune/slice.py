@@ -13,7 +13,9 @@ from minitron_megatron.prune.plan import PrunePlan
 
 
 def slice_tensor(row: TensorRow, tensor: Tensor, plan: PrunePlan) -> Tensor:
-    """What the plan keeps of a source tensor: rows and columns are chosen, values never change."""
+    """What the plan keeps of a source tensor: rows and columns are chosen; values change in queries that take a residual, nowhere else."""
+    if row.axes[0] == "QKV" and row.layer is not None and plan.head_residual.get(row.layer):
+        tensor = with_residuals(tensor, plan, row.layer)
     for dim, axis in enumerate(row.axes):
         kept = kept_indices(axis, row, plan)
         if kept is not None:
@@ -30,12 +32,20 @@ def kept_indices(axis: str, row: TensorRow, plan: PrunePlan) -> Tensor | None:
         return None
     if axis == "E" and plan.target.experts < plan.source.experts:
         return torch.tensor(plan.experts[layer])
-    if axis in ("F", "2F") and plan.target.ffn < plan.source.ffn:
-        neurons = torch.tensor(plan.ffn[layer] if row.expert is None else plan.expert_ffn[layer][row.expert])
-        return neurons if axis == "F" else torch.cat([neurons, neurons + plan.source.ffn])
+    if axis in ("F", "2F"):
+        return _neurons(axis, row, layer, plan)
     if axis in ("HK", "QKV") and plan.target.heads < plan.source.heads:
         return head_columns(plan, layer) if axis == "HK" else qkv_rows(plan, layer)
     return None
+
+
+def _neurons(axis: str, row: TensorRow, layer: int, plan: PrunePlan) -> Tensor | None:
+    width = plan.source.ffn_widths[layer]
+    kept = plan.ffn[layer] if row.expert is None else plan.expert_ffn[layer][row.expert]
+    if len(kept) == width:
+        return None
+    neurons = torch.tensor(kept)
+    return neurons if axis == "F" else torch.cat([neurons, neurons + width])
 
 
 def head_columns(plan: PrunePlan, layer: int) -> Tensor:
@@ -44,14 +54,33 @@ def head_columns(plan: PrunePlan, layer: int) -> Tensor:
 
 
 def qkv_rows(plan: PrunePlan, layer: int) -> Tensor:
-    """Rows of the fused QKV weight: in each group the kept queries, then its key and its value, which stay."""
-    source, size = plan.source, plan.source.heads_per_group
-    kept = torch.tensor(plan.heads[layer]).view(source.kv_groups, -1)
-    blocks = []
-    for group in range(source.kv_groups):
-        start = group * (size + 2)  # blocks of K rows: the group's queries, its key, its value
-        blocks += [kept[group] - group * size + start, torch.tensor([start + size, start + size + 1])]
-    return _spread(torch.cat(blocks), source.head_channels)
+    """Rows of the fused QKV weight: of each kept group the kept queries, then its key and its value."""
+    size = plan.source.heads_per_group
+    queries = query_blocks(torch.tensor(plan.heads[layer]), size).view(plan.target.kv_groups, -1)
+    groups = torch.tensor(plan.kv_groups[layer])
+    keys = groups * (size + 2) + size
+    return _spread(torch.cat([queries, keys[:, None], keys[:, None] + 1], dim=1).flatten(), plan.source.head_channels)
+
+
+def query_blocks(heads: Tensor, per_group: int) -> Tensor:
+    """Where heads lie among the fused weight's blocks of K rows: a group's queries, its key, its value."""
+    return heads + 2 * (heads // per_group)
+
+
+def with_residuals(tensor: Tensor, plan: PrunePlan, layer: int) -> Tensor:
+    """Fused QKV weight or bias in which kept queries have taken the residual of pruned ones: head + (head − pruned) (P1 section 2.3).
+
+    Under grouped-query attention P1 adds it to queries alone: keys, values and the output projection stay. A bias belongs to the query
+    whose rows it has (q = W x + b), so it changes with them. Computed in fp32 where weights are of a smaller type, rounded once.
+    """
+    pairs = plan.head_residual[layer]
+    K, size = plan.source.head_channels, plan.source.heads_per_group
+    kept, pruned = (_spread(query_blocks(torch.tensor(list(heads)), size), K) for heads in (pairs.keys(), pairs.values()))
+    exact = torch.promote_types(tensor.dtype, torch.float32)
+    head = tensor[kept].to(exact)
+    changed = tensor.clone()
+    changed[kept] = (head + (head - tensor[pruned].to(exact))).to(tensor.dtype)
+    return changed
 
 
 def _spread(blocks: Tensor, width: int) -> Tensor:

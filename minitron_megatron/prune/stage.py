@@ -9,12 +9,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from minitron_megatron.arch.architecture import Architecture, parameter_count
+from minitron_megatron.arch.architecture import Architecture, parameter_count, width_range
 from minitron_megatron.arch.hf_config import hf_config_for
 from minitron_megatron.artifact import Artifact, require_disk_space, write_json
 from minitron_megatron.checkpoint.tensors import tensor_table
 from minitron_megatron.checkpoint.torch_dist import MegatronSource
-from minitron_megatron.config.checks.target import target_architecture
+from minitron_megatron.config.checks.align import ffn_multiple
+from minitron_megatron.config.checks.target import rounded_target
 from minitron_megatron.config.prune import Prune
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.errors import ArtifactError
@@ -29,9 +30,9 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
     """Writes checkpoint/, plan.json and hf_config.json; the processes share the tensors."""
     original = inputs["import"]
     arch = Architecture.from_dict(original.result["architecture"])
-    target = target_architecture(recipe, arch)
     source = MegatronSource(original.path / "checkpoint", arch)
-    plan = world.from_main(_plan(recipe.prune, inputs, source, target, folder) if world.is_main else None)
+    plan = world.from_main(_plan(recipe.prune, inputs, source, folder) if world.is_main else None)
+    target = plan.target
     digest = apply_plan(source, plan, folder / "checkpoint", dist.group.WORLD if world.size > 1 else None)
     if world.is_main:
         plan.save(folder / "plan.json")
@@ -39,13 +40,15 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
         write_json(folder / "hf_config.json", hf_config_for(config, plan.kept_layers, target))
     before, after = parameter_count(arch), parameter_count(target)
     return {
-        "summary": f"{before:,} → {after:,} parameters ({after / before:.1%}), {recipe.prune.scores} scores; {_what_is_cut(arch, target)}",
+        "summary": f"{before:,} → {after:,} parameters ({after / before:.1%}), {recipe.prune.scores} scores; {_what_is_cut(plan)}",
         "architecture": target.to_dict(),
         "parameters": after,
         "parameters_before": before,
         "kept_layers": plan.kept_layers,
         "dropped_layers": plan.dropped_layers,
+        "rounding": plan.rounding,
         "weights_sha256": digest,
+        "ranked_by": recipe.prune.ranking.to_dict(sparse=arch.experts > 0) if recipe.prune.scores == "activation" else recipe.prune.scores,
     }
 
 
@@ -57,9 +60,18 @@ def outside_files(recipe: Recipe) -> list[Path]:
     return [Path(file)] if file is not None else []
 
 
-def _plan(settings: Prune, inputs: Mapping[str, Artifact], source: MegatronSource, target: Architecture, folder: Path) -> PrunePlan:
+def _plan(settings: Prune, inputs: Mapping[str, Artifact], source: MegatronSource, folder: Path) -> PrunePlan:
     """Made by one process: magnitude scores read the whole checkpoint, and free space is asked for before anybody writes."""
-    plan = make_plan(_scores(settings, inputs, source), source.arch, target)
+    target, rounding = rounded_target(settings, source.arch)
+    plan = make_plan(
+        _scores(settings, inputs, source),
+        source.arch,
+        target,
+        dropped_layers=inputs["depth"].result["dropped_layers"] if "depth" in inputs else settings.drop_layers,
+        global_ffn_multiple=ffn_multiple(settings) if settings.ffn_by == "global" else None,
+        head_residual=settings.head_residual,
+        rounding=rounding,
+    )
     require_disk_space(folder, pruned_bytes(source, plan), "the pruned checkpoint")
     return plan
 
@@ -73,9 +85,12 @@ def _scores(settings: Prune, inputs: Mapping[str, Artifact], source: MegatronSou
     statistics = Statistics.load(path)
     if statistics.origin.get("model") != inputs["import"].result["weights_sha256"]:
         raise ArtifactError(f"{path} was measured on another model than {inputs['import'].path}; make it anew with: minitron importance RECIPE")
-    return activation_scores(statistics, batch=settings.aggregation.batch, sequence=settings.aggregation.sequence)
+    return activation_scores(statistics, settings.ranking)
 
 
-def _what_is_cut(source: Architecture, target: Architecture) -> str:
-    sizes = [(name, getattr(source, name), getattr(target, name)) for name in ("layers", "hidden", "heads", "experts", "ffn")]
-    return ", ".join(f"{name} {before} → {after}" for name, before, after in sizes if before != after) or "nothing is cut"
+def _what_is_cut(plan: PrunePlan) -> str:
+    source, target = plan.source, plan.target
+    sizes = [(name, getattr(source, name), getattr(target, name)) for name in ("layers", "hidden", "kv_groups", "heads", "experts")]
+    sizes.append(("ffn", width_range(source), width_range(target)))
+    cut = ", ".join(f"{name} {before} → {after}" for name, before, after in sizes if before != after) or "nothing is cut"
+    return "; ".join([cut, *(f"rounded: {note}" for note in plan.rounding)])

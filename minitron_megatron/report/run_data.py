@@ -18,6 +18,8 @@ class RunData:
     """plan.json of the stage prune."""
     importance: dict[str, Any] | None = None
     """summary.json of the stage importance."""
+    depth: dict[str, Any] | None = None
+    """depth.json of the stage depth, which not every run has."""
     steps: list[dict[str, Any]] = field(default_factory=list)
     """metrics.jsonl of the stage distill."""
     evaluation: dict[str, Any] | None = None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.report import figures
+from minitron_megatron.report.depth_figure import depth_figure
 from minitron_megatron.report.run_data import RunData
 
 
@@ -51,6 +53,7 @@ def importance_figures(run: RunData) -> list[Figure]:
             lambda: figures.block_influence_bars(influence, run.dropped_layers),
             missing or ("" if len(influence) else "Left out: the stage importance gives no Block Influence."),
         ),
+        *([_depth(run.depth)] if run.depth else []),
     ]
 
 
@@ -68,16 +71,33 @@ def cut_figure(run: RunData) -> Figure:
     return _figure("Layer by layer", "The share of each layer that is kept.", draw, missing)
 
 
+def _depth(depth: dict[str, Any]) -> Figure:
+    kinds = {
+        "block": "One block of layers is left out at a time.",
+        "ranked": "Each layer is left out alone.",
+        "greedy": "Each layer is left out alone; those that went are numbered in their order, each chosen without the ones before it.",
+    }
+    noise = " The choice is within noise: other candidates could as well have gone." if depth["is_noise"] else ""
+    return _figure("Layers left out", f"{kinds[depth['removal']]} Bars: standard error.{noise}", lambda: depth_figure(depth), "")
+
+
 def _heatmap(run: RunData, kind: str, unit: str, missing: str) -> Figure:
     scores_LF = [np.asarray(scores_F) for scores_F in (run.importance or {}).get(kind, [])]
     kept_L: Sequence[int | None] = run.kept_of(kind) or [len(scores_F) for scores_F in scores_LF]
-    caption = f"One row per layer, its {unit}s sorted by score and divided by the layer's largest."
+    caption = f"One row per layer, its {unit}s sorted by score and divided by the layer's largest.{_scored_by(run, kind)}"
 
     def draw() -> str:
         return figures.importance_heatmap(scores_LF, kept_L, unit=unit)
 
     nothing = "" if scores_LF else f"Left out: the stage importance gives no scores of {unit}s."
     return _figure(f"Importance of each {unit}", caption, draw, missing or nothing)
+
+
+def _scored_by(run: RunData, kind: str) -> str:
+    """What the shown scores are: the file's default, whatever the recipe ranks by."""
+    by = (run.importance or {}).get("ranked_by", {}).get(kind)
+    told = f" Score: {by['criterion']}, {by['batch']} over samples of {by['sequence']} over tokens." if by else ""
+    return told.replace("_", " ")
 
 
 def _figure(title: str, caption: str, draw: Callable[[], str], missing: str) -> Figure:

@@ -32,6 +32,7 @@ def read_run(recipe: Recipe, inputs: Mapping[str, Artifact]) -> RunData:
         manifests={name: artifact.manifest for name, artifact in inputs.items()},
         plan=_read(inputs.get("prune"), "plan.json"),
         importance=_read(inputs.get("importance"), "summary.json"),
+        depth=_read(inputs.get("depth"), "depth.json"),
         steps=_read(inputs.get("distill"), "metrics.jsonl") or [],
         evaluation=inputs["evaluate"].result if "evaluate" in inputs else None,
     )

@@ -42,8 +42,8 @@ def rows(result: dict[str, Any]) -> list[Row]:
 def markdown_table(result: dict[str, Any]) -> str:
     """The table, and below it what was measured on how much."""
     names = model_names(result)
-    lines = [_markdown_line(["", *names]), _markdown_line([":--", *("--:" for _ in names)])]
-    lines += [_markdown_line([row.heading, *row.cells]) for row in rows(result)]
+    lines = [markdown_line(["", *names]), markdown_line([":--", *("--:" for _ in names)])]
+    lines += [markdown_line([row.heading, *row.cells]) for row in rows(result)]
     return "\n".join([*lines, "", note(result), ""])
 
 
@@ -67,7 +67,7 @@ def continuations(result: dict[str, Any]) -> str:
 
 def note(result: dict[str, Any]) -> str:
     """On how much the figures were measured."""
-    tokens = " and ".join(f"{count:,} tokens {_spoken(domain)}" for domain, count in result.get("tokens", {}).items())
+    tokens = " and ".join(f"{count:,} tokens {spoken(domain)}" for domain, count in result.get("tokens", {}).items())
     parts = [f"Held out: {tokens}, in windows of {result['sequence_length']:,}"] if tokens else []
     parts += _task_items(result)
     return "; ".join([*parts, "± is one standard error"]) + "."
@@ -127,7 +127,7 @@ def _all_rows(result: dict[str, Any]) -> Iterator[Row]:
     ):
         for domain in domains:
             figures = (model["domains"].get(domain, {}).get(key) for model in models)
-            yield Row(f"{label}, {_spoken(domain)}", tuple(quantity(figure, scale=scale) for figure in figures), better)
+            yield Row(f"{label}, {spoken(domain)}", tuple(quantity(figure, scale=scale) for figure in figures), better)
     for task in dict.fromkeys(task for model in models for task in model.get("tasks") or {}):
         for metric in METRICS:
             figures = ((model.get("tasks") or {}).get(task, {}).get(metric) for model in models)
@@ -162,7 +162,7 @@ def _rounded(value: float, decimals: int) -> str:
     return text.replace("-", "−")
 
 
-def _spoken(domain: str) -> str:
+def spoken(domain: str) -> str:
     return domain.replace("_", " ")
 
 
@@ -171,5 +171,5 @@ def _verbatim(text: str) -> str:
     return "`" + " ".join(text.replace("`", "'").split()) + "`"
 
 
-def _markdown_line(cells: list[str]) -> str:
+def markdown_line(cells: list[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

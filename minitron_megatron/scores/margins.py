@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from minitron_megatron.config.importance import ImportanceAggregation
+from minitron_megatron.config.criteria import DEFAULT_RANKING
 from minitron_megatron.errors import ArtifactError
 from minitron_megatron.scores.statistics import MARGINS, Statistics
 from minitron_megatron.scores.units import UnitScores, activation_scores
@@ -28,15 +28,16 @@ def cut_margins(scores_xU: Tensor) -> Tensor:
 
 
 def unit_margins(scores: UnitScores, kv_groups: int) -> dict[str, Tensor]:
-    """ffn.LAYER [F − 1], heads.LAYER [G, P − 1] (heads are ranked within their group), channels [D − 1], layers [L − 1].
+    """ffn.LAYER [F − 1], heads.LAYER [G, P − 1] (heads are ranked within their group), kv_groups.LAYER [G − 1], channels [D − 1], layers [L − 1].
 
     Where layers have experts, experts.LAYER [E − 1] and expert_ffn.LAYER [E, F − 1] in place of ffn.
     """
     ffn = {f"ffn.{layer}": cut_margins(values) for layer, values in enumerate(scores.ffn)}
     heads = {f"heads.{layer}": cut_margins(values.view(kv_groups, -1)) for layer, values in enumerate(scores.heads)}
+    groups = {f"kv_groups.{layer}": cut_margins(values) for layer, values in enumerate(scores.kv_groups)}
     experts = {f"experts.{layer}": cut_margins(values) for layer, values in enumerate(scores.experts)}
     neurons = {f"expert_ffn.{layer}": cut_margins(values_EF) for layer, values_EF in enumerate(scores.expert_ffn)}
-    return {**ffn, **experts, **neurons, **heads, "channels": cut_margins(scores.channels), "layers": cut_margins(scores.layers)}
+    return {**ffn, **experts, **neurons, **heads, **groups, "channels": cut_margins(scores.channels), "layers": cut_margins(scores.layers)}
 
 
 def margin_at(scores_xU: Tensor, kept: int) -> float | None:
@@ -45,10 +46,10 @@ def margin_at(scores_xU: Tensor, kept: int) -> float | None:
 
 
 def save_scores(statistics: Statistics, path: Path) -> UnitScores:
-    """Writes the scores file, with the margins of the default aggregation (P1 Table 11) at every cut; returns its scores."""
-    default = ImportanceAggregation()
-    scores = activation_scores(statistics, batch=default.batch, sequence=default.sequence)
-    statistics.save(path, unit_margins(scores, statistics.arch.kv_groups))
+    """Writes the scores file, with the margins of the default criteria and aggregation (P1 Table 11) at every cut; returns its scores."""
+    scores = activation_scores(statistics)
+    ranked_by = DEFAULT_RANKING.to_dict(sparse=statistics.arch.experts > 0)
+    statistics.save(path, unit_margins(scores, statistics.arch.kv_groups), ranked_by)
     return scores
 
 

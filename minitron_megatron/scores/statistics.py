@@ -20,11 +20,15 @@ from minitron_megatron.errors import ArtifactError
 
 AGGREGATES = ("mean", "l2", "variance")
 """Order of a statistic's first dimension: what is made of a sample's tokens."""
-AXES = ("ffn", "heads", "attention_norm", "mlp_norm")
-"""Input of the second FFN matrix · head outputs before the projection · outputs of the two norms of a layer."""
+AXES = ("heads", "head_norms", "attention_norm", "mlp_norm")
+"""Head outputs before the projection, by channel [H·K] · their L2 norm at each token [H] · outputs of the two norms of a layer [D]."""
+FFN_AXES = ("ffn", "ffn_before_activation")
+"""Input of the second FFN matrix · output of the first one, X·W1 (P1 section 2.2); of a gated FFN its gate's half, which the activation takes."""
 EXPERT_AXES = ("experts", "expert_ffn")
 """In place of "ffn" where a layer has experts: norm of an expert's output times its router weight (as arXiv 2510.13999), and the input of its
 second matrix times that weight, [E·F]; both are 0 for the tokens that are not sent to it."""
+FINAL_NORM = "final_norm"
+"""Output of the norm behind the last layer, kept under that layer's number."""
 INFLUENCE = "influence"
 """Mean over a sample's tokens of cos(layer input, layer output); one unit."""
 Key = tuple[int, str]
@@ -35,7 +39,7 @@ MARGINS = "margins."
 
 @dataclass(frozen=True)
 class Statistics:
-    """Key (global layer, axis) → [3 aggregates, 2 (Σ a, Σ a²), units] fp64; influence: [2] (Σ, Σ² over samples)."""
+    """Key (global layer, axis) → [3 aggregates, 2 (Σ a, Σ a²), units] fp64; influence, also of blocks: [2] (Σ, Σ² over samples)."""
 
     arch: Architecture
     samples: int
@@ -43,13 +47,13 @@ class Statistics:
     origin: dict[str, Any] = field(default_factory=dict)
     """What was measured on what: model's digest, sequence length, precision; parts: data's digest, seed, first_sample and samples of each."""
 
-    def save(self, path: Path, margins: Mapping[str, Tensor] | None = None) -> None:
-        """Through a temporary file, so that a reader never sees half of it."""
+    def save(self, path: Path, margins: Mapping[str, Tensor] | None = None, ranked_by: Mapping[str, Any] | None = None) -> None:
+        """Through a temporary file, so that a reader never sees half of it. ranked_by: what the margins are of, told in the file's metadata."""
         tensors = {f"layers.{layer}.{axis}": value.contiguous() for (layer, axis), value in self.sums.items()}
         tensors |= {MARGINS + name: value.contiguous() for name, value in (margins or {}).items()}
-        header = {"architecture": self.arch.to_dict(), "samples": self.samples, "origin": self.origin}
+        header = {"architecture": self.arch.to_dict(), "samples": self.samples, "origin": self.origin, "margins_ranked_by": ranked_by}
         temporary = path.with_name(path.name + ".tmp")
-        save_file(tensors, temporary, metadata={"statistics": json.dumps(header)})
+        save_file(tensors, temporary, metadata={"statistics": json.dumps(header)})  # one entry: safetensors writes several in any order
         temporary.replace(path)
 
     @staticmethod
@@ -62,6 +66,21 @@ class Statistics:
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"{path}: no whole scores file ({error}); make it anew with: minitron importance RECIPE") from None
         return Statistics(Architecture.from_dict(header["architecture"]), header["samples"], sums, header["origin"])
+
+
+def measured_keys(arch: Architecture) -> set[Key]:
+    """What a pass over a model of this shape leaves."""
+    axes = (*AXES, *(EXPERT_AXES if arch.experts else FFN_AXES), INFLUENCE)
+    return {(layer, axis) for layer in range(arch.layers) for axis in axes} | {(arch.layers - 1, FINAL_NORM)}
+
+
+def influence_axis(layers: int) -> str:
+    """Of blocks of so many layers, by the first of them: cos(input of the first, output of the last); one layer is a block too."""
+    return INFLUENCE if layers == 1 else f"{INFLUENCE}_{layers}"
+
+
+def is_influence(axis: str) -> bool:
+    return axis.split("_")[0] == INFLUENCE
 
 
 def _key(name: str) -> Key:

@@ -38,8 +38,9 @@ def given_teachers(recipe: Recipe, inputs: Mapping[str, Artifact], source: Path)
 
 
 def first_teacher(recipe: Recipe, inputs: Mapping[str, Artifact]) -> tuple[Architecture, Path]:
-    """Of a distillation that is finished; raises ArtifactError for a state of the teacher that is not kept any more."""
-    source, last = inputs.get("correct", inputs["import"]), inputs["distill"].result.get("teacher", "")
+    """Of a finished distillation, or of the recipe where none is read; raises ArtifactError for a state of the teacher that is not kept any more."""
+    source = inputs.get("correct", inputs["import"])
+    last = inputs["distill"].result.get("teacher", "") if "distill" in inputs else ""
     checkpoint = source.path / "checkpoint"
     if last and last != source.id:
         checkpoint = Snapshots.of(recipe, source, inputs["data"]).checkpoint(last)

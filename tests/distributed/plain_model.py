@@ -22,7 +22,8 @@ from minitron_megatron.distill.hidden.map import Term
 class PlainModel:
     """Weights by the table's names; `seen` collects what the importance hooks should see, [B, S, units] by (layer, axis).
 
-    `states`: [B, S, D] hidden states with their graph, by ("layer", number) and ("embedding",).
+    `states`: [B, S, D] hidden states with their graph, by ("layer", number) and ("embedding",). `residuals`: [B, S, D] what enters each
+    layer, and what leaves the last.
     """
 
     def __init__(self, folder: Path, arch: Architecture) -> None:
@@ -31,11 +32,12 @@ class PlainModel:
         self.weights = {row.name: source.read(row).double().requires_grad_() for row in tensor_table(arch)}
         self.seen: dict[tuple[int, str], Tensor] = {}
         self.states: dict[tuple[str | int, ...], Tensor] = {}
+        self.residuals: list[Tensor] = []
 
     def hidden(self, tokens_BS: Tensor) -> Tensor:
         """[B, S, D] after the final norm."""
         x = self.weights["embedding.word_embeddings.weight"][tokens_BS]
-        self.states["embedding",] = x
+        self.states["embedding",], self.residuals = x, [x.detach()]
         for layer in range(self.arch.layers):
             before = x
             normed = self.states["layer", layer] = self._norm(f"decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_weight", x)
@@ -43,7 +45,10 @@ class PlainModel:
             x = x + self._after_attention(layer, x)
             product = (before * x).sum(-1) / (before.norm(dim=-1) * x.norm(dim=-1))
             self.seen[layer, "influence"] = product.detach()
-        return self._norm("decoder.final_layernorm.weight", x)
+            self.residuals.append(x.detach())
+        final = self._norm("decoder.final_layernorm.weight", x)
+        self.seen[self.arch.layers - 1, "final_norm"] = final.detach()
+        return final
 
     def logits(self, tokens_BS: Tensor) -> Tensor:
         """[B, S, V]"""
@@ -51,7 +56,12 @@ class PlainModel:
         return self.hidden(tokens_BS) @ self.weights[name].T
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
-        scaled = x / (x.square().mean(-1, keepdim=True) + self.arch.norm_eps).sqrt() * self.weights[name]
+        if self.arch.family_name == "nemotron":
+            centred = x - x.mean(-1, keepdim=True)
+            unit = centred / (centred.square().mean(-1, keepdim=True) + self.arch.norm_eps).sqrt()
+            scaled = unit * (1 + self.weights[name]) + self.weights[name.removesuffix("weight") + "bias"]
+        else:
+            scaled = x / (x.square().mean(-1, keepdim=True) + self.arch.norm_eps).sqrt() * self.weights[name]
         layer = name.split(".")[2]
         axes = (("linear_qkv.layer_norm", "attention_norm"), ("linear_fc1.layer_norm", "mlp_norm"), ("pre_mlp_layernorm", "mlp_norm"))
         for part, axis in axes:
@@ -77,15 +87,19 @@ class PlainModel:
         weight = score.masked_fill(future, -math.inf).softmax(-1)
         context = torch.einsum("bghst,btgik->bsghk", weight, value).reshape(B, S, arch.heads * K)
         self.seen[layer, "heads"] = context.detach()
+        norms = [head.norm(dim=-1) for head in context.detach().split(K, dim=-1)]
+        self.seen[layer, "head_norms"] = torch.stack(norms, dim=-1)
         return context @ self.weights[f"{ours}.linear_proj.weight"].T
 
     def _rotate(self, x: Tensor) -> Tensor:
-        """Rotary embedding of [B, S, G, heads, K], first half against second half of the channels."""
-        half = self.arch.head_channels // 2
+        """Rotary embedding of [B, S, G, heads, K], first half against second half of the channels that turn."""
+        turned = int(self.arch.head_channels * self.arch.rotary_share)
+        x, still = x[..., :turned], x[..., turned:]
+        half = turned // 2
         frequency = self.arch.rope_theta ** -(torch.arange(half, dtype=torch.float64) / half)
         angle = torch.outer(torch.arange(x.shape[1], dtype=torch.float64), frequency)[None, :, None, None, :]
         first, second = x[..., :half], x[..., half:]
-        return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], dim=-1)
+        return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin(), still], dim=-1)
 
     def _after_attention(self, layer: int, x: Tensor) -> Tensor:
         if self.arch.experts:
@@ -111,9 +125,14 @@ class PlainModel:
 
     def _mlp(self, layer: int, x: Tensor) -> Tensor:
         ours = f"decoder.layers.{layer}.mlp"
-        gate, up = (x @ self.weights[f"{ours}.linear_fc1.weight"].T).chunk(2, dim=-1)
-        inner = gate * torch.sigmoid(gate) * up
-        self.seen[layer, "ffn"] = inner.detach()
+        first = x @ self.weights[f"{ours}.linear_fc1.weight"].T
+        if self.arch.family_name == "nemotron":
+            gate = first
+            inner = first.clamp_min(0).square()
+        else:
+            gate, up = first.chunk(2, dim=-1)
+            inner = gate * torch.sigmoid(gate) * up
+        self.seen[layer, "ffn"], self.seen[layer, "ffn_before_activation"] = inner.detach(), gate.detach()
         return inner @ self.weights[f"{ours}.linear_fc2.weight"].T
 
 

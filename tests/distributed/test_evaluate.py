@@ -14,10 +14,10 @@ from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.checkpoint.sharded import load_model
 from minitron_megatron.config.parallel import Parallel
 from minitron_megatron.evaluate import compare as comparison
-from minitron_megatron.evaluate import scoring
-from minitron_megatron.evaluate.scoring import Request, loglikelihoods
+from minitron_megatron.model import scoring
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.generate import generate
+from minitron_megatron.model.scoring import Request, loglikelihoods
 from minitron_megatron.parallel.layout import global_layout
 from minitron_megatron.parallel.world import World
 

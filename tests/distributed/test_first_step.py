@@ -21,6 +21,8 @@ from .pool import Pool
 from .tiny import (
     DP2,
     LLAMA,
+    NEMOTRON,
+    NEMOTRON_TIED,
     ONE,
     PP2,
     PP2_EVEN,
@@ -32,6 +34,7 @@ from .tiny import (
     TP2,
     TP2_PP2,
     TP2_SP,
+    UNEVEN,
     WIDE,
     layout_name,
     name_of,
@@ -41,9 +44,19 @@ from .tiny import (
     write_random,
 )
 
-STUDENTS = {"llama": LLAMA, "qwen2_tied": QWEN2_TIED, "qwen3": QWEN3, "wide": WIDE}
+STUDENTS = {
+    "llama": LLAMA,
+    "qwen2_tied": QWEN2_TIED,
+    "qwen3": QWEN3,
+    "wide": WIDE,
+    "uneven": UNEVEN,
+    "nemotron": NEMOTRON,
+    "nemotron_tied": NEMOTRON_TIED,
+}
 LAYOUTS = [("llama", layout) for layout in (TP2, TP2_SP, PP2, DP2, TP2_PP2, PP2_VPP2, PP4_LISTED)]
 LAYOUTS += [("qwen2_tied", layout) for layout in (TP2, TP2_SP, PP2_EVEN, DP2, TP2_PP2, PP2_VPP2)] + [("qwen3", TP2_SP)]
+LAYOUTS += [("uneven", layout) for layout in (TP2_SP, PP2, PP2_VPP2)]
+LAYOUTS += [("nemotron", layout) for layout in (TP2_SP, PP2)] + [("nemotron_tied", TP2_PP2)]
 TEACHER_TP2, TEACHER_TP2_SP, TEACHER_PP2 = TeacherParallel(tensor=2), TeacherParallel(tensor=2, sequence=True), TeacherParallel(pipeline=2)
 MIXED = [
     ("llama", with_teacher(PP2, TEACHER_TP2)),

@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from minitron_megatron.config.criteria import DEFAULT_RANKING, Criteria, Ranking
 from minitron_megatron.config.parallel import Parallel
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.data.samples import packed_samples
 from minitron_megatron.importance import stage as importance
 from minitron_megatron.parallel.world import World
-from minitron_megatron.prune.plan import make_plan
-from minitron_megatron.scores.margins import load_margins
+from minitron_megatron.prune.plan import make_plan, top
+from minitron_megatron.scores.margins import load_margins, unit_margins
 from minitron_megatron.scores.statistics import Statistics
 from minitron_megatron.scores.units import UnitScores, activation_scores
 
@@ -27,6 +28,7 @@ from .pool import Pool
 from .tiny import DP2, ONE, PP2, PP2_EVEN, PP2_VPP2, SEQUENCE, TP2, TP2_PP2, TP2_SP, layout_name, name_of, relative_difference
 
 FP32 = 1e-5  # another order of additions over 16 tokens (design: numbers that must not move)
+P1 = Criteria(ffn="before_activation", heads="per_token_norm", channels="all_norms")
 Sums = dict[tuple[int, str], Tensor]
 
 
@@ -100,9 +102,10 @@ def test_data_and_pipeline_parallel_give_the_same_bits(
 def test_bf16_gives_the_same_bits_on_two_stages_and_is_close_on_two_tensor_ranks(pool: Pool, house: Path, tmp_path: Path, measured: Record) -> None:
     one, stages, tensor = (measure(pool, house, tmp_path / layout_name(at), at, precision="bf16") for at in (ONE, PP2, TP2))
     assert same_bits(stages, one)
-    sums = [sums[layer, "ffn"][0, 1] for sums in (tensor, one) for layer in [0]]
-    # the default score of the design's claim: bf16 products rounded at other places, 8 bits of mantissa
-    assert measured("bf16 ffn (l2 of mean), layer 0", "tp2", relative_difference(sums[0].sqrt(), sums[1].sqrt())) <= 1e-2
+    for axis in ("ffn", "ffn_before_activation", "head_norms"):
+        found, expected = (sums[0, axis][0, 1].sqrt() for sums in (tensor, one))
+        # the default aggregation of the design's claim: bf16 products rounded at other places, 8 bits of mantissa
+        assert measured(f"bf16 {axis} (l2 of mean), layer 0", "tp2", relative_difference(found, expected)) <= 1e-2
 
 
 @pytest.fixture(scope="module", params=[TP2, TP2_SP, TP2_PP2], ids=layout_name)
@@ -120,12 +123,15 @@ def test_tensor_and_sequence_parallel_change_only_the_order_of_additions(
     assert measured("importance against plain fp64", name, worst(found, naive)) <= FP32
 
 
+@pytest.mark.parametrize("ranking", [DEFAULT_RANKING, Ranking(criteria=P1)], ids=["default", "p1"])
 def test_tensor_and_sequence_parallel_keep_the_same_units_but_those_within_the_tolerance_of_the_cut(
-    on_tensor_ranks: tuple[str, Sums], house: Path, one_process: Sums
+    on_tensor_ranks: tuple[str, Sums], house: Path, one_process: Sums, ranking: Ranking
 ) -> None:
     """By the margins in one process's file: two scores that are each off by the tolerance change places where their gap is below twice of it."""
+    expected, theirs = scores_of(one_process, ranking), kept_units(scores_of(on_tensor_ranks[1], ranking))
     margins = load_margins(house / "tiny" / "importance" / "scores.safetensors")
-    expected, theirs = scores_of(one_process), kept_units(scores_of(on_tensor_ranks[1]))
+    if ranking != DEFAULT_RANKING:  # which the file's margins are of
+        margins = unit_margins(expected, SOURCE.kv_groups)
     for name, kept in kept_units(expected).items():
         for scores, gaps, ours, units in ranked_together(expected, margins, name, kept):
             swapped = set(ours) ^ (set(theirs[name]) & units)
@@ -149,14 +155,15 @@ def test_a_data_parallel_rank_without_samples_takes_part(pool: Pool, house: Path
     assert same_bits(*(measure(pool, house, tmp_path / layout_name(at), at, samples=10) for at in (DP2, ONE)))
 
 
-def scores_of(sums: Sums) -> UnitScores:
-    return activation_scores(Statistics(SOURCE, CALIBRATION, sums), batch="l2", sequence="mean")
+def scores_of(sums: Sums, ranking: Ranking) -> UnitScores:
+    return activation_scores(Statistics(SOURCE, CALIBRATION, sums), ranking)
 
 
 def kept_units(scores: UnitScores) -> dict[str, list[int]]:
     """Of the plan; heads and neurons of every source layer, whether the layer is kept or not."""
     plan = make_plan(scores, SOURCE, replace_field(TARGET, layers=SOURCE.layers))
     kept = {f"ffn {layer}": units for layer, units in plan.ffn.items()} | {f"heads {layer}": units for layer, units in plan.heads.items()}
+    kept |= {f"kv_groups {layer}": top(groups, 1) for layer, groups in enumerate(scores.kv_groups)}
     return {**kept, "channels": plan.channels, "layers": make_plan(scores, SOURCE, TARGET).kept_layers}
 
 

@@ -44,12 +44,12 @@ def watch(run: Callable[[], None], stop_behind: int | None = None) -> list[list[
     seen: list[list[int]] = []
     real, segments = stage.measure, []
 
-    def measure(model: Any, batches: list[Any], advance: Any) -> Any:
+    def measure(model: Any, batches: list[Any], advance: Any, *rest: Any) -> Any:
         if len(segments) == stop_behind:
             raise Interrupted
         segments.append(len(batches))
         seen.extend(batch.sample_ids_B.tolist() for batch in batches)
-        return real(model, batches, advance)
+        return real(model, batches, advance, *rest)
 
     stage.measure = measure
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from minitron_megatron.config.parallel import Parallel, TeacherParallel
@@ -66,3 +67,21 @@ def test_ranks_are_dealt_tensor_first_then_data_then_pipeline_in_both_layouts(po
         assert student == expected(rank, parallel.tensor, parallel.pipeline, parallel.data)
         assert teacher == expected(rank, own.tensor, own.pipeline, 4 // (own.tensor * own.pipeline))
         assert shared == ((own.tensor, own.pipeline) == (parallel.tensor, parallel.pipeline))
+
+
+def longest_waits(world: World, parallel: Parallel) -> dict[str, set[float]]:
+    """Seconds after which the collectives of each layout's groups give up."""
+    student = global_layout(parallel, world)
+    teacher = teacher_layout(parallel.teacher, world, student)  # type: ignore[arg-type]
+    fields = ("tp", "pp", "dp", "mp", "tp_dp_cp")
+    return {
+        name: {getattr(layout.groups, field)._get_backend(torch.device("cpu")).options._timeout.total_seconds() for field in fields}
+        for name, layout in (("student", student), ("teacher", teacher))
+    }
+
+
+def test_no_group_waits_longer_than_the_recipe_says(pool: Pool) -> None:
+    """A group that is made without a timeout takes torch's 30 minutes, not the world's: a rank that hangs then hangs the job."""
+    parallel = with_teacher(Parallel(tensor=2, pipeline=2, timeout_seconds=77), TeacherParallel(tensor=2))
+    for waits in pool.run(longest_waits, parallel, processes=4):
+        assert waits == {"student": {77.0}, "teacher": {77.0}}

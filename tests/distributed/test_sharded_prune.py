@@ -28,7 +28,7 @@ from minitron_megatron.parallel.layout import global_layout
 from minitron_megatron.parallel.world import World
 from minitron_megatron.prune.plan import PrunePlan, make_plan
 from minitron_megatron.prune.stream import apply_plan
-from minitron_megatron.scores.units import random_scores
+from minitron_megatron.scores.units import UnitScores, random_scores
 
 from .conftest import Identical
 from .house import copy_of, publish_stage, recipe_for
@@ -96,9 +96,13 @@ def cut_by_hand(tensors: dict[str, Tensor], plan: PrunePlan) -> dict[str, Tensor
     for ours, layer in enumerate(plan.kept_layers):
         old = {name.split(f".{layer}.", 1)[1]: x.numpy() for name, x in tensors.items() if name.startswith(f"decoder.layers.{layer}.")}
         per_group = arch.heads // arch.kv_groups
-        kept = np.array(plan.heads[layer]).reshape(arch.kv_groups, -1) % per_group
-        qkv = old["self_attention.linear_qkv.weight"].reshape(arch.kv_groups, per_group + 2, arch.head_channels, arch.hidden)
-        chosen = [np.concatenate([qkv[group, kept[group]], qkv[group, per_group:]]) for group in range(arch.kv_groups)]
+        groups = plan.kv_groups[layer]
+        kept = np.array(plan.heads[layer]).reshape(len(groups), -1) % per_group
+        qkv = old["self_attention.linear_qkv.weight"].reshape(arch.kv_groups, per_group + 2, arch.head_channels, arch.hidden).copy()
+        for head, pruned in plan.head_residual.get(layer, {}).items():
+            group = head // per_group
+            qkv[group, head % per_group] += qkv[group, head % per_group] - qkv[group, pruned % per_group]
+        chosen = [np.concatenate([qkv[group, kept[place]], qkv[group, per_group:]]) for place, group in enumerate(groups)]
         proj = old["self_attention.linear_proj.weight"].reshape(arch.hidden, arch.heads, arch.head_channels)
         gate, up = np.split(old["mlp.linear_fc1.weight"], 2)
         new = {
@@ -117,6 +121,22 @@ def cut_by_hand(tensors: dict[str, Tensor], plan: PrunePlan) -> dict[str, Tensor
 def plan() -> PrunePlan:
     target = LLAMA.resized(layers=3, hidden=16, ffn=28, heads=4)
     return make_plan(random_scores(LLAMA, 3), LLAMA, target)
+
+
+def unlike_layers() -> UnitScores:
+    """In later layers fewer neurons hold more of the layer's sum."""
+    scores = random_scores(LLAMA, 3)
+    return replace(scores, ffn=[of_layer ** (1 + layer) for layer, of_layer in enumerate(scores.ffn)])
+
+
+@pytest.fixture(scope="module")
+def trimmed() -> PrunePlan:
+    """Given layers, one of two groups with three of its four heads, widths of layers ranked together, and the residual of the fourth head."""
+    target = LLAMA.resized(layers=3, hidden=16, ffn=20, kv_groups=1, heads=3)
+    plan = make_plan(unlike_layers(), LLAMA, target, dropped_layers=[1, 2], global_ffn_multiple=2, head_residual=True)
+    assert len(set(plan.target.ffn_widths)) == 3
+    assert len({tuple(groups) for groups in plan.kv_groups.values()}) == 2  # not the same group in all layers
+    return plan
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +177,21 @@ def test_the_cut_is_the_same_bits_for_every_source_and_number_of_processes(
     assert len(digests) == 1
 
 
+@pytest.mark.parametrize("style", ["ours", "tp2_pp2", "stacked_plain_padded_tp2_pp2"])
+def test_every_kind_of_trimming_is_the_same_bits_for_every_source_and_number_of_processes(
+    pool: Pool, sources: Callable[[str, str], Path], trimmed: PrunePlan, tmp_path: Path, identical: Identical, style: str
+) -> None:
+    expected, digests = cut_by_hand(read_all(sources("llama", "ours"), LLAMA), trimmed), set()
+    for processes in (1, 3):
+        target = tmp_path / str(processes)
+        digests |= {*pool.run(prune_here, sources("llama", style), trimmed, target, processes=processes)}
+        found = read_all(target, trimmed.target)
+        assert found.keys() == expected.keys()
+        same = all(found[name].equal(expected[name]) for name in expected)
+        assert identical("groups, widths of layers and residuals, as cut by hand, in 1 and 3 processes", f"source {style}", same)
+    assert len(digests) == 1
+
+
 def test_the_sources_are_what_they_are_called(sources: Callable[[str, str], Path]) -> None:
     """Otherwise the test above compares one kind of source with itself."""
     keys = {style: TorchDistReader(sources("llama", style)).tensors for style in STYLES}
@@ -176,6 +211,17 @@ def test_megatron_loads_what_three_processes_wrote(
     digest = pool.run(prune_here, sources("llama", "ours"), plan, tmp_path / "pruned", processes=3)[0]
     pool.run(load_run_save, parallel, plan.target, tmp_path / "pruned", tmp_path / "back", processes=parallel.processes)
     assert weights_digest(MegatronSource(tmp_path / "back", plan.target)) == digest
+
+
+def test_megatron_loads_layers_of_different_widths_under_every_layout(pool: Pool, sources: Callable[[str, str], Path], tmp_path: Path) -> None:
+    """One group belongs to one tensor rank: both groups stay here."""
+    both = make_plan(unlike_layers(), LLAMA, LLAMA.resized(layers=3, ffn=20), global_ffn_multiple=2)
+    assert both.target.ffn_per_layer
+    digest = pool.run(prune_here, sources("llama", "ours"), both, tmp_path / "pruned", processes=3)[0]
+    for parallel in (TP2_PP2, PP2_EVEN):
+        back = tmp_path / layout_name(parallel)
+        pool.run(load_run_save, parallel, both.target, tmp_path / "pruned", back, processes=parallel.processes)
+        assert weights_digest(MegatronSource(back, both.target)) == digest
 
 
 @pytest.mark.parametrize(("shape", "style"), IDENTITY)

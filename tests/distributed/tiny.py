@@ -20,7 +20,12 @@ LLAMA = Architecture("llama", 5, 24, 8, 2, 6, 40, VOCAB, False, 64, 1e-5, 10000.
 QWEN2_TIED = Architecture("qwen2", 5, 24, 8, 2, 6, 40, VOCAB, True, 64, 1e-6, 1000.0)
 # 3 heads in each of 4 groups, for four tensor ranks
 WIDE = Architecture("llama", 5, 24, 12, 4, 6, 40, VOCAB, False, 64, 1e-5, 10000.0)
+# no two neighbours are alike, each a multiple of two tensor ranks; the widest is not the first
+UNEVEN = LLAMA.resized(ffn=[12, 40, 26, 4, 32])
 QWEN3 = Architecture("qwen3", 3, 24, 8, 2, 6, 40, VOCAB, False, 64, 1e-6, 1000.0)
+# squared ReLU, norms with biases, half of 8 channels turned
+NEMOTRON = Architecture("nemotron", 5, 24, 8, 2, 8, 40, VOCAB, False, 64, 1e-5, 10000.0, rotary_share=0.5)
+NEMOTRON_TIED = Architecture("nemotron", 3, 24, 8, 2, 8, 40, VOCAB, True, 64, 1e-5, 1000.0, rotary_share=0.25)
 # a quarter to a half of the experts a token, router weights that sum to 1 and such that do not, numbers that two ranks divide
 MIXTRAL = Architecture("mixtral", 3, 24, 8, 2, 6, 16, VOCAB, False, 64, 1e-5, 10000.0, None, None, 4, 2)
 QWEN3_MOE = Architecture("qwen3_moe", 3, 24, 8, 2, 6, 16, VOCAB, True, 64, 1e-6, 1000.0, None, None, 6, 3, normalised_routing=False)

@@ -60,8 +60,8 @@ class Scenario:
     """Lines of metrics.jsonl after the second start."""
 
 
-def command(recipe: Path, *overrides: str) -> list[str]:
-    return [sys.executable, "-m", "minitron_megatron.cli", "run", str(recipe), *overrides]
+def command(recipe: Path, *overrides: str, verb: str = "run") -> list[str]:
+    return [sys.executable, "-m", "minitron_megatron.cli", verb, str(recipe), *overrides]
 
 
 def environment() -> dict[str, str]:
@@ -71,10 +71,10 @@ def environment() -> dict[str, str]:
     return {**os.environ, **one_thread, "PYTHONPATH": path, "COLUMNS": "200"}
 
 
-def start(recipe: Path, *overrides: str) -> str:
-    """Runs the chain to its end; its output."""
+def start(recipe: Path, *overrides: str, verb: str = "run") -> str:
+    """Runs the chain, or one stage, to its end; its output."""
     done = subprocess.run(
-        command(recipe, *overrides), env=environment(), cwd=recipe.parent, capture_output=True, text=True, timeout=2 * PATIENCE_SECONDS
+        command(recipe, *overrides, verb=verb), env=environment(), cwd=recipe.parent, capture_output=True, text=True, timeout=2 * PATIENCE_SECONDS
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

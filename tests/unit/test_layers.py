@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "minitron_megatron"
 NAME = PACKAGE.name
-STAGES = {"importance", "prune", "correct", "distill", "finetune", "evaluate", "convert", "labels", "report"}
+STAGES = {"importance", "depth", "prune", "correct", "distill", "finetune", "evaluate", "convert", "labels", "report"}
 # a room may import rooms of its own row and of the rows above it
 ROWS = [
     {"__init__"},
@@ -17,12 +17,14 @@ ROWS = [
     {"config", "arch"},
     {"platform", "parallel"},
     {"artifact", "progress"},
-    {"model", "checkpoint", "data", "scores", "results"},
+    {"model", "checkpoint", "data", "scores", "results", "tasks"},
     {"training"},
     STAGES,
     {"chain"},
     {"failure"},
-    {"worker", "launcher", "show"},
+    {"worker", "launcher", "show", "advice"},
+    {"conductor"},
+    {"ablate"},
     {"cli"},
 ]
 ROW_OF = {room: number for number, row in enumerate(ROWS) for room in row}

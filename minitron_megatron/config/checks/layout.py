@@ -64,7 +64,7 @@ def teacher_problems(recipe: Recipe, source: Architecture, whose: str = "the sou
 
 
 def _tensor_problems(key: str, tensor: int, arch: Architecture, whose: str) -> list[str]:
-    sizes = (("heads", arch.heads), ("key/value groups", arch.kv_groups), ("ffn", arch.ffn))
+    sizes = (("heads", arch.heads), ("key/value groups", arch.kv_groups), *(("ffn", width) for width in sorted(set(arch.ffn_widths))))
     # with fewer groups than ranks a group would have to be copied to several, and its gradient summed over them
     reason = {"key/value groups": " (a group belongs to one rank)"}
     return [
@@ -115,4 +115,5 @@ def _nearest_divisors(size: int, wanted: int) -> str:
 
 
 def _common_divisors(arch: Architecture) -> str:
-    return ", ".join(str(size) for size in range(1, arch.kv_groups + 1) if not (arch.heads % size or arch.kv_groups % size or arch.ffn % size))
+    sizes = {arch.heads, arch.kv_groups, *arch.ffn_widths}
+    return ", ".join(str(divisor) for divisor in range(1, arch.kv_groups + 1) if not any(size % divisor for size in sizes))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from minitron_megatron.arch.architecture import Architecture, nearest_multiples
+from minitron_megatron.config.checks.criteria import criteria_problems
+from minitron_megatron.config.checks.depth import block_size_problems, depth_problems
+from minitron_megatron.config.checks.export import export_problems
 from minitron_megatron.config.checks.layout import layout_problems, list_problems, shape_problems, teacher_problems
 from minitron_megatron.config.checks.losses import vocabulary_problems
 from minitron_megatron.config.checks.target import target_architecture
@@ -22,7 +25,7 @@ def check_recipe(recipe: Recipe, source: Architecture) -> Architecture:
     except RecipeError as error:
         problems += error.problems
     else:
-        problems += hidden_problems(recipe, teacher_architectures(recipe, source)[0], target)
+        problems += hidden_problems(recipe, teacher_architectures(recipe, source)[0], target) + depth_problems(recipe, source, target)
     problems += layout_problems(recipe.parallel, source, "the source model")
     if target != source:
         problems += layout_problems(recipe.parallel, target, "the pruned model")
@@ -31,11 +34,13 @@ def check_recipe(recipe: Recipe, source: Architecture) -> Architecture:
     problems += shape_problems(recipe) + teacher_problems(recipe, source)
     problems += stage_problems(recipe) + models_problems(recipe, source)
     problems += _length_problems(recipe, source)
-    problems += batch_problems(recipe) + vocabulary_problems(recipe.distill, source)
+    problems += batch_problems(recipe) + vocabulary_problems(recipe.distill, source) + block_size_problems(recipe, source)
     problems += text_problems(recipe, source)
     if recipe.prune.scores_file and recipe.prune.scores != "activation":
         problems.append(f"prune.scores_file holds activation scores, but prune.scores={recipe.prune.scores}; leave one of them out")
+    problems += criteria_problems(recipe.prune, source)
     problems += training_problems(recipe.training)
+    problems += export_problems(recipe, source)
     if problems:
         raise RecipeError(list(dict.fromkeys(problems)))
     return target
@@ -44,7 +49,7 @@ def check_recipe(recipe: Recipe, source: Architecture) -> Architecture:
 def _length_problems(recipe: Recipe, arch: Architecture) -> list[str]:
     problems = []
     limit = min(arch.max_positions, arch.attention_window or arch.max_positions)
-    for section in ("importance", *recipe.training_runs(), "evaluate"):
+    for section in ("importance", *(["depth"] if recipe.depth else []), *recipe.training_runs(), "evaluate"):
         length = getattr(recipe, section).sequence_length
         if length > limit:
             problems.append(f"{section}.sequence_length={length} is beyond the model's {limit} positions; at most {limit}")

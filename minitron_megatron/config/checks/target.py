@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from minitron_megatron.arch.architecture import Architecture, nearest_multiples
-from minitron_megatron.config.prune import Target
+from minitron_megatron.config.checks.align import Rounded, ffn_multiple, rounded_sizes
+from minitron_megatron.config.checks.widths import kept_layers, layer_problems, width_problems, widths_in_source
+from minitron_megatron.config.prune import Prune
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.errors import RecipeError
 
@@ -12,41 +14,98 @@ WIDTH_OF_EXPERTS = 8
 
 
 def target_architecture(recipe: Recipe, source: Architecture) -> Architecture:
-    """The architecture after pruning; raises RecipeError with every size that does not fit the source."""
-    problems = [
-        f"prune.target.{name}={size} is larger than the source's {getattr(source, name)}"
-        for name, size in recipe.prune.target.sizes().items()
-        if size > getattr(source, name) and (name != "experts" or source.experts)
-    ]
-    problems += _expert_problems(recipe.prune.target, source)
-    heads = recipe.prune.target.heads or source.heads
-    if heads % source.kv_groups:
-        problems.append(
-            f"prune.target.heads={heads} is not divisible by the model's {source.kv_groups} key/value groups; "
-            f"nearest: {nearest_multiples(heads, source.kv_groups)}"
-        )
-    hidden = recipe.prune.target.hidden or source.hidden
-    if not problems and source.family.hidden_multiple_of_heads and hidden % heads:
-        problems.append(
-            f"prune.target: hidden={hidden} is not a multiple of heads={heads}, and transformers would not load such a {source.family_name}; "
-            f"nearest hidden: {nearest_multiples(hidden, heads)}"
-        )
+    """The architecture after pruning; raises RecipeError with every size that does not fit the source.
+
+    With prune.ffn_by=global its layers have the mean width: the widths themselves follow from the scores, and stand in the plan.
+    """
+    target, _ = rounded_target(recipe.prune, source)
+    if recipe.prune.ffn_by == "global" and ffn_multiple(recipe.prune) % recipe.parallel.tensor:
+        tensor = recipe.parallel.tensor
+        raise RecipeError(f"prune.ffn_by=global: parallel.tensor={tensor} has to divide every layer's width; set prune.align.tensor={tensor}")
+    return target
+
+
+def rounded_target(prune: Prune, source: Architecture) -> tuple[Architecture, list[str]]:
+    """That architecture whatever the layout, and what alignment changed of the recipe's sizes."""
+    rounded = rounded_sizes(prune, source)
+    problems = layer_problems(prune, source) + _too_large(rounded, source) + rounded.problems
+    problems += _expert_problems(rounded, source) + _head_problems(prune, rounded, source)
+    if not problems:
+        problems = _hidden_problems(rounded, source) + width_problems(prune, rounded.sizes.get("ffn"), source)
     if problems:
         raise RecipeError(problems)
-    return source.resized(**recipe.prune.target.sizes())
+    sizes = {**rounded.sizes, "layers": kept_layers(prune, source)}
+    if source.ffn_per_layer:
+        sizes.setdefault("ffn", widths_in_source(prune, source) or source.ffn)
+    target = source.resized(**sizes)  # type: ignore[arg-type]  # only ffn may be a list
+    problems = _align_problems(prune, target)
+    if problems:
+        raise RecipeError(problems)
+    return target, rounded.notes
 
 
-def _expert_problems(target: Target, source: Architecture) -> list[str]:
+def _too_large(rounded: Rounded, source: Architecture) -> list[str]:
+    return [
+        f"prune.target.{name}={size} is larger than the source's {getattr(source, name)}"
+        for name, size in rounded.sizes.items()
+        if rounded.of(name, source) > getattr(source, name) and (name != "experts" or source.experts)
+    ]
+
+
+def _head_problems(prune: Prune, rounded: Rounded, source: Architecture) -> list[str]:
+    heads, groups, size = rounded.of("heads", source), rounded.of("kv_groups", source), source.heads_per_group
+    if heads % groups:
+        whose = f"prune.target.kv_groups={groups}" if groups < source.kv_groups else f"the model's {groups} key/value groups"
+        return [f"prune.target.heads={heads} is not divisible by {whose}; nearest: {nearest_multiples(heads, groups)}"]
+    if size * groups < heads <= source.heads:
+        return [f"prune.target.heads={heads}, but {groups} key/value groups have {size * groups} in the source; at most {size * groups}"]
+    if not prune.head_residual:
+        return []
+    if size == 1 and heads < source.heads:
+        return ["prune.head_residual=true: each head is a key/value group of its own, and no head of it is left to add to; set it to false"]
+    if 2 * heads < size * groups:
+        least = -(-size // 2) * groups
+        return [f"prune.head_residual=true needs at least half of each group's heads: prune.target.heads={least}; or set it to false"]
+    return []
+
+
+def _hidden_problems(rounded: Rounded, source: Architecture) -> list[str]:
+    heads, hidden = rounded.of("heads", source), rounded.of("hidden", source)
+    if not source.family.hidden_multiple_of_heads or hidden % heads == 0:
+        return []
+    return [
+        f"prune.target: hidden={hidden} is not a multiple of heads={heads}, and transformers would not load such a {source.family_name}; "
+        f"nearest hidden: {nearest_multiples(hidden, heads)}"
+    ]
+
+
+def _align_problems(prune: Prune, target: Architecture) -> list[str]:
+    """Sizes that are not pruned are not rounded."""
+    tensor, multiple = prune.align.tensor, ffn_multiple(prune)
+    sizes = [("kv_groups", target.kv_groups), ("heads", target.heads), *(("ffn", width) for width in sorted(set(target.ffn_widths)))]
+    problems = [
+        f"prune.align.tensor={tensor} does not divide {name}={size}, which is not pruned; name a smaller prune.target.{name}"
+        for name, size in sizes
+        if size % tensor
+    ]
+    if prune.ffn_by == "global" and target.ffn % multiple:
+        problems.append(f"prune.ffn_by=global: prune.target.ffn={target.ffn} is no multiple of {multiple}; name a smaller one")
+    return problems
+
+
+def _expert_problems(rounded: Rounded, source: Architecture) -> list[str]:
+    experts = rounded.sizes.get("experts")
     if not source.experts:
-        return [f"prune.target.experts={target.experts}: the family {source.family_name} has no experts; leave it out"] if target.experts else []
+        return [f"prune.target.experts={experts}: the family {source.family_name} has no experts; leave it out"] if experts else []
     problems = []
-    if target.experts and target.experts < source.experts_per_token:
+    if isinstance(experts, int) and experts < source.experts_per_token:
         problems.append(
-            f"prune.target.experts={target.experts} is less than the {source.experts_per_token} that each token is sent to; "
+            f"prune.target.experts={experts} is less than the {source.experts_per_token} that each token is sent to; "
             f"at least {source.experts_per_token}"
         )
-    for name, size in (("hidden", target.hidden), ("ffn", target.ffn)):
-        if size and size % WIDTH_OF_EXPERTS and size != getattr(source, name):
+    for name in ("hidden", "ffn"):
+        size = rounded.of(name, source)
+        if size % WIDTH_OF_EXPERTS and size != getattr(source, name):
             problems.append(
                 f"prune.target.{name}={size} is not a multiple of {WIDTH_OF_EXPERTS}, and transformers would not run such experts; "
                 f"nearest: {nearest_multiples(size, WIDTH_OF_EXPERTS)}"

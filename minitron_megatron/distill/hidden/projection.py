@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from minitron_megatron.distill.hidden.map import Term, projection_holders
 from minitron_megatron.distill.hidden.states import state_modules
 from minitron_megatron.model.gpt import HiddenStateGPT
+from minitron_megatron.parallel.layout import Layout
 
 ATTRIBUTE = "distillation_projections"
 SHARED = f"{ATTRIBUTE}.shared.weight"
@@ -78,12 +79,13 @@ def initial_weight(name: str, teacher_hidden: int, student_hidden: int, channels
     return weight_ED.normal_(std=student_hidden**-0.5, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
 
 
-def shared_projection_group(holders: Sequence[int], pipeline: dist.ProcessGroup) -> dist.ProcessGroup | None:
+def shared_projection_group(holders: Sequence[int], layout: Layout) -> dist.ProcessGroup | None:
     """This process's group of the pipeline ranks that hold the shared projection; None where it holds none or no other rank does.
 
     holders: projection_holders(…)["shared"]. Every process of the world must call it at the same point: groups are made by all together.
     """
-    stages = sorted({chunk % pipeline.size() for chunk in holders})
+    pipeline = layout.groups.pp
+    stages = sorted({chunk % layout.pipeline for chunk in holders})
     if len(stages) < 2:
         return None
     mine: list[list[int]] = [[] for _ in range(dist.get_world_size())]
@@ -91,7 +93,7 @@ def shared_projection_group(holders: Sequence[int], pipeline: dist.ProcessGroup)
     found = None
     for ranks in sorted({tuple(ranks) for ranks in mine}):
         members = [ranks[stage] for stage in stages]
-        group = dist.new_group(members)
+        group = dist.new_group(members, timeout=layout.timeout)
         found = group if dist.get_rank() in members else found
     return found
 

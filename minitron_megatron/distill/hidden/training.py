@@ -84,4 +84,4 @@ def add_hidden_losses(
         losses.append(HiddenLosses(chunk, terms, settings.kind, lambda: balance.alpha, stage_number=stage))
     holders = projection_holders(terms, split).get("shared", [])
     wanted = list(dict.fromkeys(Wanted(term.teacher, stage_of(term.student, split)) for term in terms))
-    return HiddenTraining(terms, losses, balance, wanted, shared_projection_group(holders, model.layout.groups.pp))
+    return HiddenTraining(terms, losses, balance, wanted, shared_projection_group(holders, model.layout))

@@ -13,10 +13,12 @@ from minitron_megatron.arch.architecture import (
     active_parameter_count,
     forward_flops_per_token,
     kv_cache_bytes_per_token,
+    layer_costs,
     parameter_count,
     parameters_by_part,
 )
 from minitron_megatron.arch.source import source_architecture
+from minitron_megatron.errors import ArchitectureError
 
 # name → (published parameters, HF family, L, D, H, F, V), arXiv 2408.11796 Tables 2 and 3; G = 8 and K = 128 throughout
 PUBLISHED = {
@@ -72,6 +74,44 @@ def test_counts_of_every_family_are_exactly_those_of_transformers(every_family: 
     arch = source_architecture(str(every_family))
     assert parameter_count(arch) == parameters_of_transformers(AutoConfig.from_pretrained(every_family))
     assert sum(parameters_by_part(arch).values()) == parameter_count(arch)
+
+
+UNEVEN_WIDTHS = [28, 4, 17]
+
+
+def test_counts_of_layers_of_different_widths_are_those_of_transformers_with_narrower_ffns(tiny_hf_model: Callable[..., Path]) -> None:
+    """transformers' model with its FFNs replaced by narrower ones of its own kind."""
+    from copy import deepcopy
+
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoModelForCausalLM
+
+    folder, sequence = tiny_hf_model("llama"), 64
+    arch = source_architecture(str(folder)).resized(ffn=UNEVEN_WIDTHS)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    flops = []
+    for widths in ([arch.ffn] * 3, UNEVEN_WIDTHS):
+        for layer, width in zip(model.model.layers, widths, strict=True):
+            config = deepcopy(model.config)
+            config.intermediate_size = width
+            layer.mlp = type(layer.mlp)(config)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.zeros(1, sequence, dtype=torch.long))
+        flops.append(counter.get_total_flops())
+    assert parameter_count(arch) == sum(weight.numel() for weight in model.parameters()) == sum(parameters_by_part(arch).values())
+    whole = arch.resized(ffn=arch.ffn)
+    assert (forward_flops_per_token(whole, sequence) - forward_flops_per_token(arch, sequence)) * sequence == flops[0] - flops[1]
+    narrow = [cost - other for cost, other in zip(layer_costs(whole), layer_costs(arch), strict=True)]
+    assert narrow == [3 * arch.hidden * (arch.ffn - width) for width in UNEVEN_WIDTHS]
+    assert kv_cache_bytes_per_token(whole) == kv_cache_bytes_per_token(arch)
+
+
+@pytest.mark.parametrize(("widths", "what"), [([28, 4], "2 widths for 3 layers"), ([30, 0, 4], "different widths ≥ 1")])
+def test_widths_that_no_model_has_are_refused(widths: list[int], what: str, tiny_hf_model: Callable[..., Path]) -> None:
+    with pytest.raises(ArchitectureError, match=what):
+        source_architecture(str(tiny_hf_model("llama"))).resized(ffn=widths)
+    with pytest.raises(ArchitectureError, match="layers with experts have one width"):
+        source_architecture(str(tiny_hf_model("mixtral"))).resized(ffn=UNEVEN_WIDTHS)
 
 
 # name → (parameters, active parameters, family, L, D, H, G, F, V, E, experts a token): the models' own announcements

@@ -40,6 +40,10 @@ def refusal(**fields: Any) -> str:
     return str(caught.value)
 
 
+def norm_eps(config: Any) -> float:
+    return config.norm_eps if config.model_type == "nemotron" else config.rms_norm_eps
+
+
 def test_the_architecture_is_what_transformers_reads_of_the_same_folder(every_family: Path) -> None:
     from transformers import AutoConfig
 
@@ -48,8 +52,9 @@ def test_the_architecture_is_what_transformers_reads_of_the_same_folder(every_fa
     assert (arch.layers, arch.hidden, arch.ffn, arch.vocab) == (3, 40, 28, 131)
     assert (arch.heads, arch.kv_groups, arch.head_channels, arch.heads_per_group) == (8, 2, 6, 4)
     assert arch.tied_embeddings == config.tie_word_embeddings
-    assert (arch.max_positions, arch.norm_eps) == (config.max_position_embeddings, config.rms_norm_eps)
+    assert (arch.max_positions, arch.norm_eps) == (config.max_position_embeddings, norm_eps(config))
     assert arch.rope_theta == config.rope_parameters["rope_theta"]
+    assert arch.rotary_share == config.rope_parameters.get("partial_rotary_factor", 1.0)
     assert (arch.rope_scaling is not None) == (config.rope_parameters["rope_type"] == "llama3")
     assert arch.attention_window == (config.sliding_window if config.model_type in ("mistral", "mixtral") else None)
     assert (arch.experts, arch.experts_per_token) == (getattr(config, "num_experts", 0), getattr(config, "num_experts_per_tok", 0))
@@ -63,10 +68,12 @@ def test_fields_that_config_json_leaves_out_have_transformers_defaults(family: s
 
     sizes = {key: value for key, value in LLAMA.items() if key not in ("rms_norm_eps", "model_type", "max_position_embeddings")}
     sizes |= SIZES_OF_EXPERTS.get(family, {})
+    sizes |= {"hidden_size": 64} if family == "nemotron" else {}  # half of the channels of a head are pairs
     theirs, ours = AutoConfig.for_model(family, **sizes), architecture_from_hf({**sizes, "model_type": family})
     assert (ours.experts, ours.experts_per_token) == (getattr(theirs, "num_experts", 0), getattr(theirs, "num_experts_per_tok", 0))
-    assert ours.norm_eps == theirs.rms_norm_eps
+    assert ours.norm_eps == norm_eps(theirs)
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert ours.rotary_share == theirs.rope_parameters.get("partial_rotary_factor", 1.0)
     assert ours.tied_embeddings == theirs.tie_word_embeddings
     assert ours.attention_window == (theirs.sliding_window if family == "mistral" else None)
     assert ours.max_positions <= theirs.max_position_embeddings  # never more than the model has
@@ -87,7 +94,10 @@ def test_both_spellings_of_the_rotary_embedding_are_the_same_architecture() -> N
 
 
 def test_an_unknown_family_is_refused_with_the_list() -> None:
-    assert refusal(model_type="gpt_neox") == "unknown model family 'gpt_neox'; known families: llama, mistral, mixtral, qwen2, qwen3, qwen3_moe"
+    assert (
+        refusal(model_type="gpt_neox")
+        == "unknown model family 'gpt_neox'; known families: llama, mistral, mixtral, nemotron, qwen2, qwen3, qwen3_moe"
+    )
     assert "known families" in refusal(model_type=None)
 
 
@@ -125,6 +135,9 @@ def test_a_partial_rotary_embedding_is_refused(spelling: str) -> None:
         ("qwen2", "use_sliding_window", True),
         ("qwen3", "use_sliding_window", True),
         ("qwen3", "attention_bias", True),
+        ("nemotron", "hidden_act", "silu"),
+        ("nemotron", "attention_bias", True),
+        ("nemotron", "mlp_bias", True),
     ],
 )
 def test_other_arithmetic_is_refused_with_the_field(family: str, field: str, value: Any) -> None:
@@ -209,5 +222,5 @@ def test_a_folder_without_a_readable_config_is_one_line(tmp_path: Path, tiny_hf_
             (tmp_path / "config.json").write_text(text)
         with pytest.raises(ArchitectureError, match=expected):
             source_architecture(str(tmp_path))
-    # a Megatron checkpoint has no config.json of its own
+    (tmp_path / "config.json").unlink()  # a Megatron checkpoint has none of its own
     assert source_architecture(str(tmp_path), str(tiny_hf_model("qwen2") / "config.json")).family_name == "qwen2"

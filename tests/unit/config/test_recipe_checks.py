@@ -10,7 +10,7 @@ import pytest
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.config.checks.recipe import check_recipe
 from minitron_megatron.config.checks.target import target_architecture
-from minitron_megatron.config.load import load_recipe
+from minitron_megatron.config.family import load_recipe
 from minitron_megatron.errors import RecipeError
 
 Recipes = Callable[..., Path]
@@ -245,3 +245,13 @@ def test_the_target_has_the_named_sizes_and_the_sources_others(recipe_file: Reci
     target = target_architecture(recipe, MODEL)
     assert (target.layers, target.hidden, target.heads, target.ffn) == (4, 40, 8, 44)
     assert target.resized(layers=6, hidden=48, heads=12, ffn=60) == MODEL
+
+
+def test_criteria_that_a_model_cannot_be_ranked_by_are_refused(problems: Callable[..., list[str]], recipe_file: Recipes) -> None:
+    assert problems("prune.aggregations.experts.batch=mean") == ["prune.aggregations.experts: the family llama has no experts; leave it out"]
+    assert problems("prune.criteria.ffn=before_activation", model=EXPERTS) == [
+        "prune.criteria.ffn=before_activation: neurons of experts are scored behind the router's weight, which comes after the activation; "
+        "set prune.criteria.ffn=input_of_second"
+    ]
+    check_recipe(load_recipe(recipe_file(), ["prune.criteria.ffn=before_activation"]), MODEL)
+    check_recipe(load_recipe(recipe_file(), ["prune.aggregations.experts.batch=mean", "prune.criteria.heads=per_token_norm"]), EXPERTS)

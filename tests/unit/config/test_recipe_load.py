@@ -9,7 +9,7 @@ from typing import Any
 import pydantic
 import pytest
 
-from minitron_megatron.config.load import load_recipe
+from minitron_megatron.config.family import load_recipe
 from minitron_megatron.errors import RecipeError
 
 Recipes = Callable[..., Path]
@@ -78,6 +78,10 @@ def test_missing_keys_are_named_with_what_they_are(recipe_file: Recipes) -> None
         ("evaluate.task_items=-3", "evaluate.task_items"),
         ("prune.scores=taylor", "prune.scores"),
         ("prune.aggregation.batch=max", "prune.aggregation.batch"),
+        ("prune.aggregations.heads.sequence=max", "prune.aggregations.heads.sequence"),
+        ("prune.criteria.ffn=x_w1", "prune.criteria.ffn"),
+        ("prune.criteria.heads=norm", "prune.criteria.heads"),
+        ("prune.criteria={channels: final_norm}", "prune.criteria.channels"),
         ("prune.target.layers=0", "prune.target.layers"),
         ("precision=fp16", "precision"),
         ("parallel.tensor=0", "parallel.tensor"),
@@ -101,8 +105,9 @@ def test_a_wrong_value_is_one_problem_that_names_its_key(override: str, key: str
     [
         ("distill.stpes=3", "distill.stpes: unknown key 'stpes'; did you mean 'steps'?"),
         ("distill.learning_rate.warmup=3", "did you mean 'warmup_steps'?"),
-        ("importance.aggregation=x", "importance.aggregation: unknown key 'aggregation'; known keys: micro_batch, samples, save_every_samples, seed"),
+        ("importance.aggregation=x", "importance.aggregation: unknown key 'aggregation'; known keys: block_sizes, micro_batch, "),
         ("parallel.teacher={tensr: 2}", "parallel.teacher.tensr: unknown key 'tensr'; did you mean 'tensor'?"),
+        ("prune.aggregations.kv_groups.batch=l2", "prune.aggregations.kv_groups: unknown key 'kv_groups'; known keys: channels, experts, ffn, heads"),
         ("paralel.tensor=2", "paralel: unknown section 'paralel'; did you mean 'parallel'?"),
         ("zzz=1", "unknown section 'zzz'; known keys: "),
         ("distill.loss={mse: {from: 1, to: 0, stesp: 3}}", "distill.loss.mse.stesp: unknown key 'stesp'; did you mean 'steps'?"),
@@ -238,3 +243,15 @@ def test_hidden_losses_take_a_rule_or_pairs_and_a_number_or_dynamic(recipe_file:
 def test_a_mistake_in_the_hidden_losses_is_one_line(recipe_file: Recipes, override: str, told: str) -> None:
     (found,) = problems(recipe_file(), f"distill.hidden.{override}")
     assert told in found
+
+
+def test_an_axis_ranks_by_its_own_aggregation_and_the_rest_by_the_common_one(recipe_file: Recipes) -> None:
+    given = {"aggregation": {"batch": "variance"}, "aggregations": {"heads": {"batch": "mean"}}, "criteria": {"ffn": "before_activation"}}
+    ranking = load_recipe(recipe_file(prune=given), ["prune.aggregations.heads.sequence=l2"]).prune.ranking
+    assert ranking.to_dict(sparse=False) == {
+        "ffn": {"criterion": "before_activation", "batch": "variance", "sequence": "mean"},
+        "heads": {"criterion": "per_channel", "batch": "mean", "sequence": "l2"},
+        "kv_groups": {"criterion": "l2_over_heads", "batch": "mean", "sequence": "l2"},
+        "channels": {"criterion": "layer_norms", "batch": "variance", "sequence": "mean"},
+    }
+    assert ranking.to_dict(sparse=True).keys() == {"experts", "expert_ffn", "heads", "kv_groups", "channels"}

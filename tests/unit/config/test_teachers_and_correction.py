@@ -12,7 +12,7 @@ import pytest
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.chain import STAGES, run_id, stage_id, stage_inputs, stage_settings, stages_of
 from minitron_megatron.config.checks.recipe import check_recipe
-from minitron_megatron.config.load import load_recipe
+from minitron_megatron.config.family import load_recipe
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.errors import RecipeError
 

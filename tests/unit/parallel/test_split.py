@@ -8,7 +8,7 @@ import pytest
 
 from minitron_megatron.arch.architecture import Architecture, layer_cost, output_cost
 from minitron_megatron.errors import LayoutError
-from minitron_megatron.parallel.split import EndWork, distillation_work, hidden_state_work, logits_work, split_layers
+from minitron_megatron.parallel.split import EndWork, distillation_work, hidden_state_work, layer_works, logits_work, split_layers
 
 
 def model(layers: int, vocab: int) -> Architecture:
@@ -33,6 +33,26 @@ def test_the_cost_rule_finds_the_smallest_slowest_stage(layers: int, stages: int
     found = split_layers(layers, stages, "cost", ends)
     assert (sum(found), len(found), min(found) >= 1) == (layers, stages, True)
     assert slowest(found, ends) == min(slowest(split, ends) for split in every_split(layers, stages))
+
+
+@pytest.mark.parametrize("ends", [EndWork(), EndWork(0.3, 0.7), EndWork(1.9, 0), EndWork(2.2, 6.1)])
+@pytest.mark.parametrize("stages", [1, 2, 3, 5, 9])
+def test_the_cost_rule_weighs_layers_of_different_widths(stages: int, ends: EndWork) -> None:
+    arch = model(9, 131).resized(ffn=[60, 5, 5, 40, 12, 60, 60, 7, 31])
+    works = layer_works(arch)
+    assert sum(works) == pytest.approx(9, rel=1e-3)  # in layers of mean width, which is a whole number of parameters
+
+    def slowest_of(split: tuple[int, ...]) -> float:
+        stop = [sum(split[: stage + 1]) for stage in range(stages)]
+        work = [sum(works[end - layers : end]) for end, layers in zip(stop, split, strict=True)]
+        work[0] += ends.first
+        work[-1] += ends.last
+        return max(work)
+
+    found = split_layers(9, stages, "cost", ends, works)
+    assert (sum(found), len(found), min(found) >= 1) == (9, stages, True)
+    assert slowest_of(found) == pytest.approx(min(slowest_of(split) for split in every_split(9, stages)), rel=1e-12)
+    assert layer_works(model(9, 131)) == ()
 
 
 def test_the_even_rule_deals_the_remainder_to_the_first_stages() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,26 +16,32 @@ from minitron_megatron.arch.source import source_architecture
 from minitron_megatron.checkpoint.huggingface import HuggingFaceSource
 from minitron_megatron.checkpoint.tensors import tensor_table, unpack
 from minitron_megatron.errors import PlanError
-from minitron_megatron.prune.plan import PrunePlan, make_plan, top, top_heads
+from minitron_megatron.prune.plan import PrunePlan, make_plan
+from minitron_megatron.prune.rank import top, top_heads
 from minitron_megatron.prune.slice import slice_tensor
 from minitron_megatron.prune.stream import source_rows
 from minitron_megatron.scores.units import UnitScores, random_scores
 
-CUTS = {
+CUTS: dict[str, dict[str, Any]] = {
     "ffn": {"ffn": 17},
     "heads": {"heads": 6},
     "one-head-per-group": {"heads": 2},
+    "kv_groups": {"kv_groups": 1, "heads": 4},
+    "kv_groups and heads": {"kv_groups": 1, "heads": 3},
+    "widths of layers": {"ffn": [17, 28, 5]},
     "hidden": {"hidden": 33},
     "layers": {"layers": 2},
     "experts": {"experts": 4},
     "all": {"layers": 2, "hidden": 30, "heads": 4, "ffn": 9, "experts": 3},
+    "all, uneven": {"layers": 2, "hidden": 30, "kv_groups": 1, "heads": 2, "ffn": [9, 4], "experts": 3},
     "nothing": {},
 }
 
 
-def plan_for(folder: Path, sizes: dict[str, int], seed: int = 3) -> PrunePlan:
+def plan_for(folder: Path, sizes: dict[str, Any], seed: int = 3) -> PrunePlan:
+    """Experts of all layers have one width, and dense families have no experts."""
     arch = source_architecture(str(folder))
-    sizes = sizes if arch.experts else {name: size for name, size in sizes.items() if name != "experts"}
+    sizes = {name: size for name, size in sizes.items() if (isinstance(size, int) if arch.experts else name != "experts")}
     return make_plan(random_scores(arch, seed), arch, arch.resized(**sizes))
 
 
@@ -122,6 +129,8 @@ def cut_by_hand(name: str, tensor: Tensor, plan: PrunePlan) -> Tensor:
             tensor = torch.stack([tensor[:, neuron] for neuron in neurons], dim=1)
         elif part == "q_proj":
             tensor = torch.stack([tensor[row] for row in head_rows])
+        elif part in ("k_proj", "v_proj"):
+            tensor = torch.cat([tensor[group * width : (group + 1) * width] for group in range(source.kv_groups) if group in plan.kv_groups[layer]])
         elif part == "o_proj":
             tensor = torch.stack([tensor[:, row] for row in head_rows], dim=1)
     if part in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "gate", "embed_tokens", "lm_head") and tensor.dim() == 2:

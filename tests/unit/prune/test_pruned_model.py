@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minitron_megatron.arch.source import source_architecture
+from minitron_megatron.artifact import Artifact
 
 Prune = Callable[..., Any]
 CUTS = {
@@ -77,12 +79,20 @@ def removed_by_hand(folder: Path, plan: dict[str, Any]) -> Any:
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
     model.model.embed_tokens.weight[:, dropped] = 0
     for name, module in model.named_modules():
-        if name.endswith(("layernorm", "model.norm")):
+        if name.endswith(("layernorm", "model.norm")) and model.config.model_type == "nemotron":
+            module.forward = partial(norm_of_kept, module, torch.tensor(plan["channels"]))
+        elif name.endswith(("layernorm", "model.norm")):
             module.weight *= math.sqrt(share)
             module.variance_epsilon *= share
     model.model.layers = nn.ModuleList(model.model.layers[layer] for layer in plan["kept_layers"])
     model.config.num_hidden_layers = len(plan["kept_layers"])
     return model
+
+
+def norm_of_kept(module: Any, kept: Tensor, x: Tensor) -> Tensor:
+    """Mean and variance of the kept channels alone; the others stay 0."""
+    inner = torch.nn.functional.layer_norm(x[..., kept], (len(kept),), 1 + module.weight[kept], module.bias[kept], module.eps)
+    return torch.zeros_like(x).index_copy(-1, kept, inner)
 
 
 @torch.no_grad()
@@ -138,14 +148,54 @@ def test_all_cuts_together_are_the_source_without_the_cut_units(every_family: Pa
     assert_computes_the_same(every_family, prune_model, all_cuts(every_family))
 
 
-def assert_computes_the_same(source: Path, prune_model: Prune, sizes: dict[str, int]) -> None:
+# 4 heads in each of 3 groups: neither number divides the other
+GROUPED = {"num_attention_heads": 12, "num_key_value_heads": 3, "hidden_size": 48}
+
+
+@pytest.mark.parametrize("sizes", [{"kv_groups": 2}, {"kv_groups": 2, "heads": 6}, {"kv_groups": 1, "heads": 3, "layers": 2, "hidden": 36, "ffn": 9}])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_a_model_without_whole_groups_computes_what_the_source_does_without_them(
+    family: str, sizes: dict[str, int], tiny_hf_model: Callable[..., Path], prune_model: Prune
+) -> None:
+    """Loaded by plain transformers, against the source whose cut heads write zeros; biases (qwen2) and norms of queries (qwen3) included."""
+    source = tiny_hf_model(family, **GROUPED)
+    sizes = {**sizes, "hidden": sizes.get("hidden", 48)}
+    assert_computes_the_same(source, prune_model, sizes)
+
+
+@pytest.mark.parametrize("widths", [{"ffn": [9, 28, 17]}, {"ffn": [5, 6], "layers": 2, "kv_groups": 1}])
+def test_a_model_with_ffns_of_different_widths_computes_the_same_when_exported(
+    widths: dict[str, Any], tiny_hf_model: Callable[..., Path], prune_model: Prune
+) -> None:
+    """Its layers are filled up with zeros to the widest one: transformers' config has one width."""
+    assert_computes_the_same(tiny_hf_model("qwen2"), prune_model, widths)
+    done = prune_model(tiny_hf_model("qwen2"), widths)
+    assert done.target.ffn_per_layer == tuple(widths["ffn"])
+    config = json.loads((done.model / "config.json").read_text())
+    assert config["intermediate_size"] == max(widths["ffn"]) and "ffn_per_layer" not in config
+    tensors = load_file(done.model / "model.safetensors")
+    for layer, width in enumerate(widths["ffn"]):
+        for part in ("gate_proj", "up_proj"):
+            rows = tensors[f"model.layers.{layer}.mlp.{part}.weight"]
+            assert rows[:width].abs().min() > 0 and not rows[width:].any()
+
+
+def test_neurons_ranked_over_all_layers_keep_their_budget_and_compute_the_same(tiny_hf_model: Callable[..., Path], prune_model: Prune) -> None:
+    done = assert_computes_the_same(tiny_hf_model("llama"), prune_model, {"ffn": 13}, ffn_by="global", align={"ffn": 2})
+    widths = done.target.ffn_widths
+    assert sum(widths) == 3 * 14 and len(set(widths)) > 1 and not any(width % 2 for width in widths)
+    assert done.pruned.result["rounding"] == ["ffn 13 → 14 (multiple of 2)"]
+
+
+def assert_computes_the_same(source: Path, prune_model: Prune, sizes: dict[str, Any], **settings: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
-    done = prune_model(source, sizes, seed=4)
+    done = prune_model(source, sizes, seed=4, **settings)
     plan = json.loads((done.pruned.path / "plan.json").read_text())
     actual = logits(AutoModelForCausalLM.from_pretrained(done.model))
     torch.testing.assert_close(actual, logits(removed_by_hand(source, plan)), rtol=0, atol=1e-4)  # fp32: fewer terms in each sum
     assert (actual - logits(AutoModelForCausalLM.from_pretrained(source))).abs().max() > 0.1  # something was cut
+    return done
 
 
 def test_a_plan_that_cuts_nothing_leaves_every_bit(every_family: Path, prune_model: Prune) -> None:
@@ -207,3 +257,36 @@ def test_scores_of_another_model_are_refused(tiny_hf_model: Callable[..., Path],
     settings = PruneSettings.model_validate({"target": {"ffn": 9}})
     with pytest.raises(ArtifactError, match="was measured on another model"):
         _scores(settings, inputs, None)  # type: ignore[arg-type] - the source is for magnitudes
+
+
+def test_one_scores_file_is_ranked_by_each_criterion_that_the_recipe_names(
+    tiny_hf_model: Callable[..., Path], tmp_path: Path, prune_model: Prune
+) -> None:
+    """Scores rise with the index by the default criteria and fall by the others; only channels' final norm outweighs the layers' norms."""
+    from minitron_megatron.arch.source import source_architecture
+    from minitron_megatron.scores.statistics import Statistics, measured_keys
+
+    source, sizes = tiny_hf_model("llama"), {"ffn": 9, "heads": 6, "hidden": 30}
+    arch = source_architecture(str(source))
+    widths = {"ffn": arch.ffn, "heads": arch.heads * arch.head_channels, "head_norms": arch.heads, "influence": 1}
+    sums = {}
+    for layer, axis in measured_keys(arch):
+        width = widths.get(axis.removesuffix("_before_activation"), arch.hidden)
+        ramp = torch.arange(1, width + 1, dtype=torch.float64)
+        falls = axis in ("ffn_before_activation", "head_norms", "final_norm")
+        sums[layer, axis] = (100 * ramp.flip(0) if falls else ramp).expand(3, 2, width).clone() if axis != "influence" else torch.ones(2).double()
+    digest = prune_model(source, sizes).imported.result["weights_sha256"]
+    Statistics(arch, 1, sums, {"model": digest}).save(tmp_path / "scores.safetensors")
+
+    def pruned(**criteria: str) -> Artifact:
+        return prune_model(source, sizes, scores="activation", scores_file=str(tmp_path / "scores.safetensors"), criteria=criteria).pruned
+
+    def kept(artifact: Artifact) -> tuple[list[int], list[int], list[int]]:
+        plan = json.loads((artifact.path / "plan.json").read_text())
+        return plan["ffn"]["0"], plan["heads"]["0"], plan["channels"]
+
+    best, others = pruned(), pruned(ffn="before_activation", heads="per_token_norm", channels="all_norms")
+    assert kept(best) == ([*range(arch.ffn - 9, arch.ffn)], [1, 2, 3, 5, 6, 7], [*range(arch.hidden - 30, arch.hidden)])
+    assert kept(others) == ([*range(9)], [0, 1, 2, 4, 5, 6], [*range(30)])
+    assert [artifact.result["ranked_by"]["heads"]["criterion"] for artifact in (best, others)] == ["per_channel", "per_token_norm"]
+    assert prune_model(source, sizes).pruned.result["ranked_by"] == "random"

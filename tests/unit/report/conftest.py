@@ -135,6 +135,7 @@ def _scores(random: np.random.Generator) -> dict[str, Any]:
     influence[0], influence[-1] = 0.62, 0.31
     influence[list(DROPPED)] *= 0.6
     return {
+        "ranked_by": {"ffn": {"criterion": "input_of_second", "batch": "l2", "sequence": "mean"}},
         "ffn": [random.lognormal(0, 0.5 + 0.9 * share, SOURCE.ffn).tolist() for share in depth],
         "heads": random.lognormal(0, 0.4, (SOURCE.layers, SOURCE.heads)).tolist(),
         "channels": random.lognormal(0, 0.8, SOURCE.hidden).tolist(),

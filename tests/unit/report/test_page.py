@@ -64,6 +64,7 @@ def test_the_page_has_every_section_and_figure(recipe: Recipe, inputs: Inputs, t
         "134.5 M → 97.4 M parameters (−27.6 %)",
         "from 1.93 to 0.312 nats/token",
         "&lt;the&gt; &amp; the",
+        "Score: input of second, l2 over samples of mean over tokens.",
         "megatron-core",
     ):
         assert text in page

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.errors import ArtifactError
@@ -29,6 +30,7 @@ SCORES = UnitScores(
     heads=[fp64(1, 3, 2, 0, 16, 8, 12, 10), fp64(1, 1, 1, 1, 4, 3, 2, 1)],
     channels=fp64(10, 5, 4),
     layers=fp64(0.25, 0.5),
+    kv_groups=[fp64(3, 12), fp64(2, 2)],
 )
 
 
@@ -39,6 +41,8 @@ def test_margins_of_every_cut_by_hand() -> None:
         "ffn.1": [0.0, 1 / 2, 1 / 4],  # 2 2 1 0.5: the first cut goes through a tie
         "heads.0": [[1 / 16] * 3, [4 / 16, 2 / 16, 2 / 16]],  # within a group, over the layer's largest
         "heads.1": [[0.0] * 3, [1 / 4] * 3],
+        "kv_groups.0": [9 / 12],
+        "kv_groups.1": [0.0],
         "channels": [5 / 10, 1 / 10],
         "layers": [1 / 2],
     }
@@ -52,6 +56,7 @@ SPARSE = UnitScores(
     layers=fp64(1),
     experts=[fp64(8, 2, 7)],
     expert_ffn=[torch.stack([fp64(1, 8, 4, 7), fp64(99, 100, 98, 97), fp64(16, 4, 9, 9)])],
+    kv_groups=[torch.ones(1, dtype=torch.float64)],
 )
 
 
@@ -59,12 +64,13 @@ def test_margins_of_experts_and_of_the_neurons_within_each_by_hand(tmp_path: Pat
     found = {name: values.tolist() for name, values in unit_margins(SPARSE, 1).items()}
     assert found["experts.0"] == [1 / 8, 5 / 8]  # 8 7 2
     assert found["expert_ffn.0"] == [[0.01, 0.03, 0.03], [0.01] * 3, [0.07, 0.0, 0.05]]  # over the largest of the layer
-    assert found.keys() == {"experts.0", "expert_ffn.0", "heads.0", "channels", "layers"}
+    assert found.keys() == {"experts.0", "expert_ffn.0", "heads.0", "kv_groups.0", "channels", "layers"}
     make_plan(SPARSE, SPARSE_ARCH, SPARSE_ARCH.resized(experts=2, ffn=3)).save(tmp_path / "plan.json")
     assert json.loads((tmp_path / "plan.json").read_text())["margins"] == {
         "experts": {"0": 5 / 8},
         "expert_ffn": {"0": 3 / 16},  # 4 - 1 in the first, 9 - 4 in the third; the second is not kept, and its scores are nothing to these
         "heads": {"0": None},
+        "kv_groups": {"0": None},
         "channels": None,
         "layers": None,
     }
@@ -79,11 +85,12 @@ def test_the_plan_tells_the_margin_at_its_own_cut(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "plan.json").read_text())["margins"] == {
         "ffn": {"0": 3 / 8, "1": 1 / 2},
         "heads": {"0": 1 / 16, "1": 0.0},  # two of four in each group: the closer group's
+        "kv_groups": {"0": None, "1": None},
         "channels": 1 / 10,
         "layers": None,  # nothing is cut
     }
     of_kept = make_plan(SCORES, ARCH, ARCH.resized(layers=1)).to_dict()["margins"]
-    assert of_kept == {"ffn": {1: None}, "heads": {1: None}, "channels": None, "layers": 1 / 2}
+    assert of_kept == {"ffn": {1: None}, "heads": {1: None}, "kv_groups": {1: None}, "channels": None, "layers": 1 / 2}
 
 
 def statistics() -> Statistics:
@@ -96,8 +103,8 @@ def statistics() -> Statistics:
 def test_the_scores_file_holds_the_margins_of_the_default_scores_and_the_sums_as_before(tmp_path: Path) -> None:
     expected, path = statistics(), tmp_path / "scores.safetensors"
     save_scores(expected, path)
-    scores, found = activation_scores(expected, batch="l2", sequence="mean"), load_margins(path)
-    assert found.keys() == {"ffn.0", "ffn.1", "heads.0", "heads.1", "channels", "layers"}
+    scores, found = activation_scores(expected), load_margins(path)
+    assert found.keys() == {"ffn.0", "ffn.1", "heads.0", "heads.1", "kv_groups.0", "kv_groups.1", "channels", "layers"}
     best = sorted(scores.ffn[1].tolist(), reverse=True)
     torch.testing.assert_close(found["ffn.1"], fp64(*((best[k] - best[k + 1]) / best[0] for k in range(3))), rtol=1e-15, atol=0)
     group = sorted(scores.heads[0].tolist()[4:], reverse=True)
@@ -107,12 +114,20 @@ def test_the_scores_file_holds_the_margins_of_the_default_scores_and_the_sums_as
     assert back.sums.keys() == expected.sums.keys()
     assert all(torch.equal(back.sums[key], value) for key, value in expected.sums.items())
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    with safe_open(path, framework="pt") as file:
+        told = json.loads(file.metadata()["statistics"])["margins_ranked_by"]
+    assert told == {
+        "ffn": {"criterion": "input_of_second", "batch": "l2", "sequence": "mean"},
+        "heads": {"criterion": "per_channel", "batch": "l2", "sequence": "mean"},
+        "kv_groups": {"criterion": "l2_over_heads", "batch": "l2", "sequence": "mean"},
+        "channels": {"criterion": "layer_norms", "batch": "l2", "sequence": "mean"},
+    }
 
 
 def test_a_target_can_be_chosen_by_the_stored_margins(tmp_path: Path) -> None:
     """What the file says of a cut is what the plan that makes it says."""
     save_scores(statistics(), tmp_path / "s")
-    stored, scores = load_margins(tmp_path / "s"), activation_scores(statistics(), batch="l2", sequence="mean")
+    stored, scores = load_margins(tmp_path / "s"), activation_scores(statistics())
     told = make_plan(scores, ARCH, ARCH.resized(ffn=3, heads=6, hidden=1)).margins
     assert told["ffn"] == {layer: stored[f"ffn.{layer}"][2].item() for layer in range(2)}
     assert told["heads"] == {layer: stored[f"heads.{layer}"][:, 2].min().item() for layer in range(2)}

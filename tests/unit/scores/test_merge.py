@@ -95,6 +95,6 @@ def test_files_and_artifact_folders_become_a_scores_file_with_margins(tmp_path: 
     scores(32, 8).save(tmp_path / "b.safetensors")
     merged = merge_files([tmp_path / "importance", tmp_path / "b.safetensors"], tmp_path / "c.safetensors")
     assert same(Statistics.load(tmp_path / "c.safetensors"), merged)
-    expected = unit_margins(activation_scores(merged, batch="l2", sequence="mean"), ARCH.kv_groups)
+    expected = unit_margins(activation_scores(merged), ARCH.kv_groups)
     stored = load_margins(tmp_path / "c.safetensors")
     assert stored.keys() == expected.keys() and all(torch.equal(stored[name], expected[name]) for name in expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from torch import Tensor
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.arch.source import source_architecture
 from minitron_megatron.checkpoint.huggingface import HuggingFaceSource
-from minitron_megatron.checkpoint.tensors import tensor_table
+from minitron_megatron.checkpoint.tensors import TensorRow, tensor_table
+from minitron_megatron.config.criteria import Aggregations, Criteria, Ranking
+from minitron_megatron.config.importance import ImportanceAggregation
 from minitron_megatron.errors import ArtifactError
 from minitron_megatron.importance.accumulate import BlockSums
 from minitron_megatron.importance.hooks import token_sums
@@ -21,7 +24,17 @@ from minitron_megatron.scores.statistics import Statistics, over_samples
 from minitron_megatron.scores.units import UnitScores, activation_scores, block_influence, head_scores, magnitude_scores, random_scores
 
 ARCH = Architecture("llama", 2, 6, 8, 2, 4, 10, 131, False, 64, 1e-6, 10000.0)
-WIDTHS = {"ffn": ARCH.ffn, "heads": ARCH.heads * ARCH.head_channels, "attention_norm": ARCH.hidden, "mlp_norm": ARCH.hidden}
+WIDTHS = {
+    "ffn": ARCH.ffn,
+    "ffn_before_activation": ARCH.ffn,
+    "heads": ARCH.heads * ARCH.head_channels,
+    "attention_norm": ARCH.hidden,
+    "mlp_norm": ARCH.hidden,
+    "final_norm": ARCH.hidden,
+}
+P1 = Criteria(ffn="before_activation", heads="per_token_norm", channels="all_norms")
+P1_HEADS = Criteria(heads="per_token_norm")
+OLD_AXES = ("ffn", "heads", "attention_norm", "mlp_norm", "influence")
 SAMPLES, TOKENS = 37, 11
 # away from zero, so that the variance of x, of |x| and the mean square are three different things
 NAIVE_TOKENS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -37,7 +50,10 @@ NAIVE_SAMPLES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def activations(layer: int, axis: str) -> Tensor:
-    """[samples, tokens, units] fp64, of values that fp32 holds."""
+    """[samples, tokens, units] fp64, of values that fp32 holds; head_norms: of the heads' own, head by head."""
+    if axis == "head_norms":
+        x = activations(layer, "heads")
+        return torch.stack([x[:, :, head * 4 : head * 4 + 4].pow(2).sum(-1).sqrt() for head in range(ARCH.heads)], dim=-1)
     generator = torch.Generator().manual_seed(hash((layer, len(axis))) % 1000)
     return (torch.randn(SAMPLES, TOKENS, WIDTHS[axis], generator=generator) + 0.5).double()
 
@@ -47,14 +63,18 @@ def statistics() -> Statistics:
     """Through the accumulators as the stage uses them, in micro-batches of 2 that do not divide the samples."""
     sums = BlockSums()
     for layer in range(ARCH.layers):
-        for axis in WIDTHS:
+        for axis in seen_in(layer):
             x = activations(layer, axis)
             for start in range(0, SAMPLES, 2):
                 ids = list(range(start, min(start + 2, SAMPLES)))
                 sums.add((layer, axis), token_sums(x[ids].transpose(0, 1)), TOKENS, ids)
         cosines = torch.linspace(-1, 1, SAMPLES) / (layer + 1)
-        sums.add_influence(layer, cosines * TOKENS, TOKENS, list(range(SAMPLES)))
+        sums.add_influence((layer, "influence"), cosines * TOKENS, TOKENS, list(range(SAMPLES)))
     return Statistics(ARCH, SAMPLES, fold({}, sums.blocks), {"model": "x"})
+
+
+def seen_in(layer: int) -> list[str]:
+    return [axis for axis in (*WIDTHS, "head_norms") if axis != "final_norm" or layer == ARCH.layers - 1]
 
 
 def naive(layer: int, axis: str, *, batch: str, sequence: str) -> Tensor:
@@ -65,7 +85,8 @@ def naive(layer: int, axis: str, *, batch: str, sequence: str) -> Tensor:
 @pytest.mark.parametrize("sequence", NAIVE_TOKENS)
 @pytest.mark.parametrize("batch", NAIVE_SAMPLES)
 def test_all_nine_aggregations_are_what_raw_activations_give(batch: str, sequence: str, statistics: Statistics) -> None:
-    scores = activation_scores(statistics, batch=batch, sequence=sequence)
+    pair = ImportanceAggregation(batch=batch, sequence=sequence)  # type: ignore[arg-type]
+    scores, by_p1 = activation_scores(statistics, Ranking(pair)), activation_scores(statistics, Ranking(pair, criteria=P1))
 
     # token sums are fp32 (11 terms: 1e-6 relative); a variance over samples is a small difference of larger numbers
     tolerance = {"rtol": 1e-4 if batch == "variance" else 2e-6, "atol": 1e-6}
@@ -74,9 +95,52 @@ def test_all_nine_aggregations_are_what_raw_activations_give(batch: str, sequenc
         channels = naive(layer, "heads", batch=batch, sequence=sequence)
         heads = torch.stack([channels[head * 4 : head * 4 + 4].pow(2).sum().sqrt() for head in range(ARCH.heads)])
         torch.testing.assert_close(scores.heads[layer], heads, **tolerance)
+        of_groups = torch.stack([heads[:4].pow(2).sum().sqrt(), heads[4:].pow(2).sum().sqrt()])  # 4 heads in each of 2 groups
+        torch.testing.assert_close(scores.kv_groups[layer], of_groups, **tolerance)
+        torch.testing.assert_close(by_p1.ffn[layer], naive(layer, "ffn_before_activation", batch=batch, sequence=sequence), **tolerance)
+        heads = naive(layer, "head_norms", batch=batch, sequence=sequence)
+        torch.testing.assert_close(by_p1.heads[layer], heads, **tolerance)
+        of_groups = torch.stack([heads[:4].pow(2).sum().sqrt(), heads[4:].pow(2).sum().sqrt()])
+        torch.testing.assert_close(by_p1.kv_groups[layer], of_groups, **tolerance)
     norms = [naive(layer, axis, batch=batch, sequence=sequence) for layer in range(2) for axis in ("attention_norm", "mlp_norm")]
     torch.testing.assert_close(scores.channels, norms[0] + norms[1] + norms[2] + norms[3], **tolerance)
+    final = naive(1, "final_norm", batch=batch, sequence=sequence)
+    torch.testing.assert_close(by_p1.channels, norms[0] + norms[1] + norms[2] + norms[3] + final, **tolerance)
     assert scores.channels.dtype == scores.ffn[0].dtype == torch.float64
+
+
+def test_each_axis_is_aggregated_in_its_own_way_and_what_is_not_named_in_the_common_one(statistics: Statistics) -> None:
+    own = Aggregations.model_validate({"heads": {"batch": "mean"}, "channels": {"batch": "variance", "sequence": "l2"}})
+    scores = activation_scores(statistics, Ranking(ImportanceAggregation(batch="l2", sequence="variance"), own))
+    for axis, (batch, sequence) in {"ffn": ("l2", "variance"), "heads": ("mean", "variance"), "channels": ("variance", "l2")}.items():
+        alike = activation_scores(statistics, Ranking(ImportanceAggregation(batch=batch, sequence=sequence)))  # type: ignore[arg-type]
+        assert torch.equal(torch.stack([*getattr(scores, axis)]), torch.stack([*getattr(alike, axis)])), axis
+    alike = activation_scores(statistics, Ranking(ImportanceAggregation(batch="mean", sequence="variance")))
+    assert all(torch.equal(a, b) for a, b in zip(scores.kv_groups, alike.kv_groups, strict=True))  # groups go with their heads
+
+
+def test_the_two_scores_of_a_head_rank_differently() -> None:
+    """One head's channels take turns, the other's are all a little: a norm at each token sees the first as large, a mean by channel does not."""
+    arch = Architecture("llama", 1, 6, 2, 1, 4, 10, 131, False, 64, 1e-6, 10000.0)
+    turns, steady = torch.eye(4).repeat(2, 1), torch.full((8, 4), 0.3)  # [tokens, channels]
+    sums, x = BlockSums(), torch.cat([turns, steady], dim=-1)[:, None]
+    for axis, seen in (("heads", x), ("head_norms", x.unflatten(-1, (2, 4)).norm(dim=-1))):
+        sums.add((0, axis), token_sums(seen), 8, [0])
+    for axis, width in {"ffn": 10, "attention_norm": 6, "mlp_norm": 6}.items():
+        sums.add((0, axis), token_sums(torch.zeros(8, 1, width)), 8, [0])
+    sums.add_influence(0, torch.zeros(1), 8, [0])
+    statistics = Statistics(arch, 1, fold({}, sums.blocks))
+    by_channel, by_token = activation_scores(statistics).heads[0], activation_scores(statistics, Ranking(criteria=P1_HEADS)).heads[0]
+    torch.testing.assert_close(by_channel, torch.tensor([0.5, 0.6]).double())  # 4 channels of a mean of 1/4, and of 0.3
+    torch.testing.assert_close(by_token, torch.tensor([1.0, 0.6]).double())
+
+
+def test_a_file_that_lacks_what_a_criterion_reads_says_so(statistics: Statistics) -> None:
+    older = replace(statistics, sums={key: value for key, value in statistics.sums.items() if key[1] in OLD_AXES})
+    assert torch.equal(activation_scores(older).channels, activation_scores(statistics).channels)
+    for criterion, lacks in {"ffn": "ffn_before_activation", "heads": "head_norms", "channels": "final_norm"}.items():
+        with pytest.raises(ArtifactError, match=f"lacks {lacks} of layer . of this model; make it anew with: minitron importance RECIPE"):
+            activation_scores(older, Ranking(criteria=Criteria.model_validate({criterion: getattr(P1, criterion)})))
 
 
 def test_the_nine_aggregations_are_nine_different_scores(statistics: Statistics) -> None:
@@ -108,12 +172,20 @@ def test_random_scores_are_the_same_for_the_same_seed_and_others_for_another() -
     for name in ("channels", "layers"):
         assert torch.equal(getattr(first, name), getattr(again, name))
         assert not torch.equal(getattr(first, name), getattr(other, name))
-    for name in ("ffn", "heads"):
+    for name in ("ffn", "heads", "kv_groups"):
         for a, b, c in zip(getattr(first, name), getattr(again, name), getattr(other, name), strict=True):
             assert torch.equal(a, b) and not torch.equal(a, c)
     assert not torch.equal(first.ffn[0], first.ffn[1])
     sizes = ([len(row) for row in first.ffn], [len(row) for row in first.heads], len(first.channels), len(first.layers))
-    assert sizes == ([10, 10], [8, 8], 6, 2)
+    assert sizes == ([10, 10], [8, 8], 6, 2) and [len(row) for row in first.kv_groups] == [2, 2]
+
+
+def test_a_seed_draws_the_scores_that_it_always_drew() -> None:
+    """Runs with the random baseline can be made anew: an axis that is added later is drawn last."""
+    generator = torch.Generator().manual_seed(7)
+    drawn = torch.rand(2 * 10 + 2 * 8 + 6 + 2, generator=generator, dtype=torch.float64)
+    scores = random_scores(ARCH, 7)
+    assert torch.equal(torch.cat([*scores.ffn, *scores.heads, scores.channels, scores.layers]), drawn)
 
 
 def test_random_scores_leave_torchs_own_generator_alone() -> None:
@@ -154,7 +226,8 @@ def test_magnitudes_are_norms_over_all_weights_that_go_with_a_unit(
         if arch.experts:
             check_expert_magnitudes(own, scores, arch, layer)
         else:
-            ffn = [norm(own["mlp.gate_proj.weight"][i], own["mlp.up_proj.weight"][i], own["mlp.down_proj.weight"][:, i]) for i in range(arch.ffn)]
+            first = [own[name] for name in ("mlp.gate_proj.weight", "mlp.up_proj.weight") if name in own]  # nemotron has no gate
+            ffn = [norm(*(matrix[i] for matrix in first), own["mlp.down_proj.weight"][:, i]) for i in range(arch.ffn)]
             torch.testing.assert_close(scores.ffn[layer], torch.stack(ffn), rtol=1e-5, atol=0)
         heads = []
         for head in range(arch.heads):
@@ -162,6 +235,14 @@ def test_magnitudes_are_norms_over_all_weights_that_go_with_a_unit(
             parts = [own["self_attn.q_proj.weight"][rows], own["self_attn.o_proj.weight"][:, rows]]
             parts += [own["self_attn.q_proj.bias"][rows]] if arch.family.qkv_bias else []
             heads.append(norm(*parts))
+        per_group, groups = arch.heads // arch.kv_groups, []
+        for group in range(arch.kv_groups):
+            ours, its_heads = slice(group * width, (group + 1) * width), slice(group * per_group * width, (group + 1) * per_group * width)
+            parts = [own[f"self_attn.{x}_proj.{kind}"][ours] for x in "kv" for kind in ("weight", "bias") if kind == "weight" or arch.family.qkv_bias]
+            parts += [own["self_attn.q_proj.weight"][its_heads], own["self_attn.o_proj.weight"][:, its_heads]]
+            parts += [own["self_attn.q_proj.bias"][its_heads]] if arch.family.qkv_bias else []
+            groups.append(norm(*parts))
+        torch.testing.assert_close(scores.kv_groups[layer], torch.stack(groups), rtol=1e-5, atol=0)
         # fp32 squares of up to 131 × 40 weights
         torch.testing.assert_close(scores.heads[layer], torch.stack(heads), rtol=1e-5, atol=0)
         torch.testing.assert_close(scores.layers[layer], norm(*own.values()), rtol=1e-5, atol=0)
@@ -173,10 +254,17 @@ def test_magnitudes_are_norms_over_all_weights_that_go_with_a_unit(
                 parts.append(tensor[channel])
             elif tensor.dim() == 2:
                 parts.append(tensor[:, channel])
-            elif name.endswith(("layernorm.weight", "model.norm.weight")):
+            elif name.endswith(("layernorm.weight", "model.norm.weight", "layernorm.bias", "model.norm.bias")):
                 parts.append(tensor[channel])
         channels.append(norm(*parts))
     torch.testing.assert_close(scores.channels, torch.stack(channels), rtol=1e-5, atol=0)
+
+
+def test_magnitudes_of_an_ffn_without_a_gate_take_both_of_its_matrices() -> None:
+    first, second = torch.randn(10, 6, generator=torch.Generator().manual_seed(1)), torch.randn(6, 10, generator=torch.Generator().manual_seed(2))
+    rows = [(TensorRow("fc1", ("up",), ("F", "D"), 1), first), (TensorRow("fc2", ("down",), ("D", "F"), 1), second)]
+    expected = torch.stack([norm(first[i], second[:, i]) for i in range(10)])
+    torch.testing.assert_close(magnitude_scores(rows, ARCH).ffn[1], expected, rtol=1e-6, atol=0)
 
 
 def test_statistics_come_back_from_disk_bit_by_bit(statistics: Statistics, tmp_path: Path) -> None:

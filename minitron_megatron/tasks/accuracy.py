@@ -14,7 +14,7 @@ from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 from minitron_megatron.errors import DataError
-from minitron_megatron.evaluate.task_files import TaskFile, read_task_file, task_files_outside
+from minitron_megatron.tasks.files import TaskFile, read_task_file, task_files_outside
 
 __all__ = ["task_accuracies", "task_files_outside"]
 
@@ -44,10 +44,10 @@ def task_accuracies(
     """
     tasks = [read_task_file(path) for path in task_files]
     if items is not None and items < 1:
-        raise DataError(f"evaluate.task_items={items} must be at least 1, or 'all'")
+        raise DataError(f"task_items={items} must be at least 1, or 'all'")
     if len({task.name for task in tasks}) < len(tasks):
         listed = ", ".join(task_files)
-        raise DataError(f"evaluate.tasks: two of {listed} have the same task name; give each its own `task`")
+        raise DataError(f"two of the tasks {listed} have the same task name; give each its own `task`")
     return {task.name: _accuracies(task, items, tokenize, eod, loglikelihoods) for task in tasks}
 
 

@@ -64,7 +64,7 @@ def _fields(path: Path, includers: tuple[Path, ...]) -> tuple[dict[str, Any], li
     """The task's fields, its own winning over included ones, and the files they come from."""
     if not path.is_file():
         named_in = f" (included by {includers[-1]})" if includers else ""
-        raise DataError(f"{path}{named_in}: no such task file; evaluate.tasks lists .yaml files of lm-eval tasks")
+        raise DataError(f"{path}{named_in}: no such task file; tasks are .yaml files of lm-eval")
     if path in includers:
         raise DataError(f"{path}: includes itself")
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from minitron_megatron.errors import DataError
-from minitron_megatron.evaluate.tasks import task_accuracies, task_files_outside
+from minitron_megatron.tasks.accuracy import task_accuracies, task_files_outside
 
 EOD = 0
 METRICS = ("acc", "acc_norm")

@@ -1,0 +1,1 @@
+"""A recipe held against what the papers and later work found: what it does otherwise, why that costs, and the mend."""

@@ -1,0 +1,74 @@
+"""Sizes of a target rounded to multiples, and what rounding changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import lcm
+
+from minitron_megatron.arch.architecture import Architecture
+from minitron_megatron.config.prune import Prune
+
+Size = int | list[int]
+
+
+@dataclass
+class Rounded:
+    """The sizes of prune.target after alignment."""
+
+    sizes: dict[str, Size]
+    notes: list[str] = field(default_factory=list)
+    """One line for each size that changed: "ffn 9215 → 9216 (multiple of 64)"."""
+    problems: list[str] = field(default_factory=list)
+
+    def of(self, name: str, source: Architecture) -> int:
+        """One number for the whole model."""
+        size = self.sizes.get(name, getattr(source, name))
+        return size if isinstance(size, int) else max(size)
+
+
+def rounded_sizes(prune: Prune, source: Architecture) -> Rounded:
+    """prune.target with its named sizes rounded; a size that equals the source's stays, for nothing is cut there.
+
+    Key/value groups come first, for heads are a multiple of them where heads are aligned at all; hidden comes last, for transformers
+    wants a multiple of the heads for some families.
+    """
+    align, found = prune.align, Rounded(prune.target.sizes())
+    _round(found, "kv_groups", lcm(align.kv_groups, align.tensor), source.kv_groups)
+    groups = found.of("kv_groups", source)
+    if "kv_groups" in found.sizes:
+        found.sizes.setdefault("heads", source.heads_per_group * groups)
+    if not found.problems and max(align.heads, align.tensor) > 1:
+        _round(found, "heads", lcm(align.heads, align.tensor, groups), source.heads_per_group * groups)
+    _round(found, "ffn", ffn_multiple(prune), source.ffn)
+    heads = found.of("heads", source) if source.family.hidden_multiple_of_heads else 1
+    if align.hidden > 1:
+        _round(found, "hidden", lcm(align.hidden, heads), source.hidden)
+    return found
+
+
+def ffn_multiple(prune: Prune) -> int:
+    return lcm(prune.align.ffn, prune.align.tensor)
+
+
+def nearest_multiple(size: int, multiple: int, limit: int) -> int | None:
+    """The multiple nearest to size, the larger of two as near, at least one multiple and at most limit; None where there is none."""
+    best = max((size + multiple // 2) // multiple, 1) * multiple
+    if best > limit:
+        best = limit // multiple * multiple
+    return best or None
+
+
+def _round(found: Rounded, name: str, multiple: int, limit: int) -> None:
+    """limit: what the source has of it (in its kept groups); from there on sizes stay, larger ones are refused elsewhere."""
+    named = found.sizes.get(name)
+    if named is None or multiple == 1:
+        return
+    new = [size if size >= limit else nearest_multiple(size, multiple, limit) for size in ([named] if isinstance(named, int) else named)]
+    sizes = [size for size in new if size is not None]
+    if len(sizes) < len(new):
+        found.problems.append(f"prune.align: no multiple of {multiple} fits into the source's {name}={limit}; align {name} to less")
+        return
+    rounded: Size = sizes[0] if isinstance(named, int) else sizes
+    if rounded != named:
+        found.notes.append(f"{name} {named} → {rounded} (multiple of {multiple})")
+        found.sizes[name] = rounded

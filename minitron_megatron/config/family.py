@@ -1,0 +1,167 @@
+"""A family: one recipe file whose steps become ordinary recipes, each compressing what a step before it left (P1 section 4.3, best practice 1).
+
+    family:
+      - {name: 8b, prune: {target: {hidden: 4096, ffn: 16384}}}
+      - {name: 4b, prune: {target: {hidden: 3072, heads: 24, ffn: 9216}}, teacher: original}
+
+A step's own keys stand above the file's, and `key=value` overrides above both. The same form is the teacher assistant: a small model pruned
+from the original (`source: original`) and taught by the middle one (`teacher: previous`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from minitron_megatron.arch.architecture import Architecture
+from minitron_megatron.arch.source import source_architecture
+from minitron_megatron.config.checks.recipe import check_recipe
+from minitron_megatron.config.load import merged, recipe_file, validated
+from minitron_megatron.config.schema import Recipe
+from minitron_megatron.errors import ArchitectureError, RecipeError
+
+Source = Literal["previous", "pruned", "original"]
+"""What a step prunes: the model that the step before exported, that one as it was pruned (not yet trained), or the family's own."""
+Teacher = Literal["source", "previous", "original"]
+OWN_KEYS = ("name", "source", "teacher")
+FAMILY = "family="
+"""Start of the override that makes a family of an ordinary recipe, as in `minitron run recipe.yaml 'family=[{name: 8b, prune: …}, …]'`."""
+STEP = "step="
+"""Start of the override that names a step of a family, as in `minitron distill family.yaml step=4b`."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One recipe of a file, and where its model comes from; an ordinary file is one step without a name."""
+
+    recipe: Recipe
+    name: str = ""
+    source: Source = "original"
+    before: str = ""
+    """The step before it."""
+    trained: bool = True
+    """Whether its training is asked for: not where the next step goes on from the pruned model."""
+
+    @property
+    def overrides(self) -> list[str]:
+        """What names it to a command and to its processes."""
+        return [f"{STEP}{self.name}"] if self.name else []
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """The recipe of a file, of a family that of the step which `step=NAME` names; raises RecipeError with one line per problem."""
+    steps = picked_steps(path, overrides)
+    if len(steps) > 1:
+        known = ", ".join(step.name for step in steps)
+        raise RecipeError(f"{path} is a family of {known}; name one with {STEP}NAME, or use minitron run for all")
+    return steps[0].recipe
+
+
+def picked_steps(path: str | Path, overrides: list[str] | None = None) -> list[Step]:
+    """All steps of a file, or the one that an override `step=NAME` picks."""
+    given = overrides or []
+    names = [item.removeprefix(STEP) for item in given if item.startswith(STEP)]
+    steps = load_steps(path, [item for item in given if not item.startswith(STEP)])
+    known = [step.name for step in steps if step.name]
+    if names and not known:
+        raise RecipeError(f"{path}: {STEP}{names[0]}, but the recipe has no family; leave it out")
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise RecipeError(f"{path}: unknown step '{unknown[0]}'; the family's steps: {', '.join(known)}")
+    return [step for step in steps if not names or step.name == names[-1]]
+
+
+def load_steps(path: str | Path, overrides: list[str] | None = None) -> list[Step]:
+    """Every step of a family in order; one without a name for an ordinary recipe."""
+    given = overrides or []
+    overrides = [item for item in given if not item.startswith(FAMILY)]
+    file = _with_family(path, recipe_file(path), [item for item in given if item.startswith(FAMILY)])
+    if "family" not in file:
+        return [Step(validated(path, merged(path, file, overrides)))]
+    family = file.pop("family")
+    _refuse_malformed(path, family)
+    base = merged(path, file, overrides)
+    sources: list[Source] = [item.get("source", "previous" if number else "original") for number, item in enumerate(family)]
+    names = [str(item.name) for item in family]
+    steps = []
+    for number, item in enumerate(family):
+        own = OmegaConf.create({key: value for key, value in item.items() if key not in OWN_KEYS})
+        values = merged(path, OmegaConf.merge(file, own), overrides)
+        before = names[number - 1] if number else ""
+        values |= _place(base, names[number]) | _models(base, before, sources[number], item.get("teacher", "source"))
+        trained = number + 1 == len(family) or sources[number + 1] != "pruned"
+        steps.append(Step(validated(f"{path}: step {names[number]}", values), names[number], sources[number], before, trained))
+    return steps
+
+
+def checked_steps(steps: list[Step]) -> list[tuple[Step, Architecture, Architecture]]:
+    """Each step with its source's and its target's architecture, those of models that do not exist yet in closed form.
+
+    Raises RecipeError with the problems of every step, before any of them runs.
+    """
+    found: list[tuple[Step, Architecture, Architecture]] = []
+    problems: list[str] = []
+    for step in steps:
+        try:
+            source = _source_of(step, found)
+            found.append((step, source, check_recipe(step.recipe, source)))
+        except RecipeError as error:
+            problems += [f"step {step.name}: {problem}" if step.name else problem for problem in error.problems]
+            break  # the steps behind have no source to be checked against
+    if problems:
+        raise RecipeError(problems)
+    return found
+
+
+def _source_of(step: Step, before: list[tuple[Step, Architecture, Architecture]]) -> Architecture:
+    if step.source != "original" and before:
+        return before[-1][2]
+    try:
+        return source_architecture(step.recipe.model.path, step.recipe.model.hf_config)
+    except ArchitectureError as error:
+        raise RecipeError(str(error)) from None
+
+
+def _with_family(path: str | Path, file: DictConfig, overrides: list[str]) -> DictConfig:
+    return OmegaConf.create(merged(path, file, overrides)) if overrides else file
+
+
+def _refuse_malformed(path: str | Path, family: Any) -> None:
+    if not isinstance(family, ListConfig) or not family or not all(isinstance(item, DictConfig) and item.get("name") for item in family):
+        raise RecipeError(f"{path}: family: a list of steps is expected, each with a name, such as [{{name: 8b, prune: …}}, {{name: 4b, prune: …}}]")
+    names = [str(item.name) for item in family]
+    problems = [f"family: two steps are called {name}; give each its own name" for name in sorted({name for name in names if names.count(name) > 1})]
+    for item in family:
+        for key, known in (("source", get_args(Source)), ("teacher", get_args(Teacher))):
+            if item.get(key, known[0]) not in known:
+                problems.append(f"family: step {item.name}: {key}={item[key]}; known: {', '.join(known)}")
+    for key, alone in (("source", ("previous", "pruned")), ("teacher", ("previous",))):
+        if family[0].get(key) in alone:
+            problems.append(f"family: step {names[0]}: {key}={family[0][key]}, but no step is before it; leave it out")
+    if problems:
+        raise RecipeError([f"{path}: {problem}" for problem in problems])
+
+
+def _place(base: dict[str, Any], name: str) -> dict[str, Any]:
+    return {"runs": str(Path(base.get("runs", "runs")) / str(base.get("name"))), "name": name}
+
+
+def _models(base: dict[str, Any], before: str, source: Source, teacher: Teacher) -> dict[str, Any]:
+    """Sections model and teachers of a step."""
+    run = Path(_place(base, before)["runs"]) / before
+    models: dict[str, dict[str, Any]] = {
+        "original": base.get("model", {}),
+        "previous": {"path": str(run / "export" / ("model.nemo" if base.get("export", {}).get("format") == "nemo" else "model"))},
+        "pruned": {
+            "path": str(run / "prune" / "checkpoint"),
+            "hf_config": str(run / "prune" / "hf_config.json"),
+            "tokenizer": str(run / "import" / "tokenizer"),
+        },
+    }
+    sections: dict[str, Any] = {"model": models[source]}
+    if teacher not in ("source", source):
+        sections["teachers"] = {"models": [{key: value for key, value in models[teacher].items() if key in ("path", "hf_config")}]}
+    return sections

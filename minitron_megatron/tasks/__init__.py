@@ -1,0 +1,1 @@
+"""Downstream tasks of local files through lm-eval, for whichever stage asks a model."""

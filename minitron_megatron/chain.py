@@ -70,7 +70,7 @@ STAGES = {
         Stage(
             "report",
             "report.stage",
-            ("import", "data", "importance", "depth", "prune", "teachers", "correct", "distill", "finetune", "evaluate", "export"),
+            ("import", "data", "chat", "importance", "depth", "prune", "teachers", "correct", "labels", "distill", "finetune", "evaluate", "export"),
             (),
             False,
         ),

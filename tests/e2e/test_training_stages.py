@@ -47,6 +47,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
     (folder / "template.jinja").write_text(TEMPLATE)
     recipe = yaml.safe_load(write_recipe(folder).read_text())
+    recipe["parallel"], recipe["prune"]["scores"] = {}, "random"  # what other tests look at, and this one need not wait for
     recipe["distill"] |= {"steps": 6, "hidden": {"pairs": "last_minus_2"}}
     recipe |= {
         "teachers": {"models": [{"path": "source", "weight": 0.75}, {"path": str(folder / "assistant"), "weight": 0.25}]},

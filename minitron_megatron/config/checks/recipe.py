@@ -9,7 +9,7 @@ from minitron_megatron.config.checks.export import export_problems
 from minitron_megatron.config.checks.layout import layout_problems, list_problems, shape_problems, teacher_problems
 from minitron_megatron.config.checks.losses import vocabulary_problems
 from minitron_megatron.config.checks.target import target_architecture
-from minitron_megatron.config.checks.teachers import first_teacher, models_problems, stage_problems
+from minitron_megatron.config.checks.teachers import models_problems, stage_problems, teacher_architectures
 from minitron_megatron.config.checks.text import text_problems
 from minitron_megatron.config.checks.training import batch_problems, hidden_problems, training_problems
 from minitron_megatron.config.schema import Recipe
@@ -25,7 +25,7 @@ def check_recipe(recipe: Recipe, source: Architecture) -> Architecture:
     except RecipeError as error:
         problems += error.problems
     else:
-        problems += hidden_problems(recipe, first_teacher(recipe, source), target) + depth_problems(recipe, source, target)
+        problems += hidden_problems(recipe, teacher_architectures(recipe, source)[0], target) + depth_problems(recipe, source, target)
     problems += layout_problems(recipe.parallel, source, "the source model")
     if target != source:
         problems += layout_problems(recipe.parallel, target, "the pruned model")

@@ -50,11 +50,11 @@ STAGES = {
         Stage("import", "convert.import_stage", (), ("model",), False),
         Stage("data", "data.stage", ("import",), ("data",), False),
         Stage("chat", "data.chat.stage", ("import",), ("chat",), False, asked_by="chat"),
-        Stage("labels", "labels.stage", ("import", "data"), ("labels",), True, asked_by="labels"),
         Stage("importance", "importance.stage", ("import", "data"), ("importance",), True),
         Stage("prune", "prune.stage", ("import", "importance"), ("prune",), True, streams=True),
         Stage("teachers", "convert.teachers_stage", ("import",), ("teachers",), False, asked_by="teachers"),
         Stage("correct", "correct.stage", ("import", "data"), ("correct",), True, continues=_may_change("correct"), asked_by="correct"),
+        Stage("labels", "labels.stage", ("import", "data", "teachers", "correct"), ("labels",), True, asked_by="labels"),
         Stage(
             "distill",
             "distill.stage",

@@ -68,11 +68,6 @@ STAGE_HELP = {
         "train and heldout .bin and .idx, each with -weights beside it",
         "'chat.train=[chats/*.jsonl]'",
     ),
-    "labels": StageHelp(
-        "Let the teacher continue training text; distillation then learns what it wrote (needs section `labels`).",
-        "train and train-weights .bin and .idx",
-        "labels.samples=4096 labels.new_tokens=128",
-    ),
     "importance": StageHelp(
         "Score layers, FFN neurons, attention heads and embedding channels in one forward pass.",
         "scores.safetensors (sums from which every aggregation follows), summary.json",
@@ -89,6 +84,11 @@ STAGE_HELP = {
         "Train the teacher on the distillation data first; with correct.beside=true as a job beside the distillation.",
         "checkpoint/, metrics.jsonl, tensorboard/; beside: runs/NAME/corrected/ at each save",
         "correct.source_peak=6e-4 correct.steps=300",
+    ),
+    "labels": StageHelp(
+        "Let the teacher continue training text; distillation then learns what it wrote (needs section `labels`).",
+        "train and train-weights .bin and .idx",
+        "labels.samples=4096 labels.new_tokens=128",
     ),
     "distill": StageHelp(
         "Train the pruned student to follow the frozen teacher; continues where it was interrupted.",

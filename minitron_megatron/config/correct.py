@@ -34,6 +34,7 @@ class Correct(TrainingRun):
     beside: Annotated[bool, UNSHAPING] = Field(
         False, description="another job (`minitron correct RECIPE`) corrects while the distillation runs, which takes up what it saves"
     )
+    mask_boundaries: bool = Field(False, description="as distill.mask_boundaries")
     keep_snapshots: Annotated[int, UNSHAPING] = Field(
         2, ge=2, description="beside: newest published teachers kept, besides those that the distillation's checkpoints name"
     )

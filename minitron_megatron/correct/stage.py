@@ -33,5 +33,5 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
     def publish(model: StageModel, progress: Progress) -> None:
         snapshots.publish(progress.step, lambda path: save_state(model_state(model), path), world, keep=settings.keep_snapshots)
 
-    texts = correction.texts(data, before)
+    texts = correction.texts(inputs, before, mask_boundaries=settings.mask_boundaries)
     return correction.train_alone(arch, source.path / "checkpoint", texts, publish if settings.beside else None)

@@ -74,7 +74,7 @@ def tokenize(
     The bytes do not depend on `workers` nor on interruptions.
     Raises DataError for what cannot be read and for a corpus without text.
     """
-    encoder = TextEncoder(tokenizer, token_dtype(tokenizer))
+    encoder = TextEncoder(tokenizer, token_dtype(tokenizer.vocab_size))
     return encode_files(paths, lambda path: documents([path], text_field), encoder, folder, workers=workers, block_characters=block_characters)
 
 
@@ -101,9 +101,9 @@ def encode_files(
     return Blocks.of(prefixes)
 
 
-def token_dtype(tokenizer: Tokenizer) -> str:
+def token_dtype(vocab_size: int) -> str:
     """numpy's name of the smallest type that holds every id."""
-    return np.dtype(DType.optimal_dtype(tokenizer.vocab_size)).name
+    return np.dtype(DType.optimal_dtype(vocab_size)).name
 
 
 def weights_prefix(prefix: Path) -> Path:

@@ -34,7 +34,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
     model = distillation.student(arch, inputs["prune"].path / "checkpoint", *architectures)
     hidden = _hidden(settings, teachers, model, inputs["prune"])
     student = make_student(model, settings, recipe.training, hidden)
-    texts = distillation.texts(inputs["data"], before)
+    texts = distillation.texts(inputs, before, mask_boundaries=settings.mask_boundaries)
     loop = TrainingLoop("distill", settings, distillation.layout, world, teachers, student, *texts)
     last = loop.run(folder, recipe)
     distillation.publish_weights({name: without_projections(chunk) for name, chunk in model_state(model).items()})

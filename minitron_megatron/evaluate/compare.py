@@ -15,6 +15,7 @@ from torch import Tensor
 from minitron_megatron.data.batches import Batch, TokenDataset, collate
 from minitron_megatron.model.divergence import divergence, global_argmax, label_logits, log_normalisers
 from minitron_megatron.model.gpt import StageModel
+from minitron_megatron.model.logits import real_logits
 from minitron_megatron.model.run import forward_only
 from minitron_megatron.model.sequence import whole_sequence
 from minitron_megatron.parallel.collectives import sum_over
@@ -108,11 +109,3 @@ def _chunk(states: dict[str, Tensor], models: dict[str, StageModel], labels_n: T
         nll = apart.student_log_norm_n - apart.label_logit_n
         found[name] = torch.stack([nll.sum(), apart.forward_kl_n.sum(), agreed.float().sum()])
     return found
-
-
-def real_logits(model: StageModel, hidden_nD: Tensor) -> Tensor:
-    """[n, v] fp32 logits of this rank's real rows of the vocabulary."""
-    weight = model.output_weight()
-    if weight is None:
-        raise RuntimeError("logits are made on the last stage only")
-    return (hidden_nD @ weight[: model.valid_rows()].t()).float()

@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations, and greedy continuations, through a model's pipeline.
+"""Log-likelihoods of continuations through a model's pipeline.
 
 Legend: B sequences of a batch, S padded length, D hidden, n continuation tokens of a batch.
 """
@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minitron_megatron.data.batches import Batch
-from minitron_megatron.evaluate.compare import real_logits
 from minitron_megatron.model.divergence import global_argmax, label_logits, log_normalisers
 from minitron_megatron.model.gpt import StageModel
+from minitron_megatron.model.logits import real_logits
 from minitron_megatron.model.run import forward_only
 from minitron_megatron.model.sequence import whole_sequence
 from minitron_megatron.parallel.collectives import sum_over
@@ -42,33 +42,6 @@ def loglikelihoods(model: StageModel, requests: list[Request]) -> list[tuple[flo
     forward_only(model, batches, consume=consume)
     dist.all_reduce(answers)
     return [(total, wrong == 0) for total, wrong in answers.tolist()]
-
-
-def greedy_continuation(model: StageModel, prompt: list[int], *, tokens: int, eod: int) -> list[int]:
-    """The most likely next token again and again, up to eod; the same on every process."""
-    sequence = list(prompt)
-    for _ in range(tokens):
-        chosen = _next_token(model, sequence)
-        if chosen == eod:
-            break
-        sequence.append(chosen)
-    return sequence[len(prompt) :]
-
-
-def _next_token(model: StageModel, sequence: list[int]) -> int:
-    """The most likely token after a sequence; one rank of the last stage speaks for all."""
-    layout, device = model.layout, next(model.parameters()).device
-    chosen = torch.zeros(1, dtype=torch.int64, device=device)
-
-    def consume(hidden: Tensor, batch: Batch) -> None:
-        last = whole_sequence(hidden, model.layout)[len(sequence) - 1]
-        top = global_argmax(real_logits(model, last), first_row=model.first_row(), group=layout.groups.tp)
-        if layout.tensor_rank == 0 and layout.data_rank == 0:
-            chosen.copy_(top)
-
-    forward_only(model, [_batch([0], [(sequence, [0])], layout.tensor).to(device)], consume=consume)
-    dist.all_reduce(chosen)
-    return int(chosen)
 
 
 def _score(model: StageModel, hidden_SBD: Tensor, batch: Batch) -> Tensor:

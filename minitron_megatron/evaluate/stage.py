@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from minitron_megatron.arch.architecture import Architecture, parameter_count
 from minitron_megatron.artifact import Artifact
 from minitron_megatron.checkpoint.sharded import load_model
@@ -15,11 +17,13 @@ from minitron_megatron.config.schema import Recipe
 from minitron_megatron.data.batches import TokenDataset, collate
 from minitron_megatron.data.samples import evaluation_windows
 from minitron_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from minitron_megatron.evaluate.compare import compare, domain_figures, real_logits
-from minitron_megatron.evaluate.scoring import Request, greedy_continuation, loglikelihoods
+from minitron_megatron.evaluate.compare import compare, domain_figures
+from minitron_megatron.evaluate.scoring import Request, loglikelihoods
 from minitron_megatron.evaluate.tasks import task_accuracies, task_files_outside
 from minitron_megatron.model.build import build_model
+from minitron_megatron.model.generate import generate
 from minitron_megatron.model.gpt import StageModel
+from minitron_megatron.model.logits import real_logits
 from minitron_megatron.model.precision import torch_dtype
 from minitron_megatron.model.run import forward_only
 from minitron_megatron.parallel.layout import global_layout
@@ -135,7 +139,8 @@ def _tasks(model: StageModel, settings: Evaluate, tokenizer: Tokenizer, world: W
 
 def _continuation(model: StageModel, settings: Evaluate, tokenizer: Tokenizer) -> str:
     prompt = tokenizer.encode(settings.prompt) or [tokenizer.eod]
-    return tokenizer.decode(greedy_continuation(model, prompt, tokens=settings.generate_tokens, eod=tokenizer.eod))
+    (ids,) = generate(model, torch.tensor([prompt]), new_tokens=settings.generate_tokens, eod=tokenizer.eod)
+    return tokenizer.decode([token for token in ids if token != tokenizer.eod])
 
 
 def _perplexities(figures: dict[str, Any], domain: str) -> str:

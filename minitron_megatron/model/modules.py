@@ -77,10 +77,14 @@ class CausalAttention(nn.Module):
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
     def forward(self, query_SBhK: Tensor, key_SBgK: Tensor, value_SBgK: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Tensor:
-        """Returns [S, B, h·K]. The mask is always causal; what attention_mask says is not read."""
+        """Returns [S, B, h·K]. The mask is always causal; what attention_mask says is not read.
+
+        Where keys of earlier tokens are cached there is one query, which sees them all.
+        """
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBhK, key_SBgK, value_SBgK))
         grouped = query.shape[1] != key.shape[1]
-        context_BhSK = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped)
+        causal = query.shape[2] == key.shape[2]
+        context_BhSK = F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=self.softmax_scale, enable_gqa=grouped)
         return context_BhSK.permute(2, 0, 1, 3).flatten(2)
 
 

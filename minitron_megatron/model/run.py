@@ -45,12 +45,14 @@ def forward_only(
     consume: Callable[[Tensor, Batch], Any] | None = None,
     before: BeforeChunk | None = None,
     after: Callable[[Batch], None] | None = None,
+    arguments: Callable[[Batch], dict[str, Any]] | None = None,
 ) -> list[Any]:
     """Sends every micro-batch through the pipeline; what consume makes of the final hidden states, in order, on the last stage.
 
     consume: (hidden [S, B, D], batch) → anything; default: the hidden states. before, after: called for every micro-batch that goes
-    through a chunk of this process. Ranks that share experts with ranks of more micro-batches, and interleaved schedules, run batches of
-    sample id −1 behind their own, for which consume is not called. Returns an empty list on the other stages.
+    through a chunk of this process. arguments: more of the chunk's forward, for a micro-batch (generation's cache).
+    Ranks that share experts with ranks of more micro-batches, and interleaved schedules, run batches of sample id −1 behind their own, for
+    which neither consume nor arguments is called. Returns an empty list on the other stages.
     """
     whole = same_number_of_passes(batches, model.layout, next(model.parameters()).device)
     whole = [*whole, *(filler(batch) for batch in whole[-1:] * _missing(model, len(whole)))]
@@ -59,7 +61,8 @@ def forward_only(
         number, position, batch = next(iterator)
         if before:
             before(number, batch)
-        hidden = chunk(batch.tokens_BS, batch.position_ids_BS, None)
+        more = arguments(batch) if arguments and position < len(batches) else {}
+        hidden = chunk(batch.tokens_BS, batch.position_ids_BS, None, **more)
         if after:
             after(batch)
         if position >= len(batches):

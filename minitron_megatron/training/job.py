@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from minitron_megatron.config.distill import TrainingRun
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.data.batches import TokenDataset
 from minitron_megatron.data.samples import evaluation_windows
-from minitron_megatron.data.shared import shared_samples
+from minitron_megatron.data.shared import training_text
 from minitron_megatron.errors import RecipeError, TrainingError
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.gpt import StageModel
@@ -76,12 +76,20 @@ class Job:
         """Of the whole run, those that are consumed already included."""
         return before.samples + (self.settings.steps - before.step) * self.settings.global_batch
 
-    def texts(self, data: Artifact, before: Progress) -> Texts:
-        """Packed samples of the training text, and windows of the held-out one."""
-        length, cache = self.settings.sequence_length, self.folder / "cache"
-        samples, seed = self.samples(before), self.settings.seed
-        training = shared_samples(self.world, data.path / "train", samples=samples, sequence_length=length, seed=seed, cache=cache)
-        return training, evaluation_windows(data.path / "heldout", sequence_length=length, tokens=self.settings.validation_samples * length)
+    def texts(self, inputs: Mapping[str, Artifact], before: Progress, *, mask_boundaries: bool) -> Texts:
+        """Samples of what training_text finds in the inputs, and windows of the held-out text."""
+        length = self.settings.sequence_length
+        training = training_text(
+            self.world,
+            inputs,
+            samples=self.samples(before),
+            sequence_length=length,
+            seed=self.settings.seed,
+            cache=self.folder / "cache",
+            mask_boundaries=mask_boundaries,
+        )
+        heldout = inputs["data"].path / "heldout"
+        return training, evaluation_windows(heldout, sequence_length=length, tokens=self.settings.validation_samples * length)
 
     def student(self, arch: Architecture, checkpoint: Path, *teachers: Architecture) -> StageModel:
         """The model that is trained, filled from a checkpoint; its layers are dealt out with the teachers' work in mind."""

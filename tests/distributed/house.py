@@ -70,7 +70,7 @@ def build_house(runs: Path, source: Architecture = SOURCE) -> None:
     (folder / "data").mkdir()
     write_corpus(folder / "data" / "train", documents=60, seed=1)
     write_corpus(folder / "data" / "heldout", documents=6, seed=2)
-    put_manifest(folder, "data", {"parts": {"train": {"sha256": "train-1"}, "heldout": {"sha256": "heldout-1"}}})
+    put_manifest(folder, "data", {"parts": {"train": {"sha256": "train-1"}, "heldout": {"sha256": "heldout-1"}}, "eod": 0, "vocab_size": VOCAB})
 
 
 def put_manifest(folder: Path, stage: str, result: dict[str, Any]) -> None:

@@ -115,17 +115,25 @@ def whole(pool: Pool, furnished: Path, tmp_path_factory: pytest.TempPathFactory)
     return run
 
 
-@pytest.mark.parametrize("stage", ["correct", "finetune"])
-def test_twenty_steps_without_a_teacher_agree_in_every_layout(whole: Whole, measured: Record, stage: str) -> None:
-    """As those of a distillation do: 1e-4, where another sample would be 1e-1."""
-    one = [record for record in records(whole(stage, ONE), stage) if record["step"]]
+@pytest.mark.parametrize(
+    ("stage", "parallel"),
+    [
+        ("correct", PP2),
+        ("finetune", DP2),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("correct", TP2_SP), ("correct", DP2), ("finetune", TP2_SP), ("finetune", PP2))),
+    ],
+    ids=name_of,
+)
+def test_twenty_steps_without_a_teacher_agree_in_every_layout(whole: Whole, measured: Record, stage: str, parallel: Parallel) -> None:
+    """The first step to 1e-5. Later ones drift by what Adam makes of rounding: 1e-4 in a correction, as in a distillation, 1e-3 in a fine-tuning,
+    where a third of the tokens count; another sample would be 1e-1."""
+    one, found = ([record for record in records(whole(stage, layout), stage) if record["step"]] for layout in (ONE, parallel))
     assert one[-1]["validation"]["cross_entropy"] < 0.95 * records(whole(stage, ONE), stage)[0]["validation"]["cross_entropy"]  # it learns
-    assert all(record["loss"] == record["cross_entropy"] and "forward_kl" not in record for record in one)
-    for parallel in (TP2_SP, PP2, DP2):
-        found = [record for record in records(whole(stage, parallel), stage) if record["step"]]
-        for name in ("loss", "gradient_norm", "learning_rate"):
-            difference = max(relative_difference(a[name], b[name]) for a, b in zip(found, one, strict=True))
-            assert measured(f"20 steps of {stage}: {name}", layout_name(parallel), difference) <= 1e-4
+    assert all(record["loss"] == record["cross_entropy"] and "forward_kl" not in record for record in found)
+    for name in ("loss", "gradient_norm", "learning_rate"):
+        differences = [relative_difference(a[name], b[name]) for a, b in zip(found, one, strict=True)]
+        assert differences[0] <= 1e-5
+        assert measured(f"20 steps of {stage}: {name}", layout_name(parallel), max(differences)) <= {"correct": 1e-4, "finetune": 1e-3}[stage]
 
 
 @pytest.mark.parametrize(

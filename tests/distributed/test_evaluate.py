@@ -15,8 +15,9 @@ from minitron_megatron.checkpoint.sharded import load_model
 from minitron_megatron.config.parallel import Parallel
 from minitron_megatron.evaluate import compare as comparison
 from minitron_megatron.evaluate import scoring
-from minitron_megatron.evaluate.scoring import Request, greedy_continuation, loglikelihoods
+from minitron_megatron.evaluate.scoring import Request, loglikelihoods
 from minitron_megatron.model.build import build_model
+from minitron_megatron.model.generate import generate
 from minitron_megatron.parallel.layout import global_layout
 from minitron_megatron.parallel.world import World
 
@@ -69,7 +70,7 @@ def continue_greedily(world: World, parallel: Parallel, arch: Architecture, fold
     layout = global_layout(parallel, world)
     model = build_model(arch, layout, world.platform, torch.float32, variable_lengths=True)
     load_model(model, folder)
-    return [greedy_continuation(model, PROMPT, tokens=TOKENS, eod=eod) for eod in stops]
+    return [generate(model, torch.tensor([PROMPT]), new_tokens=TOKENS, eod=eod)[0] for eod in stops]
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +131,9 @@ def naive_continuation(plain: PlainModel, prompt: list[int], tokens: int, *, eod
     while len(sequence) < len(prompt) + tokens:
         with torch.no_grad():
             chosen = int(plain.logits(torch.tensor([sequence]))[0, -1].argmax())
+        sequence.append(chosen)
         if chosen == eod:
             break
-        sequence.append(chosen)
     return sequence[len(prompt) :]
 
 

@@ -48,7 +48,9 @@ SECOND = LLAMA.resized(layers=7, hidden=20, ffn=72)
 """Of another family of sizes than the first teacher and the student; their vocabulary."""
 SHARES = (0.75, 0.5)
 LOSS = {"forward_kl": 0.7, "cross_entropy": 0.4}
-LAYOUTS = [ONE, TP2_SP, PP2, DP2, with_teacher(PP2, TeacherParallel(tensor=2, sequence=True)), with_teacher(TP2_SP, TeacherParallel(pipeline=2))]
+APART = with_teacher(PP2, TeacherParallel(tensor=2, sequence=True))
+CASES = [(teachers, parallel) for teachers in (2, 0) for parallel in (TP2_SP, PP2, DP2)] + [(2, APART)]
+SLOW = [(teachers, parallel) for teachers in (2, 0) for parallel in (ONE, TP2_PP2)] + [(2, with_teacher(TP2_SP, TeacherParallel(pipeline=2)))]
 
 
 class Sums(dict[str, float]):
@@ -105,14 +107,11 @@ def plain(pair: Pair, teachers: dict[str, float], loss: dict[str, float]) -> tup
     return {"forward_kl": kl.item(), "cross_entropy": ce.item(), "tokens": float(count)}, gradients
 
 
-@pytest.mark.parametrize("parallel", [*LAYOUTS, pytest.param(TP2_PP2, marks=pytest.mark.slow)], ids=name_of)
-@pytest.mark.parametrize("teachers", [2, 0])
+@pytest.mark.parametrize(("teachers", "parallel"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)], ids=name_of)
 def test_loss_and_gradients_are_those_of_plain_torch_whatever_the_number_of_teachers(
     pool: Pool, pair: Pair, tmp_path: Path, measured: Record, parallel: Parallel, teachers: int
 ) -> None:
     """fp32 against fp64: 1e-6 for sums, 1e-5 for gradients, as with one teacher."""
-    if teachers == 0 and not isinstance(parallel.teacher, str):
-        pytest.skip("no teacher, no layout of its own")
     shares = dict(zip(("teacher", "second"), SHARES, strict=True)) if teachers else {}
     expected, gradients = plain(pair, shares, LOSS if teachers else {"cross_entropy": 1.0})
     found = pool.run(of_two if teachers else of_none, parallel, pair, tmp_path / "gradients", processes=parallel.processes)
@@ -149,8 +148,11 @@ def replaced(world: World, parallel: Parallel, before: Path, after: Path, tied: 
     return first, logits(changing), logits(load(after))
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("parallel", [ONE, with_teacher(PP2, TeacherParallel(tensor=2)), TP2_SP], ids=name_of)
+@pytest.mark.parametrize(
+    ("parallel", "tied"),
+    [(APART, False), (TP2_SP, True), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((APART, True), (TP2_SP, False), (ONE, True)))],
+    ids=name_of,
+)
 def test_a_teacher_with_replaced_weights_is_the_teacher_that_is_loaded_with_them(pool: Pool, tmp_path: Path, parallel: Parallel, tied: bool) -> None:
     """The output weight too, where it is a tensor of its own on the student's last stage and where it is the embedding: the same bits."""
     arch = (QWEN2_TIED if tied else LLAMA).resized(hidden=32)

@@ -25,8 +25,8 @@ from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.checkpoint.sharded import load_model
 from minitron_megatron.config.parallel import Parallel
 from minitron_megatron.data.batches import collate
-from minitron_megatron.evaluate.compare import real_logits
 from minitron_megatron.model.build import build_model
+from minitron_megatron.model.logits import real_logits
 from minitron_megatron.model.run import forward_only
 from minitron_megatron.parallel.layout import destroy_layout, global_layout
 from minitron_megatron.parallel.world import distributed_world

@@ -8,6 +8,7 @@ from minitron_megatron.config.checks.layout import layout_problems, list_problem
 from minitron_megatron.config.checks.losses import vocabulary_problems
 from minitron_megatron.config.checks.target import target_architecture
 from minitron_megatron.config.checks.teachers import first_teacher, models_problems, stage_problems
+from minitron_megatron.config.checks.text import text_problems
 from minitron_megatron.config.checks.training import batch_problems, hidden_problems, training_problems
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.errors import RecipeError
@@ -32,6 +33,7 @@ def check_recipe(recipe: Recipe, source: Architecture) -> Architecture:
     problems += stage_problems(recipe) + models_problems(recipe, source)
     problems += _length_problems(recipe, source)
     problems += batch_problems(recipe) + vocabulary_problems(recipe.distill, source)
+    problems += text_problems(recipe, source)
     if recipe.prune.scores_file and recipe.prune.scores != "activation":
         problems.append(f"prune.scores_file holds activation scores, but prune.scores={recipe.prune.scores}; leave one of them out")
     problems += criteria_problems(recipe.prune, source)

@@ -20,9 +20,7 @@ def stage_problems(recipe: Recipe) -> list[str]:
         problems.append(f"correct: corrects the source, which is none of teachers.models; add {{path: {SOURCE}}} there, or leave correct out")
     hidden = recipe.distill.hidden
     if recipe.teachers and not recipe.teachers.models[0].is_source and hidden and hidden.pairs == "kept":
-        problems.append(
-            "distill.hidden.pairs=kept goes by the layers that were cut out of the source, but the first of teachers.models is another one"
-        )
+        problems.append("distill.hidden.pairs=kept goes by the layers that were cut out of the source, but the first of teachers.models is another")
     return problems
 
 
@@ -51,7 +49,7 @@ def _model_problems(recipe: Recipe, model: TeacherModel, source: Architecture) -
     whose, problems = f"the teacher {model.path}", []
     if arch.vocab != source.vocab:
         problems.append(
-            f"teachers.models: {model.path} has a vocabulary of {arch.vocab}, the source's is {source.vocab}; teachers share the source's"
+            f"teachers.models: {model.path} has a vocabulary of {arch.vocab}, not the source's of {source.vocab}; name one that shares it"
         )
     limit = min(arch.max_positions, arch.attention_window or arch.max_positions)
     if recipe.distill.sequence_length > limit:

@@ -73,7 +73,7 @@ def _encode(chat: Chat, tokenizer: Tokenizer, folder: Path) -> Any:
     from minitron_megatron.data.index import encode_files, token_dtype
 
     template = load_template(chat.template, tokenizer.path, chat.template_arguments)
-    encoder = ChatEncoder(tokenizer, template, token_dtype(tokenizer))
+    encoder = ChatEncoder(tokenizer, template, token_dtype(tokenizer.vocab_size))
     return encode_files(expand_chats(chat.train), lambda file: conversations(file, chat.messages_field), encoder, folder, workers=chat.workers)
 
 

@@ -56,7 +56,9 @@ def test_every_verb_refuses_a_recipe_that_is_not_there(verb: str, project: Any, 
 def test_an_unknown_family_is_refused_with_the_list(verb: str, project: Any, minitron: Run) -> None:
     edit_config(project, model_type="gpt_neox")
     assert_one_line(
-        minitron(verb, project.recipe), "unknown model family 'gpt_neox'; known families: llama, mistral, mixtral, qwen2, qwen3, qwen3_moe", project
+        minitron(verb, project.recipe),
+        "unknown model family 'gpt_neox'; known families: llama, mistral, mixtral, nemotron, qwen2, qwen3, qwen3_moe",
+        project,
     )
 
 

@@ -1,0 +1,23 @@
+"""What chats and the teacher's own text have to agree on with the model and with the samples that hold them."""
+
+from __future__ import annotations
+
+from minitron_megatron.arch.architecture import Architecture
+from minitron_megatron.config.schema import Recipe
+
+
+def text_problems(recipe: Recipe, source: Architecture) -> list[str]:
+    problems = []
+    limit = min(source.max_positions, source.attention_window or source.max_positions)
+    if recipe.labels:
+        length = recipe.labels.prompt_tokens + recipe.labels.new_tokens
+        if length > limit:
+            problems.append(f"labels.prompt_tokens + labels.new_tokens = {length} is beyond the model's {limit} positions; at most {limit}")
+        if length > recipe.distill.sequence_length + 1:
+            problems.append(
+                f"labels.prompt_tokens + labels.new_tokens = {length} does not fit into a sample of distill.sequence_length + 1 = "
+                f"{recipe.distill.sequence_length + 1} tokens; raise the one or shorten the others"
+            )
+    if recipe.chat and recipe.chat.sequence_length > limit:
+        problems.append(f"chat.sequence_length={recipe.chat.sequence_length} is beyond the model's {limit} positions; at most {limit}")
+    return problems

@@ -1,0 +1,1 @@
+"""Text that the teacher writes for the student to learn."""

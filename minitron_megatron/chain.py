@@ -88,7 +88,10 @@ STAGES = {
         Stage(
             "report",
             "report.stage",
-            ("import", "data", "importance", "depth", "search", "prune", "teachers", "correct", "distill", "finetune", "evaluate", "export"),
+            (
+                *("import", "data", "chat", "importance", "depth", "teachers", "correct", "labels", "search", "prune"),
+                *("distill", "finetune", "evaluate", "export"),
+            ),
             (),
             False,
         ),

@@ -17,6 +17,7 @@ from minitron_megatron.arch.architecture import (
     parameters_by_part,
 )
 from minitron_megatron.config.checks.target import rounded_target
+from minitron_megatron.config.checks.teachers import teacher_architectures
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.config.search import Search
 from minitron_megatron.parallel.split import distillation_work, hidden_state_work, layer_works, split_layers
@@ -46,8 +47,11 @@ def show_recipe(recipe: Recipe, source: Architecture, target: Architecture, cons
     if stages > 1:
         works = {
             "importance": (source, hidden_state_work(source)),
-            "distill": (target, distillation_work(target, source)),
+            "correct": (source, distillation_work(source)),
+            "distill": (target, distillation_work(target, *teacher_architectures(recipe, source))),
+            "finetune": (target, distillation_work(target)),
         }
+        works = {stage: work for stage, work in works.items() if getattr(recipe, stage)}
         splits = ", ".join(
             f"{stage} {' + '.join(map(str, split_layers(arch.layers, stages, rule, ends, layer_works(arch))))}"
             for stage, (arch, ends) in works.items()

@@ -241,6 +241,32 @@ def short_training(subject: Subject) -> Finding | None:
     )
 
 
+def few_teacher_classes(subject: Subject) -> Finding | None:
+    top_k = subject.recipe.distill.top_k
+    if top_k is None or top_k > 100:
+        return None
+    return Finding(
+        "serious",
+        f"distill.top_k={top_k}",
+        "with 100 of the teacher's tokens or fewer the student is worse",
+        "P1 section 4",
+        "leave distill.top_k out, or take 512 and more",
+    )
+
+
+def uncorrected_teacher(subject: Subject) -> Finding | None:
+    of_others = subject.source.family_name != "nemotron" and parameter_count(subject.source) >= LARGE
+    if subject.recipe.correct is not None or not of_others or subject.step.before:
+        return None
+    return Finding(
+        "advice",
+        "the teacher is not fine-tuned on the distillation data",
+        "where that is not the data it was trained on, correction lowers the student's validation loss by more than 6 %",
+        "P2 section 2.1",
+        "add a section correct: {source_peak: …}",
+    )
+
+
 RULES: tuple[Rule, ...] = (
     too_much_at_once,
     width_scored_otherwise,
@@ -257,6 +283,8 @@ RULES: tuple[Rule, ...] = (
     short_samples,
     learning_rate_too_high,
     short_training,
+    few_teacher_classes,
+    uncorrected_teacher,
 )
 
 

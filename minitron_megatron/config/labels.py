@@ -14,7 +14,7 @@ class Labels(Section):
 
     samples: int = Field(1024, ge=1, description="texts to write; each begins with another sample of the training text")
     prompt_tokens: int = Field(64, ge=1, description="tokens of the training text that each begins with; they do not count in the loss")
-    new_tokens: int = Field(64, ge=1, description="tokens that the teacher adds, fewer where it ends the text; the cost grows with their square")
+    new_tokens: int = Field(64, ge=1, description="tokens that the teacher adds, fewer where it ends the text; one short forward pass each")
     temperature: float = Field(0.0, ge=0, description="0: the most likely token each time; else sampled from softmax(logits / temperature)")
     top_p: float = Field(1.0, gt=0, le=1, description="sampled among the most likely tokens that together have this probability")
     seed: int = Field(1234, ge=0, description="order of the training samples, and the draws of each")

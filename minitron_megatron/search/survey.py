@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from minitron_megatron.arch.architecture import Architecture, kv_cache_bytes_per_token, nonembedding_parameter_count, parameter_count
 from minitron_megatron.config.checks.layout import layout_problems
 from minitron_megatron.config.checks.target import target_architecture
-from minitron_megatron.config.checks.teachers import first_teacher
+from minitron_megatron.config.checks.teachers import teacher_architectures
 from minitron_megatron.config.checks.training import hidden_problems
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.config.search import BYTES_OF, MemoryBudget, Search
@@ -114,7 +114,7 @@ def survey(recipe: Recipe, search: Search, source: Architecture, latency: Latenc
     everything = enumerate_space(search.space, source)
     budgets = budgets_of(search, latency)
     candidates = [_judged(arch, source, budgets) for arch in everything.architectures]
-    teacher = first_teacher(recipe, source)
+    teacher = teacher_architectures(recipe, source)[0]
     candidates = [replace(item, reason=_obstacle(recipe, search, source, item.arch, teacher)) if not item.misses else item for item in candidates]
     return Survey(source, budgets, candidates, everything.impossible)
 

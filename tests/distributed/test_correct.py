@@ -16,6 +16,7 @@ from minitron_megatron.chain import STAGES, stage_settings
 from minitron_megatron.checkpoint.torch_dist import MegatronSource, weights_digest
 from minitron_megatron.config.chat import Chat
 from minitron_megatron.config.correct import Correct
+from minitron_megatron.config.distill import Training
 from minitron_megatron.config.finetune import Finetune
 from minitron_megatron.config.parallel import Parallel
 from minitron_megatron.config.schema import Recipe
@@ -231,6 +232,17 @@ def test_a_distillation_beside_its_teachers_correction_takes_up_what_is_publishe
     assert marked == ids[:2]  # the newest checkpoint, of step 8, continues with the second
     pool.run(publish_stage, "distill", again, processes=2)
     assert identical("a distillation beside its teacher's correction, interrupted", "pp2", bits(broken, "distill") == bits(runs, "distill"))
+
+
+@pytest.mark.slow
+def test_what_is_published_behind_the_last_step_is_the_corrected_model(pool: Pool, furnished: Path, tmp_path: Path) -> None:
+    """Also while a checkpoint is written beside it and the last step's weights are still coming in (overlap_param_gather)."""
+    runs = copy_of(furnished, tmp_path / "runs")
+    training = Training(overlap_grad_reduce=True, overlap_param_gather=True, asynchronous_checkpoints=True)
+    pool.run(publish_stage, "correct", recipe_with(runs, DP2, beside=True).model_copy(update={"training": training}), processes=2)
+    before, last = sorted((runs / "tiny" / "corrected").iterdir())
+    digests = [weights_digest(MegatronSource(folder / "checkpoint", SOURCE)) for folder in (before, last)]
+    assert digests[1] == digest(runs, "correct") != digests[0]
 
 
 def distil_and_tell(world: World, recipe: Recipe) -> str:

@@ -22,7 +22,7 @@ from minitron_megatron.config.schema import Recipe
 from minitron_megatron.data.batches import FILLING, collate
 from minitron_megatron.data.samples import packed_samples
 from minitron_megatron.evaluate import compare as comparison
-from minitron_megatron.evaluate import scoring
+from minitron_megatron.model import scoring
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.experts import same_number_of_passes
 from minitron_megatron.parallel.layout import global_layout

@@ -10,7 +10,7 @@ from minitron_megatron.config.checks.layout import layout_problems, list_problem
 from minitron_megatron.config.checks.losses import vocabulary_problems
 from minitron_megatron.config.checks.search import search_problems
 from minitron_megatron.config.checks.target import target_architecture
-from minitron_megatron.config.checks.teachers import first_teacher, models_problems, stage_problems
+from minitron_megatron.config.checks.teachers import models_problems, stage_problems, teacher_architectures
 from minitron_megatron.config.checks.text import text_problems
 from minitron_megatron.config.checks.training import batch_problems, hidden_problems, training_problems
 from minitron_megatron.config.schema import Recipe
@@ -57,7 +57,7 @@ def _target_problems(recipe: Recipe, source: Architecture) -> tuple[list[str], A
         target = target_architecture(recipe, source)
     except RecipeError as error:
         return list(error.problems), source
-    return hidden_problems(recipe, first_teacher(recipe, source), target) + depth_problems(recipe, source, target), target
+    return hidden_problems(recipe, teacher_architectures(recipe, source)[0], target) + depth_problems(recipe, source, target), target
 
 
 def _length_problems(recipe: Recipe, arch: Architecture) -> list[str]:

@@ -24,15 +24,17 @@ def stage_problems(recipe: Recipe) -> list[str]:
     return problems
 
 
-def first_teacher(recipe: Recipe, source: Architecture) -> Architecture:
-    """The one whose hidden states are compared; the source where the recipe's own cannot be read, which is a problem of its own."""
-    first = recipe.teachers.models[0] if recipe.teachers else None
-    if first is None or first.is_source:
-        return source
+def teacher_architectures(recipe: Recipe, source: Architecture) -> list[Architecture]:
+    """Of the recipe's teachers in order; the source's in the place of one that cannot be read, which models_problems tells."""
+    models = recipe.teachers.models if recipe.teachers else []
+    return [source if model.is_source else _readable(model) or source for model in models] or [source]
+
+
+def _readable(model: TeacherModel) -> Architecture | None:
     try:
-        return source_architecture(first.path, first.hf_config)
+        return source_architecture(model.path, model.hf_config)
     except MinitronError:
-        return source
+        return None
 
 
 def models_problems(recipe: Recipe, source: Architecture) -> list[str]:

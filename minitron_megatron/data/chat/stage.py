@@ -40,7 +40,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path) -> dict[st
     chat = chat_section(recipe)
     tokenizer = model_tokenizer(recipe, inputs["import"])
     _require_space(chat, tokenizer, folder)
-    blocks = _encode(chat, tokenizer, folder / "blocks")
+    blocks = _encode(chat, tokenizer, folder / "blocks" / "conversations")
     parts = split_and_merge(
         blocks, folder, heldout_documents=chat.heldout_conversations, setting="chat.heldout_conversations", what="conversation(s)"
     )

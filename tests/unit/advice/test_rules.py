@@ -40,9 +40,10 @@ def subject(target: dict[str, int] | None = None, step: dict[str, Any] | None = 
         "importance": {"samples": 1024, "sequence_length": 8192},
         "prune": {"target": sizes},
         "distill": {"steps": 10_000, "sequence_length": 8192, "global_batch": 1152},
+        "correct": {"steps": 10_000, "sequence_length": 8192, "global_batch": 1152, "source_peak": 3e-4},
     }
     for name, section in sections.items():
-        values[name] = {**values[name], **section}
+        values[name] = None if section is None else {**values[name], **section}
     return Subject(Step(Recipe.model_validate(values), **(step or {})), source, source.resized(**sizes))
 
 
@@ -62,6 +63,8 @@ FIRING = {
     rules.short_samples: subject(importance={"sequence_length": 512}),
     rules.learning_rate_too_high: subject(distill={"learning_rate": {"peak": 1e-3}}),
     rules.short_training: subject(distill={"steps": 100}),
+    rules.few_teacher_classes: subject(distill={"top_k": 64}),
+    rules.uncorrected_teacher: subject(correct=None),
 }
 
 

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from pydantic import ValidationError
 
 from minitron_megatron.artifact import Artifact
 from minitron_megatron.chain import STAGES, refuse_foreign_inputs, run_id, stage_id, stage_inputs, stage_settings
 from minitron_megatron.config.distill import Distill
+from minitron_megatron.config.evaluate import Evaluate
 from minitron_megatron.config.importance import Importance
 from minitron_megatron.config.parallel import Parallel
 from minitron_megatron.config.prune import Prune, Target
@@ -110,4 +112,21 @@ def test_fields_that_the_table_names_exist() -> None:
 def stage_fields(section: str) -> set[str]:
     """A section that a recipe may lack is one of a union."""
     annotation = Recipe.model_fields[section].annotation
-    return {name for kind in (annotation, *get_args(annotation)) for name in getattr(kind, "model_fields", {})}
+    kinds = [annotation, *get_args(annotation)]  # a section that a recipe need not have is one or None
+    return {name for kind in kinds for name in getattr(kind, "model_fields", {})}
+
+
+@pytest.mark.parametrize(
+    ("models", "read"),
+    [("all", {"prune", "distill"}), (["pruned", "teacher"], {"prune"}), (["teacher", "distilled"], {"prune", "distill"})],
+)
+def test_evaluation_reads_only_the_models_that_it_is_asked_for(models: object, read: set[str]) -> None:
+    recipe = recipe_of().model_copy(update={"evaluate": Evaluate.model_validate({"models": models})})
+    assert set(stage_inputs(STAGES["evaluate"], recipe)) == {"import", "data"} | read
+    assert recipe.evaluate.names[0] == "teacher"  # what the others are compared with, in whatever order it was written
+
+
+@pytest.mark.parametrize("models", ["pruned", ["teacher"], ["pruned", "distilled"], ["teacher", "purned"], []])
+def test_models_to_evaluate_are_the_teacher_and_another(models: object) -> None:
+    with pytest.raises(ValidationError, match="input should be all, or a list of teacher and others"):
+        Evaluate.model_validate({"models": models})

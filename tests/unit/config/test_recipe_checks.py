@@ -146,6 +146,7 @@ def test_each_mistake_is_told_with_its_mend(override: str, problems: Callable[..
 
 EXPERT_CASES = {
     "prune.target.experts=7": ["prune.target.experts=7 is larger than the source's 6"],
+    "export.format=nemo": ["export.format=nemo: .nemo archives of mixtral, which has experts, are not written; set export.format=huggingface"],
     "prune.target.experts=1": ["prune.target.experts=1 is less than the 2 that each token is sent to; at least 2"],
     "prune.target={ffn: 20, hidden: 47}": [
         "prune.target.hidden=47 is not a multiple of 8, and transformers would not run such experts; nearest: 40, 48",

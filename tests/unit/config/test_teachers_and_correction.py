@@ -20,7 +20,7 @@ Recipes = Callable[..., Path]
 MODEL = Architecture("llama", 6, 48, 12, 4, 8, 60, 131, True, 128, 1e-6, 10000.0)
 CORRECT = {"steps": 200, "sequence_length": 32, "global_batch": 4, "source_peak": 6e-5, "learning_rate": {"minimum": 1e-6}}
 FINETUNE = {"steps": 200, "sequence_length": 32, "global_batch": 4}
-CHAT = {"train": ["chats/*.jsonl"]}
+CHAT = {"train": ["chats/*.jsonl"], "sequence_length": 32}
 
 
 @pytest.fixture

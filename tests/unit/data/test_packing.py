@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from minitron_megatron.data.answers import WithoutBoundaries, answer_samples, heldout_answers, pack_answers
+from minitron_megatron.artifact import Artifact, write_json
+from minitron_megatron.data.answers import AnswerDataset, WithoutBoundaries, answer_samples, heldout_answers, pack_answers
 from minitron_megatron.data.batches import collate
 from minitron_megatron.data.encode import EncodedBlock
 from minitron_megatron.data.index import write_block
 from minitron_megatron.data.packing import pack
+from minitron_megatron.data.shared import training_text
+from minitron_megatron.parallel.world import World
+from minitron_megatron.platform import activate
 
 RULES = ("best_fit", "sequential")
 
@@ -98,6 +104,24 @@ def test_each_epoch_has_every_sample_once_in_an_order_of_its_own(texts: Path) ->
     assert [tuple(again[n].tolist()) for n in range(3)] == epochs[0]  # whatever the number of samples that is asked for
     with pytest.raises(IndexError):
         dataset[12]
+
+
+def test_labels_take_the_place_of_the_training_text_and_boundaries_are_masked_in_either(texts: Path, tmp_path: Path) -> None:
+    (tmp_path / "labels").mkdir()
+    for file in tmp_path.glob("train*"):
+        shutil.copy(file, tmp_path / "labels" / file.name)
+    write_json(tmp_path / "result.json", {"eod": 21})
+    data, labels = Artifact(tmp_path, {"id": "d"}), Artifact(tmp_path / "labels", {"id": "l"})
+    asked: dict[str, Any] = {"samples": 2, "sequence_length": 7, "seed": 1, "cache": tmp_path / "cache"}
+    world = World(activate("cpu"))
+    plain = training_text(world, {"data": data}, **asked)
+    assert collate(plain, [0, 1]).loss_mask_BS.min() == 1
+    masked = collate(training_text(world, {"data": data}, **asked, mask_boundaries=True), [0, 1])
+    assert torch.equal(masked.loss_mask_BS == 0, masked.tokens_BS == 21) and (masked.tokens_BS == 21).any()
+    written = training_text(world, {"data": data, "labels": labels}, **asked)
+    assert isinstance(written, AnswerDataset)
+    whole = collate(written, [0, 1]).loss_mask_BS
+    assert torch.equal(whole, collate(answer_samples(texts, samples=2, sequence_length=7, seed=1), [0, 1]).loss_mask_BS)
 
 
 class Plain:

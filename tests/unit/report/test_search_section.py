@@ -40,7 +40,7 @@ def test_the_candidates_are_drawn_and_listed_with_errors_and_verdicts(recipe: Re
     folder = tmp_path / "search"
     folder.mkdir()
     (folder / "ranking.json").write_text(json.dumps(ranking()))
-    page = page_of(recipe, {**inputs, "search": Artifact(folder, {"id": "s1", "seconds": 1.0, "platform": "cpu"})}, tmp_path)
+    page = page_of(recipe, {**inputs, "search": Artifact(folder, {"id": "s1", "seconds": 1.0, "platform": "cpu", "layout": {}})}, tmp_path)
     section = page[page.index('<section id="search">') : page.index('<section id="cut">')]
     for item in ranking()["candidates"]:
         assert item["name"] in section

@@ -49,7 +49,7 @@ def ranking_of(trials: Sequence[Trial], best_first: Sequence[Trial], *, rank_by:
             {"candidate": b, "reference": a, "step": rounds[-1], **paired(losses[b][rounds[-1]][rank_by], losses[a][rounds[-1]][rank_by])}
             for a, b in combinations(finalists, 2)
         ],
-        "order_changes": _order_changes(losses, finalists, rank_by, first=steps[0], last=rounds[-1]),
+        "order_changes": _order_changes(losses, finalists, rank_by, rounds[-1]),
     }
 
 
@@ -67,8 +67,17 @@ def _told(trial: Trial, losses: Losses, chosen: Losses, *, rank_by: str, is_chos
     }
 
 
-def _order_changes(losses: Mapping[str, Losses], names: Sequence[str], rank_by: str, *, first: int, last: int) -> dict[str, int] | None:
-    """Pairs of candidates whose order at the first step is another one at the last."""
+def _order_changes(losses: Mapping[str, Losses], finalists: Sequence[str], rank_by: str, last: int) -> dict[str, int] | None:
+    """Pairs of candidates whose order right after pruning (or as early as it is known) is another one later.
+
+    Later is the last step that all of them came to; where they came to no other, it is the last round, and the pairs are those of the finalists.
+    """
+    together = set.intersection(*(set(found) for found in losses.values()))
+    first, names = min(together), list(losses)
+    if max(together) > first:
+        last = max(together)
+    else:
+        names = list(finalists)
     if first == last:
         return None
     pairs = list(combinations(names, 2))

@@ -92,3 +92,9 @@ def test_the_picture_holds_every_candidate_with_its_error_bars(trials: list[Tria
 
 def test_the_front_is_what_nothing_beats_in_both() -> None:
     assert pareto_front([(3, 1.0), (1, 3.0), (2, 3.5), (2, 2.0), (4, 1.0)]) == [(1, 3.0), (2, 2.0), (3, 1.0)]
+
+
+def test_changes_of_order_are_counted_over_all_that_came_to_a_later_step(tmp_path: Path) -> None:
+    trials = [_trial(tmp_path, 48, {0: 3.0, 5: 1.0, 9: 0.5}), _trial(tmp_path, 40, {0: 2.0, 5: 2.0}), _trial(tmp_path, 32, {0: 1.0, 5: 3.0})]
+    ranking = ranking_of(trials, trials[:1], rank_by="forward_kl", rounds=[5, 9])
+    assert ranking["order_changes"] == {"from": 0, "to": 5, "pairs": 3, "swapped": 3}

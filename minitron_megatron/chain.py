@@ -160,7 +160,7 @@ def stage_inputs(stage: Stage, recipe: Recipe) -> tuple[str, ...]:
 
 
 def _spared(stage: Stage, recipe: Recipe) -> tuple[str, ...]:
-    if stage.name == "prune" and not recipe.prune.reads_importance:
+    if stage.name in ("search", "prune") and not recipe.prune.reads_importance:
         return ("importance",)
     if stage.name == "depth" and recipe.depth is not None:
         return ("data",) if recipe.depth.reads_importance else ("importance",)

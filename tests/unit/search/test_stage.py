@@ -13,8 +13,9 @@ import yaml
 
 from minitron_megatron.arch.architecture import Architecture, parameter_count
 from minitron_megatron.artifact import Artifact
-from minitron_megatron.chain import STAGES, run_id, stage_id, stage_inputs, stages_of
+from minitron_megatron.chain import STAGES, run_id, stage_id, stage_inputs, stage_settings, stages_of
 from minitron_megatron.config.schema import Recipe
+from minitron_megatron.config.trial import trial_recipe
 from minitron_megatron.prune import stage as prune
 from minitron_megatron.search import stage
 from minitron_megatron.search.jobs import Job
@@ -155,6 +156,21 @@ def test_the_search_is_part_of_the_chain_only_where_it_is_asked_for_and_prune_re
     without = recipe.model_copy(update={"search": None})
     assert "search" not in [item.name for item in stages_of(without)]
     assert stage_inputs(STAGES["prune"], without) == ("import",)
+
+
+def test_candidates_learn_from_the_run_s_own_teachers_on_its_own_labels(recipe: Recipe) -> None:
+    correct = {"steps": 200, "sequence_length": 32, "global_batch": 4, "source_peak": 1e-4, "learning_rate": {}}
+    sections = {"teachers": {"models": [{"path": "source", "weight": 0.5}]}, "correct": correct, "labels": {}}
+    asked = Recipe.model_validate({**recipe.model_dump(), **sections})
+    assert asked.search
+    candidate = Recipe.model_validate(trial_recipe(asked, asked.search, {"ffn": 16}).model_dump(mode="json", exclude_none=True))
+    reads = stage_inputs(STAGES["search"], asked)
+    assert {"teachers", "correct", "labels"} <= set(reads)
+    # a candidate makes its pruned model alone: all else that its two jobs read is the search's, made under the same settings
+    assert {*stage_inputs(STAGES["prune"], candidate), *stage_inputs(STAGES["distill"], candidate)} == {*reads, "prune"}
+    assert [stage_settings(STAGES[name], candidate) for name in reads] == [stage_settings(STAGES[name], asked) for name in reads]
+    weighted = Recipe.model_validate({**asked.model_dump(), "teachers": {"models": [{"path": "source", "weight": 0.7}]}})
+    assert stage_id(STAGES["search"], weighted, {}) != stage_id(STAGES["search"], asked, {})
 
 
 def test_the_long_distillation_s_length_is_no_part_of_a_search_and_its_loss_is(recipe: Recipe) -> None:

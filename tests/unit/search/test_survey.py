@@ -12,8 +12,11 @@ from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.arch.families import FAMILIES
 from minitron_megatron.checkpoint.tensors import tensor_table
 from minitron_megatron.config.checks.recipe import check_recipe
+from minitron_megatron.config.checks.target import target_architecture
+from minitron_megatron.config.prune import Prune
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.errors import RecipeError
+from minitron_megatron.search.space import cut_sizes
 from minitron_megatron.search.survey import Survey, require_survivors, survey
 
 from .conftest import LARGE, SMALL
@@ -111,6 +114,60 @@ def test_the_published_minitron_fits_its_own_budget(recipe_of: Recipes, space: d
     found = found_by(recipe_of(space, parameters=target), source)
     assert source.resized(**published) in [candidate.arch for candidate in found.survivors]
     assert len(found.survivors) < len(found.candidates) / 2
+
+
+def test_shapes_that_alignment_would_change_are_removed_and_the_others_are_what_pruning_makes(recipe_of: Recipes) -> None:
+    plain = recipe_of({"ffn": [16, 24, 32, 48], "heads": [6, 8]}, memory={"gib": 1})
+    recipe = Recipe.model_validate({**plain.model_dump(), "prune": {"align": {"ffn": 16, "heads": 4}}})
+    found = found_by(recipe)
+    assert {(item.arch.ffn, item.arch.heads) for item in found.survivors} == {(16, 8), (32, 8), (48, 8)}
+    assert all("prune.align would round" in item.reason for item in found.candidates if item.arch.ffn == 24)
+    for item in found.survivors:
+        told = Prune.model_validate({**recipe.prune.model_dump(), "target": cut_sizes(item.arch, SMALL)})
+        assert target_architecture(recipe.model_copy(update={"prune": told}), SMALL) == item.arch
+
+
+def test_groups_take_their_heads_along_unless_heads_are_named(recipe_of: Recipes) -> None:
+    alone = found_by(recipe_of({"kv_groups": [1, 2]}, memory={"gib": 1}))
+    assert {(item.arch.kv_groups, item.arch.heads) for item in alone.survivors} == {(1, 4), (2, 8)}
+    named = found_by(recipe_of({"kv_groups": [1, 2], "heads": [2, 8]}, memory={"gib": 1}))
+    assert {(item.arch.kv_groups, item.arch.heads) for item in named.survivors} == {(1, 2), (2, 2), (2, 8)}
+    (left_out,) = [item for item in named.candidates if item.reason]
+    assert "prune.target.heads=8, but 1 key/value groups have 4 in the source" in left_out.reason
+
+
+BESIDE: dict[str, tuple[dict[str, Any], str]] = {
+    "depth": ({"depth": {"sequence_length": 32}}, "depth: how many layers it drops follows from the target, which the search has yet to choose"),
+    "named layers": ({"prune": {"drop_layers": [1]}}, "prune.drop_layers: the search chooses how many layers go"),
+    "a moving teacher": (
+        {"correct": {"steps": 200, "sequence_length": 32, "global_batch": 4, "beside": True, "source_peak": 1e-4, "learning_rate": {}}},
+        "correct.beside: candidates trained at different times would have different teachers",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BESIDE)
+def test_what_candidates_cannot_follow_is_refused_with_the_reason(recipe_of: Recipes, case: str) -> None:
+    sections, problem = BESIDE[case]
+    recipe = Recipe.model_validate({**recipe_of({"ffn": [16]}, parameters=1).model_dump(), **sections})
+    with pytest.raises(RecipeError) as caught:
+        check_recipe(recipe, SMALL)
+    (line,) = caught.value.problems
+    assert line.startswith(problem)
+
+
+def test_a_source_with_ffns_of_different_widths_is_not_searched(recipe_of: Recipes) -> None:
+    with pytest.raises(RecipeError, match="the source's layers have FFNs of different widths"):
+        check_recipe(recipe_of({"hidden": [16]}, parameters=1), SMALL.resized(ffn=[48, 32, 48, 48]))
+
+
+def test_a_mistake_in_a_correction_s_batch_is_told_once_and_not_of_the_candidates(recipe_of: Recipes) -> None:
+    correct = {"steps": 200, "sequence_length": 32, "global_batch": 3, "micro_batch": 2, "source_peak": 1e-4, "learning_rate": {}}
+    recipe = Recipe.model_validate({**recipe_of({"ffn": [16]}, parameters=1).model_dump(), "correct": correct})
+    with pytest.raises(RecipeError) as caught:
+        check_recipe(recipe, SMALL)
+    (line,) = caught.value.problems
+    assert line.startswith("correct.global_batch=3 is not divisible by")
 
 
 PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {

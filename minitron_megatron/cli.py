@@ -181,11 +181,14 @@ def show(recipe: RecipePath, overrides: Overrides = None) -> None:
     from minitron_megatron.config.family import checked_steps
     from minitron_megatron.show import show_recipe, show_search
 
-    console = Console()
-    for step, source, target in checked_steps(_steps(recipe, overrides or [])):
+    console, steps = Console(), _steps(recipe, overrides or [])
+    checked = checked_steps(steps)
+    for step, source, target in checked:
         if step.recipe.search:
             target = show_search(step.recipe, step.recipe.search, source, console)
         show_recipe(step.recipe, source, target, console)
+    for step in steps[len(checked) :]:
+        console.print(f"Step {step.name} goes on from what a search finds; once that is there, step={step.name} shows it.")
 
 
 @app.command(

@@ -95,6 +95,13 @@ def test_show_prints_what_each_budget_removes_from_the_space(project: Any, minit
     assert project.written() == set()
 
 
+def test_show_says_which_steps_of_a_family_wait_for_a_search(project: Any, minitron: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    ran = minitron("show", project.recipe, "prune.target.ffn=null", f"family=[{{name: a, {SEARCH.replace('search=', 'search: ')}}}, {{name: b}}]")
+    assert (ran.code, ran.err) == (0, "") and "Space of 12 candidates" in ran.out
+    assert "Step b goes on from what a search finds; once that is there, step=b shows it." in ran.out
+
+
 def test_a_budget_that_nothing_meets_is_told_before_the_first_stage(project: Any, minitron: Run) -> None:
     ran = minitron("run", project.recipe, "prune.target.ffn=null", SEARCH, "search.parameters=1e9")
     assert ran.code == 2 and "search: none of 12 candidates is left (parameters removes 12); nearest miss: L3-" in ran.err

@@ -57,6 +57,11 @@ class Parallel(Section):
 
     timeout_seconds: int = Field(1800, ge=1, description="longest wait of a process for the others; then the run ends instead of hanging")
 
+    def without_virtual_stages(self) -> Parallel:
+        """For passes whose micro-batches differ in shape, which an interleaved pipeline does not take; a list was for the virtual stages."""
+        rule = self.layers_per_stage if self.virtual == 1 else "cost"
+        return self.model_copy(update={"virtual": 1, "layers_per_stage": rule})
+
     @property
     def processes(self) -> int:
         return self.tensor * self.context * self.pipeline * self.data

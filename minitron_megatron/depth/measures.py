@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minitron_megatron.data.batches import FILLING, Batch, TokenDataset, collate
 from minitron_megatron.model.gpt import StageModel
-from minitron_megatron.model.logits import negative_log_likelihood
+from minitron_megatron.model.likelihood import negative_log_likelihood
 from minitron_megatron.model.run import forward_only
 from minitron_megatron.model.sequence import whole_sequence
 from minitron_megatron.parallel.collectives import sum_over

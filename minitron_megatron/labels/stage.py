@@ -119,10 +119,7 @@ def writing_layout(parallel: Parallel, arch: Architecture) -> Parallel:
 
     Experts under tensor parallelism want their sequence shared out: they keep it, and pay with the whole text at each token.
     """
-    sequence = parallel.sequence and bool(arch.experts)
-    listed = not isinstance(parallel.layers_per_stage, str)
-    rule = "cost" if listed and parallel.virtual > 1 else parallel.layers_per_stage
-    return parallel.model_copy(update={"virtual": 1, "sequence": sequence, "layers_per_stage": rule})
+    return parallel.without_virtual_stages().model_copy(update={"sequence": parallel.sequence and bool(arch.experts)})
 
 
 def _merged(prefixes: list[Path], settings: Labels, folder: Path, layout: str, eod: int) -> dict[str, Any]:

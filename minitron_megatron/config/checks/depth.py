@@ -20,6 +20,8 @@ def depth_problems(recipe: Recipe, source: Architecture, target: Architecture) -
             f"depth.drop={depth.drop} leaves {source.layers - depth.drop} of {source.layers} layers, but the target has {target.layers}; "
             f"set prune.target.layers={source.layers - depth.drop}, or leave depth.drop out"
         )
+    if recipe.prune.drop_layers is not None:
+        problems.append("prune.drop_layers names the layers that section depth would choose; leave one of them out")
     free = source.layers - depth.first_protected - depth.last_protected
     if free < drop:
         problems.append(

@@ -88,3 +88,10 @@ def test_the_stage_is_part_of_the_chain_where_the_recipe_asks_and_reads_what_it_
     assert stage_inputs(STAGES["depth"], influence) == ("import", "importance")
     assert stage_inputs(STAGES["prune"], loss) == ("import", "importance", "depth")
     assert Depth(criterion="logit_error").how == "greedy" and Depth().how == Depth(criterion="task").how == "block"
+
+
+def test_layers_are_named_or_chosen_and_not_both() -> None:
+    recipe = recipe_of({})
+    both = recipe.model_copy(update={"prune": recipe.prune.model_copy(update={"drop_layers": [3, 4]})})
+    with pytest.raises(RecipeError, match=r"prune.drop_layers names the layers that section depth would choose; leave one of them out"):
+        check_recipe(both, SOURCE)

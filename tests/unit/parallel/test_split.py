@@ -7,6 +7,7 @@ from itertools import combinations
 import pytest
 
 from minitron_megatron.arch.architecture import Architecture, layer_cost, output_cost
+from minitron_megatron.config.parallel import Parallel
 from minitron_megatron.errors import LayoutError
 from minitron_megatron.parallel.split import EndWork, distillation_work, hidden_state_work, layer_works, logits_work, split_layers
 
@@ -89,3 +90,10 @@ def test_distillation_counts_the_students_output_three_times_and_the_teachers_on
 def test_more_stages_than_layers_are_refused(rule: str) -> None:
     with pytest.raises(LayoutError, match=r"parallel\.pipeline × parallel\.virtual = 4 is more than the model's 3 layers; at most 3"):
         split_layers(3, 4, rule)
+
+
+def test_a_list_for_virtual_stages_is_none_for_passes_without_them() -> None:
+    virtual = Parallel(pipeline=2, virtual=2, layers_per_stage=[1, 2, 3, 1]).without_virtual_stages()
+    assert (virtual.virtual, virtual.layers_per_stage) == (1, "cost")
+    plain = Parallel(pipeline=2, layers_per_stage=[3, 4])
+    assert plain.without_virtual_stages() == plain

@@ -84,5 +84,12 @@ def _link(source: Path, target: Path) -> None:
     partial = target.with_name(f".{target.name}.adopted")
     for old in (partial, target):
         shutil.rmtree(old, ignore_errors=True)
-    shutil.copytree(source, partial, copy_function=os.link)
+    shutil.copytree(source, partial, copy_function=_link_or_copy)
     partial.rename(target)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without hard links
+        shutil.copy2(source, target)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from minitron_megatron.arch.architecture import Architecture, parameter_count
+from minitron_megatron.config.criteria import AggregatedAxis
 from minitron_megatron.config.family import Step
 from minitron_megatron.config.schema import Recipe
 
@@ -70,9 +71,13 @@ def too_much_at_once(subject: Subject) -> Finding | None:
 
 def width_scored_otherwise(subject: Subject) -> Finding | None:
     prune = subject.recipe.prune
-    if prune.scores == "activation" and (prune.aggregation.batch, prune.aggregation.sequence) == ("l2", "mean"):
+    pairs = {(prune.ranking.of(axis).batch, prune.ranking.of(axis).sequence) for axis in _cut_axes(subject)}
+    others = sorted(pairs - {("l2", "mean")})
+    if prune.scores == "activation" and not others:
         return None
-    how = f"(batch={prune.aggregation.batch}, sequence={prune.aggregation.sequence})" if prune.scores == "activation" else f"{prune.scores} scores"
+    how = (
+        ", ".join(f"(batch={batch}, sequence={sequence})" for batch, sequence in others) if prune.scores == "activation" else f"{prune.scores} scores"
+    )
     return Finding(
         "serious" if prune.scores != "activation" else "advice",
         f"units are ranked by {how}",
@@ -80,6 +85,17 @@ def width_scored_otherwise(subject: Subject) -> Finding | None:
         "P1 Table 11, best practice 2",
         "prune.scores=activation prune.aggregation.batch=l2 prune.aggregation.sequence=mean",
     )
+
+
+def _cut_axes(subject: Subject) -> list[AggregatedAxis]:
+    """Those of which the step keeps a part."""
+    fields: dict[AggregatedAxis, tuple[str, ...]] = {
+        "ffn": ("ffn",),
+        "heads": ("heads", "kv_groups"),
+        "channels": ("hidden",),
+        "experts": ("experts",),
+    }
+    return [axis for axis, sizes in fields.items() if any(getattr(subject.target, size) < getattr(subject.source, size) for size in sizes)]
 
 
 def iterative_importance(subject: Subject) -> Finding | None:

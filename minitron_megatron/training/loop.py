@@ -103,6 +103,7 @@ class TrainingLoop:
         self.teachers.renew()
         checkpoints.save(replace(self.progress, extra=self.student.balances(), teacher=self.teachers.identity), self.student)
         if self.saved:
+            checkpoints.finish()  # megatron's writers of one process share a queue: what saved writes would get the checkpoint's answers
             with whole_parameters(self.student.wrapped):
                 self.saved(self.progress)
 

@@ -251,6 +251,7 @@ def distil_and_tell(world: World, recipe: Recipe) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_resumed_distillation_whose_teacher_is_gone_says_so(pool: Pool, furnished: Path, whole: Whole, tmp_path: Path) -> None:
     runs = copy_of(furnished, tmp_path / "runs")
     shutil.rmtree(runs / "tiny" / "distill")

@@ -95,3 +95,11 @@ def test_the_serious_comes_first_and_each_finding_says_why_and_what_instead() ->
 def test_a_small_model_may_learn_faster() -> None:
     tiny = LLAMA_8B.resized(hidden=576, ffn=1536, layers=30)
     assert rules.learning_rate_too_high(subject({"ffn": 1024}, source=tiny, distill={"learning_rate": {"peak": 1e-3}})) is None
+
+
+def test_an_axis_that_is_cut_is_held_against_the_best_pair_and_another_one_is_not() -> None:
+    variance = {"batch": "variance", "sequence": "variance"}
+    heads, ffn = ({"target": WIDTH, "aggregations": {axis: variance}} for axis in ("heads", "ffn"))
+    assert rules.width_scored_otherwise(subject(prune=heads)) is None  # all heads are kept
+    finding = rules.width_scored_otherwise(subject(prune=ffn))
+    assert finding is not None and "(batch=variance, sequence=variance)" in finding.what

@@ -36,6 +36,10 @@ class Stage:
     """Whether it moves tensors without building a model: on the CPU, and the recipe's precision is none of its business."""
     continues: tuple[str, ...] = ()
     """Fields of those parts that may change between two starts of an unfinished run: its work is found again, under another id."""
+    spares: tuple[str, ...] = ()
+    """Fields of those parts that do not shape its result."""
+    directs: bool = False
+    """Whether it is one process that has others started, as jobs of their own, which compute in the recipe's precision."""
     asked_by: str = ""
     """Section of the recipe without which the stage is no part of the chain; every chain has the others."""
 
@@ -43,6 +47,9 @@ class Stage:
 def _may_change(section: str) -> tuple[str, ...]:
     return tuple(f"{section}.{name}" for name in MAY_CHANGE_IN_A_RUN)
 
+
+MAY_CHANGE_IN_A_SEARCH = tuple(f"search.{name}" for name in ("space", "parameters", "nonembedding_parameters", "tolerance", "shortlist", "pool"))
+"""Which candidates are trained: what one that is trained in both gave is kept."""
 
 STAGES = {
     stage.name: stage
@@ -52,10 +59,21 @@ STAGES = {
         Stage("chat", "data.chat.stage", ("import",), ("chat",), False, asked_by="chat"),
         Stage("importance", "importance.stage", ("import", "data"), ("importance",), True),
         Stage("depth", "depth.stage", ("import", "data", "importance"), ("depth",), True, asked_by="depth"),
-        Stage("prune", "prune.stage", ("import", "importance", "depth"), ("prune",), True, streams=True),
         Stage("teachers", "convert.teachers_stage", ("import",), ("teachers",), False, asked_by="teachers"),
         Stage("correct", "correct.stage", ("import", "data"), ("correct",), True, continues=_may_change("correct"), asked_by="correct"),
         Stage("labels", "labels.stage", ("import", "data", "teachers", "correct"), ("labels",), True, asked_by="labels"),
+        Stage(
+            "search",
+            "search.stage",
+            ("import", "data", "importance", "teachers", "correct", "labels"),
+            ("search", "prune", "distill", "teacher_weights"),
+            False,
+            continues=MAY_CHANGE_IN_A_SEARCH,
+            spares=("prune.target", "distill.steps", "distill.validate_every_steps"),
+            directs=True,
+            asked_by="search",
+        ),
+        Stage("prune", "prune.stage", ("import", "importance", "depth", "search"), ("prune",), True, streams=True),
         Stage(
             "distill",
             "distill.stage",
@@ -70,7 +88,10 @@ STAGES = {
         Stage(
             "report",
             "report.stage",
-            ("import", "data", "chat", "importance", "depth", "prune", "teachers", "correct", "labels", "distill", "finetune", "evaluate", "export"),
+            (
+                *("import", "data", "chat", "importance", "depth", "teachers", "correct", "labels", "search", "prune"),
+                *("distill", "finetune", "evaluate", "export"),
+            ),
             (),
             False,
         ),
@@ -117,7 +138,7 @@ def run_id(stage: Stage, recipe: Recipe, inputs: dict[str, Artifact]) -> str:
 
 
 def _hash(stage: Stage, recipe: Recipe, inputs: dict[str, Artifact], settings: dict[str, Any]) -> str:
-    if stage.distributed and not stage.streams:
+    if stage.directs or (stage.distributed and not stage.streams):
         settings = {**settings, "precision": recipe.precision}
     module = _module(stage)
     outside = module.outside_files(recipe) if hasattr(module, "outside_files") else []
@@ -127,7 +148,8 @@ def _hash(stage: Stage, recipe: Recipe, inputs: dict[str, Artifact], settings: d
 def stage_settings(stage: Stage, recipe: Recipe) -> dict[str, Any]:
     """Of the sections that the recipe has."""
     parts = {section: getattr(recipe, section) for section in stage.sections}
-    return {section: part.shaping() for section, part in parts.items() if part is not None}
+    shaping = {section: part.shaping() for section, part in parts.items() if part is not None}
+    return {section: {name: value for name, value in part.items() if f"{section}.{name}" not in stage.spares} for section, part in shaping.items()}
 
 
 def stage_inputs(stage: Stage, recipe: Recipe) -> tuple[str, ...]:
@@ -138,7 +160,7 @@ def stage_inputs(stage: Stage, recipe: Recipe) -> tuple[str, ...]:
 
 
 def _spared(stage: Stage, recipe: Recipe) -> tuple[str, ...]:
-    if stage.name == "prune" and not recipe.prune.reads_importance:
+    if stage.name in ("search", "prune") and not recipe.prune.reads_importance:
         return ("importance",)
     if stage.name == "depth" and recipe.depth is not None:
         return ("data",) if recipe.depth.reads_importance else ("importance",)
@@ -183,7 +205,7 @@ def run_stage(stage: Stage, recipe: Recipe, recipe_path: str, world: World) -> A
         arguments = (recipe, inputs, partial, *((world,) if stage.distributed else ()))
         result = _module(stage).run(*arguments)
         world.barrier()
-        if not world.is_main:
+        if not world.is_main or result is None:  # None: paused, the next start goes on
             return None
         seconds = round(time.monotonic() - started, 1)
         manifest = _manifest(stage, recipe, inputs, identity, world, seconds)

@@ -80,11 +80,6 @@ STAGE_HELP = {
         "depth.criterion=logit_error prune.target.layers=26",
         " · Part of the chain where the recipe has a section `depth`",
     ),
-    "prune": StageHelp(
-        "Cut the source down to the target architecture, tensor by tensor.",
-        "checkpoint/, plan.json (what is kept), hf_config.json",
-        "prune.target.ffn=768 prune.target.layers=24",
-    ),
     "teachers": StageHelp("Import the teachers that the recipe names beside the source, or in its place.", "N/checkpoint/ for each"),
     "correct": StageHelp(
         "Train the teacher on the distillation data first; with correct.beside=true as a job beside the distillation.",
@@ -95,6 +90,17 @@ STAGE_HELP = {
         "Let the teacher continue training text; distillation then learns what it wrote (needs section `labels`).",
         "train and train-weights .bin and .idx",
         "labels.samples=4096 labels.new_tokens=128",
+    ),
+    "search": StageHelp(
+        "Find the architecture: enumerate a space, filter by budgets, distil a shortlist shortly.",
+        "architecture.json (what prune takes), ranking.json, table.md, pareto.svg, candidates.csv",
+        "search.shortlist=8 search.jobs=2",
+        " · Only where the recipe has a section `search`",
+    ),
+    "prune": StageHelp(
+        "Cut the source down to the target architecture, tensor by tensor.",
+        "checkpoint/, plan.json (what is kept), hf_config.json",
+        "prune.target.ffn=768 prune.target.layers=24",
     ),
     "distill": StageHelp(
         "Train the pruned student to follow the frozen teacher; continues where it was interrupted.",
@@ -173,10 +179,16 @@ def ablate(ablation: AblationPath, overrides: Overrides = None) -> None:
 @app.command("show", help="Print the resolved recipe, both architectures, their parameters, FLOPs and KV-cache size.", rich_help_panel="Look first")
 def show(recipe: RecipePath, overrides: Overrides = None) -> None:
     from minitron_megatron.config.family import checked_steps
-    from minitron_megatron.show import show_recipe
+    from minitron_megatron.show import show_recipe, show_search
 
-    for step, source, target in checked_steps(_steps(recipe, overrides or [])):
-        show_recipe(step.recipe, source, target, Console())
+    console, steps = Console(), _steps(recipe, overrides or [])
+    checked = checked_steps(steps)
+    for step, source, target in checked:
+        if step.recipe.search:
+            target = show_search(step.recipe, step.recipe.search, source, console)
+        show_recipe(step.recipe, source, target, console)
+    for step in steps[len(checked) :]:
+        console.print(f"Step {step.name} goes on from what a search finds; once that is there, step={step.name} shows it.")
 
 
 @app.command(
@@ -189,8 +201,11 @@ def advise_recipe(recipe: RecipePath, overrides: Overrides = None) -> None:
     from minitron_megatron.advice.rules import Subject, advise
     from minitron_megatron.advice.text import told
     from minitron_megatron.config.family import checked_steps
+    from minitron_megatron.search.survey import surviving
 
     for step, source, target in checked_steps(_steps(recipe, overrides or [])):
+        if step.recipe.search:
+            target = surviving(step.recipe, step.recipe.search, source).largest
         print(told(advise(Subject(step, source, target)), step.name))
 
 

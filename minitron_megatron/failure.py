@@ -24,7 +24,7 @@ Kind = Literal["mistake", "defect", "timeout", "lost"]
 """mistake: the user's, one line; defect: anything else of its own; timeout, lost: another process did not answer, or is gone."""
 
 LAUNCHED = "MINITRON_LAUNCHED"
-"""Set by our launcher, which shows errors itself."""
+"""Set by our launcher, which shows errors itself, to its process id."""
 
 PATIENCE_SECONDS = 5.0
 """How long a process that is no cause itself leaves the first word to the others; the launcher ends it as soon as it knows."""

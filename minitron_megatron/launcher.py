@@ -95,7 +95,7 @@ def worker_environment(processes: int, *, streams: bool = False) -> dict[str, st
     """
     threads = max(1, (os.cpu_count() or 1) // processes)
     defaults = {
-        LAUNCHED: "1",
+        LAUNCHED: str(os.getpid()),
         "OMP_NUM_THREADS": str(threads),
         # threads that spin while they wait make matmuls several times slower on a busy machine
         "OMP_WAIT_POLICY": "passive",

@@ -19,8 +19,10 @@ from minitron_megatron.arch.architecture import (
 from minitron_megatron.config.checks.target import rounded_target
 from minitron_megatron.config.checks.teachers import teacher_architectures
 from minitron_megatron.config.schema import Recipe
+from minitron_megatron.config.search import Search
 from minitron_megatron.parallel.split import distillation_work, hidden_state_work, layer_works, split_layers
 from minitron_megatron.results.table import short_count
+from minitron_megatron.search.survey import Survey, surviving
 
 SIZES = (
     ("layers", "layers"),
@@ -60,7 +62,7 @@ def show_recipe(recipe: Recipe, source: Architecture, target: Architecture, cons
 
 def trimming_notes(recipe: Recipe, source: Architecture, target: Architecture) -> list[str]:
     """What the table does not say: sizes that alignment changed, layers that are named, and FFNs of different widths."""
-    notes = [f"Rounded: {note}" for note in rounded_target(recipe.prune, source)[1]]
+    notes = [] if recipe.search else [f"Rounded: {note}" for note in rounded_target(recipe.prune, source)[1]]
     if recipe.prune.drop_layers:
         notes.append(f"Dropped layers: {', '.join(map(str, recipe.prune.drop_layers))}")
     if recipe.prune.ffn_by == "global":
@@ -70,6 +72,32 @@ def trimming_notes(recipe: Recipe, source: Architecture, target: Architecture) -
     if recipe.prune.ffn_by == "global" or target.ffn_per_layer:
         notes.append("Exported to Hugging Face, every layer is as wide as the widest one, filled up with zeros: config.json knows one width")
     return notes
+
+
+def show_search(recipe: Recipe, search: Search, source: Architecture, console: Console) -> Architecture:
+    """Prints the size of the space and what each budget removes; returns the largest survivor. Raises RecipeError where there is none."""
+    found = surviving(recipe, search, source)
+    console.print(search_table(found))
+    if search.latency and search.latency.kind == "measured":
+        console.print("Latency is measured when the search runs, and may remove more.")
+    smallest = min((candidate.arch for candidate in found.survivors), key=parameter_count)
+    console.print(
+        f"{len(found.survivors):,} of {len(found.candidates):,} candidates are left, {parameter_count(smallest):,} to "
+        f"{parameter_count(found.largest):,} parameters. Below, `after` is the largest of them; the search chooses."
+    )
+    return found.largest
+
+
+def search_table(found: Survey) -> Table:
+    """How many candidates each budget misses, and how many it is the first to remove."""
+    table = Table(title=f"Space of {len(found.candidates):,} candidates", title_justify="left")
+    for header, justify in (("budget", "left"), ("limit", "left"), ("outside of it", "right"), ("removed by it first", "right")):
+        table.add_column(header, justify=justify)  # type: ignore[arg-type]  # rich names them by literals
+    if found.impossible:
+        table.add_row("shape", "a model, no larger than the source", f"{found.impossible:,}", "not counted")
+    for name, limit, misses, first in found.removals():
+        table.add_row(name, limit, f"{misses:,}", f"{first:,}")
+    return table
 
 
 def architecture_table(source: Architecture, target: Architecture, sequence_length: int) -> Table:

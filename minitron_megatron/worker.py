@@ -14,10 +14,11 @@ from minitron_megatron.config.checks.recipe import check_recipe
 from minitron_megatron.config.family import load_recipe
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.errors import LayoutError, MinitronError
-from minitron_megatron.failure import tell
+from minitron_megatron.failure import LAUNCHED, tell
 from minitron_megatron.parallel.world import World, distributed_world, rank_and_size
 from minitron_megatron.platform import Platform, activate
 from minitron_megatron.platform.lifetime import end_with_parent
+from minitron_megatron.search.survey import surviving
 
 
 def prepare(recipe_path: str, overrides: list[str], *, needs_device: bool = True) -> tuple[Recipe, Platform]:
@@ -25,6 +26,8 @@ def prepare(recipe_path: str, overrides: list[str], *, needs_device: bool = True
     recipe = load_recipe(recipe_path, overrides)
     source = source_architecture(recipe.model.path, recipe.model.hf_config)
     recipe = settled_depth(recipe, source, check_recipe(recipe, source))
+    if recipe.search:
+        surviving(recipe, recipe.search, source)  # ahead of the hours before the search
     platform = activate(recipe.platform if needs_device else "cpu")
     precision = recipe.precision if recipe.precision != "auto" else ("bf16" if platform.supports_bf16_matmul() else "fp32")
     return recipe.model_copy(update={"precision": precision, "platform": platform.kind}), platform
@@ -56,7 +59,8 @@ def main(arguments: list[str]) -> int:
 def _die_with_the_launcher() -> None:
     """A launcher that is killed takes its workers along: orphans would go on writing into the folder of the next start."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with_parent()
+        launcher = os.environ.get(LAUNCHED, "")
+        end_with_parent(int(launcher) if launcher.isdecimal() else None)
 
 
 def _run(connections: ExitStack, stage_name: str, recipe_path: str, *overrides: str) -> None:

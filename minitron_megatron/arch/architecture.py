@@ -161,6 +161,12 @@ def parameter_count(arch: Architecture) -> int:
     return sum(parameters_by_part(arch).values())
 
 
+def nonembedding_parameter_count(arch: Architecture) -> int:
+    """Parameters without the embedding and the output layer, which grow with the vocabulary (as P1, Table 1 has them)."""
+    parts = parameters_by_part(arch)
+    return sum(parts.values()) - parts["embedding"] - parts["output"]
+
+
 def active_parameter_count(arch: Architecture) -> int:
     """Parameters that one token meets: of the experts only those that it is sent to."""
     return sum(_active_parts(arch).values())

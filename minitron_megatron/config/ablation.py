@@ -130,13 +130,21 @@ def _trials(ablation: Ablation, files: dict[str, str], above: list[str], folder:
             place = [f"runs={folder}", f"name={variant.name if seed is None else f'{variant.name}-seed{seed}'}"]
             own = [*ablation.overrides, *variant.overrides, *above, *seeded, *place]
             try:
-                trials.append(Trial(variant.name, seed, file, own, checked_steps(picked_steps(file, own))))
+                trials.append(Trial(variant.name, seed, file, own, _all_checked(picked_steps(file, own))))
             except RecipeError as error:
                 for problem in error.problems:
                     problems.setdefault(problem, []).append(variant.name)
     if problems:
         raise RecipeError([f"{_whose(names, ablation)}: {problem}" for problem, names in problems.items()])
     return trials
+
+
+def _all_checked(steps: list[Step]) -> list[tuple[Step, Architecture, Architecture]]:
+    checked = checked_steps(steps)
+    if len(checked) < len(steps):
+        behind = steps[len(checked)].name
+        raise RecipeError(f"step {behind} goes on from a search, so that its variants would differ in their source; name sizes in prune.target")
+    return checked
 
 
 def _whose(names: list[str], ablation: Ablation) -> str:

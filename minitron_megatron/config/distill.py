@@ -104,6 +104,9 @@ class Distill(TrainingRun):
     temperature: float = Field(1.0, gt=0, description="of KL, reverse KL and Jensen–Shannon, which count its square")
     top_k: int | None = Field(None, ge=1, description="forward KL over the teacher's K likeliest tokens and one class for all others")
     hidden: HiddenLoss | None = Field(None, description="compares hidden states as well; without it the logits alone")
+    pause_after_steps: Annotated[int | None, UNSHAPING] = Field(
+        None, ge=0, description="ends this start here, validated and saved but not published; a start without it goes on"
+    )
     handover_device_gib: Annotated[float, UNSHAPING] = Field(
         4.0, ge=0, description="teacher's states of a step kept on the device, the rest on the host"
     )

@@ -100,11 +100,14 @@ def load_steps(path: str | Path, overrides: list[str] | None = None) -> list[Ste
 def checked_steps(steps: list[Step]) -> list[tuple[Step, Architecture, Architecture]]:
     """Each step with its source's and its target's architecture, those of models that do not exist yet in closed form.
 
-    Raises RecipeError with the problems of every step, before any of them runs.
+    Steps that go on from a searched one are left out: what they start from is not known before the search has been run; they are checked
+    when they start. Raises RecipeError with the problems of every step, before any of them runs.
     """
     found: list[tuple[Step, Architecture, Architecture]] = []
     problems: list[str] = []
-    for step in steps:
+    for number, step in enumerate(steps):
+        if number and step.source != "original" and steps[number - 1].recipe.search:
+            break
         try:
             source = _source_of(step, found)
             found.append((step, source, check_recipe(step.recipe, source)))

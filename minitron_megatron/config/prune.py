@@ -70,7 +70,7 @@ class Align(Section):
 class Prune(Section):
     """What is kept: the units with the highest scores (P1 section 2.3)."""
 
-    target: Target
+    target: Target = Field(Target(), description="the sizes that are kept; left out where the recipe has a section `search`")
     align: Align = Align()
     ffn_by: Literal["layer", "global"] = Field(
         "layer", description="global: neurons of all layers are ranked together, and target.ffn is what layers keep on average"

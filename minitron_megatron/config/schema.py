@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from minitron_megatron.config.chat import Chat
 from minitron_megatron.config.correct import Correct, CorrectionBeside
@@ -17,6 +17,7 @@ from minitron_megatron.config.importance import Importance
 from minitron_megatron.config.labels import Labels
 from minitron_megatron.config.parallel import Parallel
 from minitron_megatron.config.prune import Prune
+from minitron_megatron.config.search import Search
 from minitron_megatron.config.section import Section
 from minitron_megatron.config.source import Data, Model
 from minitron_megatron.config.teachers import Teachers, TeacherWeights
@@ -36,6 +37,7 @@ class Recipe(Section):
     parallel: Parallel = Parallel()
     importance: Importance = Importance()
     depth: Depth | None = None
+    search: Search | None = Field(None, description="chooses the architecture in place of prune.target")
     prune: Prune
     teachers: Teachers | None = None
     correct: Correct | None = None
@@ -58,3 +60,9 @@ class Recipe(Section):
         """The sections of stages that train."""
         runs = {"correct": self.correct, "distill": self.distill, "finetune": self.finetune}
         return {section: run for section, run in runs.items() if run is not None}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _search_gives_the_sizes(cls, values: Any) -> Any:
+        """Beside a search there may be nothing to say about pruning."""
+        return {**values, "prune": {}} if isinstance(values, dict) and values.get("search") and "prune" not in values else values

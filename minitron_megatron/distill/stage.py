@@ -24,8 +24,9 @@ from minitron_megatron.training.student import make_student
 SCRATCH = job.SCRATCH
 
 
-def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: World) -> dict[str, Any]:
-    """Writes checkpoint/ (weights), metrics.jsonl and tensorboard/; training/ holds the run's state until it is finished."""
+def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: World) -> dict[str, Any] | None:
+    """Writes checkpoint/ (weights), metrics.jsonl, validation.jsonl (each held-out window) and tensorboard/; training/ holds the run's state
+    until it is finished. None where distill.pause_after_steps ended this start before the last step."""
     settings, arch = recipe.distill, Architecture.from_dict(inputs["prune"].result["architecture"])
     distillation = job.Job("distill", settings, recipe, folder, world)
     before = distillation.begin(arch)
@@ -35,8 +36,12 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
     hidden = _hidden(settings, teachers, model, inputs["prune"])
     student = make_student(model, settings, recipe.training, hidden)
     texts = distillation.texts(inputs, before, mask_boundaries=settings.mask_boundaries)
-    loop = TrainingLoop("distill", settings, distillation.layout, world, teachers, student, *texts)
+    loop = TrainingLoop("distill", settings, distillation.layout, world, teachers, student, *texts, pause_after_steps=settings.pause_after_steps)
     last = loop.run(folder, recipe)
+    if loop.last_step < settings.steps:
+        if world.is_main:
+            print(f"distill: paused after step {loop.progress.step} of {settings.steps}; the next start goes on from there", flush=True)
+        return None
     distillation.publish_weights({name: without_projections(chunk) for name, chunk in model_state(model).items()})
     told = f"kl {last['forward_kl']:.3f}, perplexity {last['perplexity']:.2f}"
     return distillation.result(arch, loop, last, told, f" (teacher {teachers.describe()})")

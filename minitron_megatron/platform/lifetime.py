@@ -10,11 +10,16 @@ from collections.abc import Callable
 from typing import Any
 
 
-def end_with_parent() -> None:
-    """From here on the system kills this process when its parent dies; on Linux alone."""
+def end_with_parent(parent: int | None = None) -> None:
+    """From here on the system kills this process when its parent dies; on Linux alone.
+
+    parent: its process id, where it may have died while this process was still importing; it is ended at once then.
+    """
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+        if parent is not None and os.getppid() != parent:
+            os._exit(1)
 
 
 def run_ending_with_parent(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

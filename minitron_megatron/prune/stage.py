@@ -60,9 +60,16 @@ def outside_files(recipe: Recipe) -> list[Path]:
     return [Path(file)] if file is not None else []
 
 
+def _target(settings: Prune, inputs: Mapping[str, Artifact], source: Architecture) -> tuple[Architecture, list[str]]:
+    """What the search has chosen where there is one, else the recipe's sizes; with what alignment changed of them."""
+    if "search" in inputs:
+        return Architecture.from_dict(json.loads((inputs["search"].path / "architecture.json").read_text())), []
+    return rounded_target(settings, source)
+
+
 def _plan(settings: Prune, inputs: Mapping[str, Artifact], source: MegatronSource, folder: Path) -> PrunePlan:
     """Made by one process: magnitude scores read the whole checkpoint, and free space is asked for before anybody writes."""
-    target, rounding = rounded_target(settings, source.arch)
+    target, rounding = _target(settings, inputs, source.arch)
     plan = make_plan(
         _scores(settings, inputs, source),
         source.arch,

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from minitron_megatron.report.svg import CUT, INK, KEPT, MUTED, legend_above, new_figure, style, to_svg
+from minitron_megatron.results.svg import CUT, INK, KEPT, MUTED, legend_above, new_figure, style, to_svg
 
 Candidate = dict[str, Any]
 """layers, value, stderr"""

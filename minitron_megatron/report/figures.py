@@ -16,7 +16,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from minitron_megatron.report.svg import (
+from minitron_megatron.results.svg import (
     ACCENT,
     CARD,
     CUT,

@@ -17,6 +17,7 @@ from minitron_megatron.arch.architecture import (
 from minitron_megatron.report import sections
 from minitron_megatron.report.run_data import RunData
 from minitron_megatron.results import table
+from minitron_megatron.results.pareto import ranking_note, ranking_table
 
 SIZES = (
     ("layers", "layers"),
@@ -50,6 +51,9 @@ def render_page(run: RunData) -> str:
         table_note=table.note(run.evaluation) if run.evaluation else "",
         training_figures=sections.training_figures(run),
         importance_figures=sections.importance_figures(run),
+        search_figure=sections.search_figure(run),
+        search_table=ranking_table(run.ranking) if run.ranking else None,
+        search_note=ranking_note(run.ranking) if run.ranking else "",
         cut_figure=sections.cut_figure(run),
         shape_rows=_shape_rows(run),
         layer_rows=_layer_rows(run),

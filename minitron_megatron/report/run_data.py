@@ -24,6 +24,8 @@ class RunData:
     """metrics.jsonl of the stage distill."""
     evaluation: dict[str, Any] | None = None
     """result.json of the stage evaluate."""
+    ranking: dict[str, Any] | None = None
+    """ranking.json of the stage search."""
 
     @property
     def shapes(self) -> tuple[Architecture, Architecture] | None:

@@ -13,6 +13,7 @@ from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.report import figures
 from minitron_megatron.report.depth_figure import depth_figure
 from minitron_megatron.report.run_data import RunData
+from minitron_megatron.results.pareto import pareto_svg
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,17 @@ def importance_figures(run: RunData) -> list[Figure]:
         ),
         *([_depth(run.depth)] if run.depth else []),
     ]
+
+
+def search_figure(run: RunData) -> Figure | None:
+    """The trained candidates, where there was a search."""
+    if run.ranking is None:
+        return None
+    caption = (
+        "Loss of each candidate after the first and the last round, ± 2 standard errors. Most of an error bar is what the windows have in common: "
+        "the differences in the table are paired."
+    )
+    return _figure("Candidates", caption, lambda: pareto_svg(run.ranking or {}), "")
 
 
 def cut_figure(run: RunData) -> Figure:

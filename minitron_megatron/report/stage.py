@@ -35,6 +35,7 @@ def read_run(recipe: Recipe, inputs: Mapping[str, Artifact]) -> RunData:
         depth=_read(inputs.get("depth"), "depth.json"),
         steps=_read(inputs.get("distill"), "metrics.jsonl") or [],
         evaluation=inputs["evaluate"].result if "evaluate" in inputs else None,
+        ranking=_read(inputs.get("search"), "ranking.json"),
     )
 
 

@@ -25,7 +25,7 @@ from minitron_megatron.parallel.world import World
 from minitron_megatron.training.metrics import MetricsLog, console_line, validation_line
 from minitron_megatron.training.optimizer import whole_parameters
 from minitron_megatron.training.student import Student, learning_rate_schedule
-from minitron_megatron.training.sums import Sums
+from minitron_megatron.training.sums import Sums, WindowSums
 from minitron_megatron.training.teachers import HiddenTraining, Load, Teachers, TeacherStates
 from minitron_megatron.training.training_checkpoint import Progress, TrainingCheckpoints
 
@@ -45,6 +45,16 @@ class TrainingLoop:
     progress: Progress = field(default_factory=Progress)
     saved: Callable[[Progress], None] | None = None
     """Called on every process behind each checkpoint, with the student's weights whole."""
+    pause_after_steps: int | None = None
+    """Where this start ends; None: where the run does."""
+    window_losses: dict[str, list[float | None]] = field(default_factory=dict)
+    """Of the last validation, by loss: mean over the tokens of each held-out window; None where none of its tokens counts."""
+
+    @property
+    def last_step(self) -> int:
+        """Of this start."""
+        paused = self.pause_after_steps
+        return self.settings.steps if paused is None else min(paused, self.settings.steps)
 
     def run(self, folder: Path, recipe: Recipe) -> dict[str, float]:
         """Trains to the last step from the newest checkpoint in the folder; returns the validation after it."""
@@ -61,7 +71,7 @@ class TrainingLoop:
         if finished == 0:
             self._log(log, {"step": 0, "steps": self.settings.steps, "validation": last})
         started = time.monotonic()
-        for step in range(finished, self.settings.steps):
+        for step in range(finished, self.last_step):
             record = self._step(step)
             schedule.step(increment=1)
             if self._is_due(step + 1, self.settings.validate_every_steps):
@@ -83,7 +93,9 @@ class TrainingLoop:
         batches = [load(ids) for ids in of_data_rank(windows, self.layout.data_rank, self.layout.data)]
         with whole_parameters(self.student.wrapped):
             logged = self._forward_only(teachers, batches)
-        means = self._over_processes(logged).means()
+        windows_sums = self._over_windows(logged)
+        self.window_losses = windows_sums.means()
+        means = windows_sums.total().means()
         return {**means, "perplexity": math.exp(min(means["cross_entropy"], 700))}
 
     def _save(self, checkpoints: TrainingCheckpoints) -> None:
@@ -171,7 +183,7 @@ class TrainingLoop:
 
     def _over_processes(self, logged: list[dict[str, Tensor]], hidden: HiddenTraining | None = None) -> Sums:
         """Adds up what the processes logged."""
-        names = (*self.student.loss_settings.names, "tokens")
+        names = self._names
         sums = torch.zeros(len(names), dtype=torch.float64, device=self.world.platform.device)
         if self.layout.is_last_stage and self.layout.tensor_rank == 0:  # its tensor ranks hold equal sums, one speaks
             for item in logged:
@@ -180,6 +192,20 @@ class TrainingLoop:
             sums = torch.cat([sums, hidden.take_sums()])
         dist.all_reduce(sums)
         return Sums(names, sums)
+
+    def _over_windows(self, logged: list[dict[str, Tensor]]) -> WindowSums:
+        """Gathers what the processes logged of the held-out windows."""
+        names = self._names
+        sums_WN = torch.zeros(len(self.heldout), len(names), dtype=torch.float64, device=self.world.platform.device)
+        if self.layout.is_last_stage and self.layout.tensor_rank == 0:
+            for window, item in zip(range(self.layout.data_rank, len(self.heldout), self.layout.data), logged, strict=True):
+                sums_WN[window] = torch.stack([item[name].double() for name in names])
+        dist.all_reduce(sums_WN)
+        return WindowSums(names, sums_WN)
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return (*self.student.loss_settings.names, "tokens")
 
     def _checkpoints(self, folder: Path, recipe: Recipe) -> TrainingCheckpoints:
         asynchronous = recipe.training.asynchronous_checkpoints
@@ -191,7 +217,7 @@ class TrainingLoop:
         return {"layout": self.layout.describe(), **{name: getattr(self.settings, name) for name in named}}
 
     def _is_due(self, finished: int, every: int) -> bool:
-        return finished % every == 0 or finished == self.settings.steps
+        return finished % every == 0 or finished == self.last_step
 
     def _log(self, log: MetricsLog | None, record: dict[str, Any], seconds_a_step: float = 0.0) -> None:
         """Every step goes into the files, one in twenty and every validation on the console."""
@@ -202,6 +228,7 @@ class TrainingLoop:
         if step == 1 or (step and step % max(1, steps // 20) == 0):
             print(console_line(self.stage, record, seconds_a_step * (steps - step)), flush=True)
         if "validation" in record:
+            log.write_windows({"step": step, **self.window_losses})
             print(validation_line(step, record["validation"]), flush=True)
 
     def _open_log(self, folder: Path, finished: int, recipe: Recipe) -> MetricsLog | None:

@@ -10,6 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from minitron_megatron.config.distill import Wandb
 
+WINDOWS = "validation.jsonl"
 NOT_PLOTTED = ("step", "steps", "validation", "seconds", "teacher")
 SHORT = {"forward_kl_top_k": "top-k kl", "reverse_kl": "reverse kl", "jensen_shannon": "js", "mse": "mse", "cosine": "cosine"}
 """Losses that are on the console where they are trained on; KL and cross-entropy always are."""
@@ -19,8 +20,9 @@ class MetricsLog:
     """Writes below a folder; on the main process only."""
 
     def __init__(self, folder: Path, *, finished_steps: int, wandb: Wandb | None, run_name: str) -> None:
-        self._path = folder / "metrics.jsonl"
-        keep_until(self._path, finished_steps or -1)  # a run from the start logs step 0 anew
+        self._path, self._windows = folder / "metrics.jsonl", folder / WINDOWS
+        for path in (self._path, self._windows):
+            keep_until(path, finished_steps or -1)  # a run from the start logs step 0 anew
         self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=finished_steps + 1)
         self._wandb = _start_wandb(wandb, run_name, folder) if wandb else None
 
@@ -33,6 +35,11 @@ class MetricsLog:
             self._tensorboard.add_scalar(name, value, record["step"])
         if self._wandb:
             self._wandb.log(values, step=record["step"])
+
+    def write_windows(self, record: dict[str, Any]) -> None:
+        """Losses of each held-out window at a step: what standard errors and paired differences between models are made of."""
+        with self._windows.open("a") as file:
+            file.write(json.dumps(record) + "\n")
 
     def close(self) -> None:
         self._tensorboard.close()

@@ -31,3 +31,20 @@ class Sums:
         if not tokens:
             raise TrainingError("no token counts: the loss masks of all samples are zero; look at the data, or make distill.global_batch larger")
         return {name: value / tokens for name, value in by_name.items()} | ({"hidden": sum(inner) / tokens} if inner else {})
+
+
+@dataclass(frozen=True)
+class WindowSums:
+    """[W, names] fp64: losses and tokens of each held-out window, equal on every process."""
+
+    names: tuple[str, ...]
+    values: Tensor
+
+    def total(self) -> Sums:
+        return Sums(self.names, self.values.sum(0))
+
+    def means(self) -> dict[str, list[float | None]]:
+        """Of each loss over the tokens of each window; None where no token of a window counts."""
+        columns = dict(zip(self.names, self.values.T.tolist(), strict=True))
+        tokens = columns.pop("tokens")
+        return {name: [value / count if count else None for value, count in zip(values, tokens, strict=True)] for name, values in columns.items()}

@@ -71,10 +71,10 @@ def environment() -> dict[str, str]:
     return {**os.environ, **one_thread, "PYTHONPATH": path, "COLUMNS": "200"}
 
 
-def start(recipe: Path, *overrides: str, verb: str = "run") -> str:
+def start(recipe: Path, *overrides: str, verb: str = "run", timeout_seconds: float = 2 * PATIENCE_SECONDS) -> str:
     """Runs the chain, or one stage, to its end; its output."""
     done = subprocess.run(
-        command(recipe, *overrides, verb=verb), env=environment(), cwd=recipe.parent, capture_output=True, text=True, timeout=2 * PATIENCE_SECONDS
+        command(recipe, *overrides, verb=verb), env=environment(), cwd=recipe.parent, capture_output=True, text=True, timeout=timeout_seconds
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

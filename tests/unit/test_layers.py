@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "minitron_megatron"
 NAME = PACKAGE.name
-STAGES = {"importance", "depth", "prune", "correct", "distill", "finetune", "evaluate", "convert", "labels", "report"}
+STAGES = {"importance", "depth", "search", "prune", "correct", "distill", "finetune", "evaluate", "convert", "labels", "report"}
 # a room may import rooms of its own row and of the rows above it
 ROWS = [
     {"__init__"},

@@ -8,6 +8,7 @@ from minitron_megatron.config.checks.depth import block_size_problems, depth_pro
 from minitron_megatron.config.checks.export import export_problems
 from minitron_megatron.config.checks.layout import layout_problems, list_problems, shape_problems, teacher_problems
 from minitron_megatron.config.checks.losses import vocabulary_problems
+from minitron_megatron.config.checks.search import search_problems
 from minitron_megatron.config.checks.target import target_architecture
 from minitron_megatron.config.checks.teachers import models_problems, stage_problems, teacher_architectures
 from minitron_megatron.config.checks.text import text_problems
@@ -17,20 +18,22 @@ from minitron_megatron.errors import RecipeError
 
 
 def check_recipe(recipe: Recipe, source: Architecture) -> Architecture:
-    """Raises RecipeError with everything in the recipe that this source cannot do; returns the target architecture."""
-    problems: list[str] = []
-    target = source
-    try:
-        target = target_architecture(recipe, source)
-    except RecipeError as error:
-        problems += error.problems
+    """Raises RecipeError with everything in the recipe that this source cannot do; returns the target architecture.
+
+    That is the source's own where a search has yet to choose.
+    """
+    if recipe.search:
+        problems = search_problems(recipe, recipe.search, source)
+        layers = {source.layers, *(recipe.search.space.layers or ())}
+        target = source
     else:
-        problems += hidden_problems(recipe, teacher_architectures(recipe, source)[0], target) + depth_problems(recipe, source, target)
+        problems, target = _target_problems(recipe, source)
+        layers = {source.layers, target.layers}
     problems += layout_problems(recipe.parallel, source, "the source model")
     if target != source:
         problems += layout_problems(recipe.parallel, target, "the pruned model")
     stages, rule = recipe.parallel.pipeline * recipe.parallel.virtual, recipe.parallel.layers_per_stage
-    problems += list_problems("parallel", stages, rule, {source.layers, target.layers})
+    problems += list_problems("parallel", stages, rule, layers)
     problems += shape_problems(recipe) + teacher_problems(recipe, source)
     problems += stage_problems(recipe) + models_problems(recipe, source)
     problems += _length_problems(recipe, source)
@@ -46,11 +49,25 @@ def check_recipe(recipe: Recipe, source: Architecture) -> Architecture:
     return target
 
 
+def _target_problems(recipe: Recipe, source: Architecture) -> tuple[list[str], Architecture]:
+    """Of the sizes that the recipe names; with the architecture that they make, the source's where there is none."""
+    if "target" not in recipe.prune.model_fields_set and recipe.prune.drop_layers is None:
+        return ["prune.target is missing; give the sizes to keep, such as prune.target.ffn, or a section search"], source
+    try:
+        target = target_architecture(recipe, source)
+    except RecipeError as error:
+        return list(error.problems), source
+    return hidden_problems(recipe, teacher_architectures(recipe, source)[0], target) + depth_problems(recipe, source, target), target
+
+
 def _length_problems(recipe: Recipe, arch: Architecture) -> list[str]:
     problems = []
     limit = min(arch.max_positions, arch.attention_window or arch.max_positions)
-    for section in ("importance", *(["depth"] if recipe.depth else []), *recipe.training_runs(), "evaluate"):
-        length = getattr(recipe, section).sequence_length
+    lengths = {name: getattr(recipe, name).sequence_length for name in ("importance", *(["depth"] if recipe.depth else []), "evaluate")}
+    lengths |= {section: run.sequence_length for section, run in recipe.training_runs().items()}
+    if recipe.search and recipe.search.short_distillation.sequence_length:
+        lengths["search.short_distillation"] = recipe.search.short_distillation.sequence_length
+    for section, length in lengths.items():
         if length > limit:
             problems.append(f"{section}.sequence_length={length} is beyond the model's {limit} positions; at most {limit}")
         if recipe.parallel.sequence and length % recipe.parallel.tensor:

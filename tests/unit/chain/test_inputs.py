@@ -103,13 +103,14 @@ def test_everything_else_is_another_run(change: dict[str, object]) -> None:
 
 def test_fields_that_the_table_names_exist() -> None:
     for stage in STAGES.values():
-        for field in stage.continues:
+        for field in (*stage.continues, *stage.spares):
             section, name = field.split(".")
             assert section in stage.sections
             assert name in stage_fields(section), field
 
 
 def stage_fields(section: str) -> set[str]:
+    """A section that a recipe may lack is one of a union."""
     annotation = Recipe.model_fields[section].annotation
     kinds = [annotation, *get_args(annotation)]  # a section that a recipe need not have is one or None
     return {name for kind in kinds for name in getattr(kind, "model_fields", {})}

@@ -137,3 +137,11 @@ def test_nothing_is_written_for_a_mistake(ablation: Callable[..., Path], tmp_pat
     result = CliRunner().invoke(app, ["ablate", str(ablation({"name": "a"}, {"name": "b", "overrides": ["prune.target.ffn=100"]}))])
     assert isinstance(result.exception, RecipeError) and str(result.exception).startswith("variant b: ")
     assert not (tmp_path / "runs").exists()
+
+
+def test_variants_of_a_family_that_goes_on_from_a_search_are_refused(ablation: Callable[..., Path], tmp_path: Path) -> None:
+    values = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    searched = {"name": "large", "prune": {"target": {"ffn": None}}, "search": {"space": {"ffn": [16, 24]}, "memory": {"gib": 1}}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**values, "family": [searched, {"name": "small"}]}))
+    (problem,) = problems_of(ablation({"name": "a"}))
+    assert "step small goes on from a search" in problem

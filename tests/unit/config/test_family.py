@@ -127,3 +127,29 @@ def test_a_teacher_that_is_not_the_source_is_imported_beside_it(recipe_file: Rec
     assert teachers[0] is None
     assert [teacher.models[0].path for teacher in teachers[1:] if teacher] == ["runs/tiny/middle/export/model", "somewhere"]
     assert load_steps(family_of(recipe_file, {"name": "a"}, {"name": "b", "teacher": "previous"}))[1].recipe.teachers is None  # it is the source
+
+
+SEARCH = {"space": {"ffn": [16, 24, 32]}, "memory": {"gib": 1}}
+
+
+def test_a_step_behind_a_search_is_checked_when_its_source_is_there(recipe_file: Recipes, model: str) -> None:
+    large = {"name": "large", "prune": {"target": {"ffn": None}}, "search": SEARCH}
+    file = family_of(recipe_file, large, {"name": "small", "prune": {"target": {"ffn": 999}}}, model={"path": model})
+    assert [step.name for step, _, _ in checked_steps(picked_steps(file))] == ["large"]
+    steps = picked_steps(file, ["step=small"])
+    exported = Path(steps[0].recipe.model.path)
+    with pytest.raises(RecipeError, match="not found"):
+        checked_steps(steps)
+    own = file.parent / exported
+    own.mkdir(parents=True)
+    (own / "config.json").write_text(json.dumps(CONFIG))
+    steps = picked_steps(file, ["step=small", f"runs={file.parent / 'runs'}"])
+    with pytest.raises(RecipeError, match=r"prune\.target\.ffn=999 is larger than the source's 96"):
+        checked_steps(steps)
+
+
+def test_steps_from_the_original_are_checked_beside_a_search_too(recipe_file: Recipes, model: str) -> None:
+    large = {"name": "large", "prune": {"target": {"ffn": None}}, "search": SEARCH}
+    file = family_of(recipe_file, large, {"name": "small", "source": "original", "prune": {"target": {"ffn": 999}}}, model={"path": model})
+    with pytest.raises(RecipeError, match=r"step small: prune\.target\.ffn=999"):
+        checked_steps(picked_steps(file))

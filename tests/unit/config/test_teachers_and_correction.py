@@ -123,7 +123,7 @@ def test_a_chain_has_the_stages_that_its_recipe_asks_for(recipe_file: Recipes) -
     plain = load_recipe(recipe_file())
     assert names(plain) == ["import", "data", "importance", "prune", "distill", "evaluate", "export", "report"]
     asked = load_recipe(recipe_file(correct=CORRECT, chat=CHAT, finetune=FINETUNE, teachers={"models": [{"path": "source"}]}))
-    assert names(asked)[4:8] == ["prune", "teachers", "correct", "distill"] and names(asked)[8:] == ["finetune", "evaluate", "export", "report"]
+    assert names(asked)[4:8] == ["teachers", "correct", "prune", "distill"] and names(asked)[8:] == ["finetune", "evaluate", "export", "report"]
     beside = load_recipe(recipe_file(correct={**CORRECT, "beside": True}))
     assert names(beside) == names(plain)
     for stage in ("distill", "evaluate", "report"):

@@ -76,6 +76,14 @@ def to_svg(figure: Figure, description: str) -> str:
     return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
 
 
+def standalone(svg: str) -> str:
+    """The same figure as a file of its own, where no page gives it colours."""
+    light = "--sans: system-ui, sans-serif; --ink: #16191d; --muted: #59616b; --grid: #dde1e6; --kept: #0072b2; --cut: #d55e00;"
+    rest = "--accent: #00805c; --soft: #cfd6dd; --card: #ffffff; background: #ffffff;"
+    named = svg.replace("<svg ", f'<svg style="{light} {rest}" ', 1)
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{named}\n'
+
+
 def new_figure(height_inches: float) -> Figure:
     """A figure outside of pyplot's global list."""
     return Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")

@@ -19,6 +19,8 @@ PUBLISHED_PEAK = 2e-4
 """The highest learning rate of the published runs (P1: 2e-4, P2 Table 4: 1e-4)."""
 LIGHT_RETRAINING_TOKENS = 1.8e9
 """P1's shortest retraining, the one that ranks candidates (section 4.2)."""
+SETTLED_STEPS = 300
+"""Of P1's retraining of candidates, after which their order stays."""
 LARGE = 1e9
 """Parameters from which the papers' figures are about the model at hand."""
 WIDTH_BEFORE_DEPTH = 15.6e9
@@ -283,6 +285,19 @@ def uncorrected_teacher(subject: Subject) -> Finding | None:
     )
 
 
+def ranks_not_settled(subject: Subject) -> Finding | None:
+    search = subject.recipe.search
+    if search is None or search.short_distillation.rounds[-1] >= SETTLED_STEPS:
+        return None
+    return Finding(
+        "advice",
+        f"candidates of the search are trained for {search.short_distillation.rounds[-1]} steps",
+        "their order changes until about 300 steps: the best right after pruning is not the best after training",
+        "P1 best practice 9",
+        "search.short_distillation.rounds=[100, 200, 400]",
+    )
+
+
 RULES: tuple[Rule, ...] = (
     too_much_at_once,
     width_scored_otherwise,
@@ -301,6 +316,7 @@ RULES: tuple[Rule, ...] = (
     short_training,
     few_teacher_classes,
     uncorrected_teacher,
+    ranks_not_settled,
 )
 
 

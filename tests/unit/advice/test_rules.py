@@ -43,7 +43,7 @@ def subject(target: dict[str, int] | None = None, step: dict[str, Any] | None = 
         "correct": {"steps": 10_000, "sequence_length": 8192, "global_batch": 1152, "source_peak": 3e-4},
     }
     for name, section in sections.items():
-        values[name] = None if section is None else {**values[name], **section}
+        values[name] = None if section is None else {**values.get(name, {}), **section}
     return Subject(Step(Recipe.model_validate(values), **(step or {})), source, source.resized(**sizes))
 
 
@@ -65,6 +65,7 @@ FIRING = {
     rules.short_training: subject(distill={"steps": 100}),
     rules.few_teacher_classes: subject(distill={"top_k": 64}),
     rules.uncorrected_teacher: subject(correct=None),
+    rules.ranks_not_settled: subject(search={"space": {"hidden": [2560, 3072]}, "short_distillation": {"rounds": [50, 100]}}),
 }
 
 

@@ -173,6 +173,7 @@ class WithoutBoundaries:
         return self.dataset[sample_id]
 
     def weights(self, sample_id: int) -> Tensor:
-        weights = label_weights(self.dataset, sample_id).clone()
-        weights[1:][self.dataset[sample_id][:-1] == self.eod] = 0
+        tokens = self.dataset[sample_id]
+        weights = label_weights(self.dataset, sample_id, tokens).clone()
+        weights[1:][tokens[:-1] == self.eod] = 0
         return weights

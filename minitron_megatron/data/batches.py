@@ -46,15 +46,15 @@ class Batch:
         return Batch(**{item.name: getattr(self, item.name).to(device, non_blocking=True) for item in fields(self)})
 
 
-def label_weights(dataset: TokenDataset, sample_id: int) -> Tensor:
-    """[S + 1] fp32: 1 for every token of a dataset that has no weights of its own."""
-    return dataset.weights(sample_id) if isinstance(dataset, WeightedDataset) else torch.ones(len(dataset[sample_id]))
+def label_weights(dataset: TokenDataset, sample_id: int, tokens: Tensor) -> Tensor:
+    """[S + 1] fp32: 1 for every token of a dataset that has no weights of its own. tokens: the sample's."""
+    return dataset.weights(sample_id) if isinstance(dataset, WeightedDataset) else torch.ones(len(tokens))
 
 
 def collate(dataset: TokenDataset, sample_ids: Sequence[int]) -> Batch:
     """Stacks samples [S + 1] into a batch: labels are the tokens shifted by one, and so are their weights."""
     samples_Bs = torch.stack([dataset[sample_id] for sample_id in sample_ids])
-    weights_Bs = torch.stack([label_weights(dataset, sample_id) for sample_id in sample_ids])
+    weights_Bs = torch.stack([label_weights(dataset, sample_id, tokens) for sample_id, tokens in zip(sample_ids, samples_Bs, strict=True)])
     tokens_BS, labels_BS = samples_Bs[:, :-1].contiguous(), samples_Bs[:, 1:].contiguous()
     return Batch(
         tokens_BS=tokens_BS,

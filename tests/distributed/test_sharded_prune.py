@@ -28,7 +28,7 @@ from minitron_megatron.parallel.layout import global_layout
 from minitron_megatron.parallel.world import World
 from minitron_megatron.prune.plan import PrunePlan, make_plan
 from minitron_megatron.prune.stream import apply_plan
-from minitron_megatron.scores.units import UnitScores, random_scores
+from minitron_megatron.scores.units import UnitScores, group_scores, random_scores
 
 from .conftest import Identical
 from .house import copy_of, publish_stage, recipe_for
@@ -126,7 +126,8 @@ def plan() -> PrunePlan:
 def unlike_layers() -> UnitScores:
     """In later layers fewer neurons hold more of the layer's sum."""
     scores = random_scores(LLAMA, 3)
-    return replace(scores, ffn=[of_layer ** (1 + layer) for layer, of_layer in enumerate(scores.ffn)])
+    groups = [group_scores(scores_H, LLAMA) for scores_H in scores.heads]
+    return replace(scores, ffn=[of_layer ** (1 + layer) for layer, of_layer in enumerate(scores.ffn)], kv_groups=groups)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from minitron_megatron.errors import ArtifactError
 from minitron_megatron.importance.accumulate import BlockSums
 from minitron_megatron.importance.hooks import token_sums
 from minitron_megatron.importance.reduce import fold
-from minitron_megatron.scores.statistics import Statistics, over_samples
+from minitron_megatron.scores.statistics import INFLUENCE, Statistics, over_samples
 from minitron_megatron.scores.units import UnitScores, activation_scores, block_influence, head_scores, magnitude_scores, random_scores
 
 ARCH = Architecture("llama", 2, 6, 8, 2, 4, 10, 131, False, 64, 1e-6, 10000.0)
@@ -128,7 +128,7 @@ def test_the_two_scores_of_a_head_rank_differently() -> None:
         sums.add((0, axis), token_sums(seen), 8, [0])
     for axis, width in {"ffn": 10, "attention_norm": 6, "mlp_norm": 6}.items():
         sums.add((0, axis), token_sums(torch.zeros(8, 1, width)), 8, [0])
-    sums.add_influence(0, torch.zeros(1), 8, [0])
+    sums.add_influence((0, INFLUENCE), torch.zeros(1), 8, [0])
     statistics = Statistics(arch, 1, fold({}, sums.blocks))
     by_channel, by_token = activation_scores(statistics).heads[0], activation_scores(statistics, Ranking(criteria=P1_HEADS)).heads[0]
     torch.testing.assert_close(by_channel, torch.tensor([0.5, 0.6]).double())  # 4 channels of a mean of 1/4, and of 0.3

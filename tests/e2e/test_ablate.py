@@ -49,7 +49,7 @@ def test_an_ablation_makes_what_variants_share_once_and_ends_in_one_table(ablati
         *(f"activation {stage}" for stage in ("import", "data", "importance", "prune", "evaluate")),
         *(f"random-seed{seed} {stage}" for seed in (1, 2) for stage in ("prune", "evaluate")),
         "first prune",  # import, data and importance are those of the first variant
-        *(f"last {stage}" for stage in ("import", "data", "importance", "prune", "teachers", "evaluate")),
+        *(f"last {stage}" for stage in ("import", "data", "importance", "teachers", "prune", "evaluate")),
         *(f"trained {stage}" for stage in ("distill", "evaluate")),
     ] == STARTED
     result = collect(plan)

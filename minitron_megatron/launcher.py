@@ -95,7 +95,6 @@ def worker_environment(processes: int, *, streams: bool = False) -> dict[str, st
     """
     threads = max(1, (os.cpu_count() or 1) // processes)
     defaults = {
-        LAUNCHED: str(os.getpid()),
         "OMP_NUM_THREADS": str(threads),
         # threads that spin while they wait make matmuls several times slower on a busy machine
         "OMP_WAIT_POLICY": "passive",
@@ -109,7 +108,9 @@ def worker_environment(processes: int, *, streams: bool = False) -> dict[str, st
         # the data stage makes its own processes; a tokenizer that forks after using threads warns
         "TOKENIZERS_PARALLELISM": "false",
     }
-    return {name: USER_ENVIRONMENT.get(name, value) for name, value in defaults.items()}
+    settings = {name: USER_ENVIRONMENT.get(name, value) for name, value in defaults.items()}
+    # never the user's: a launcher that another one's process starts would hand on that one's id, and its workers would leave as orphans
+    return {**settings, LAUNCHED: str(os.getpid())}
 
 
 if __name__ == "__main__":

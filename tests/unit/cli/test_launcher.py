@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -68,3 +69,9 @@ def test_an_unknown_stage_is_one_line_with_the_known_ones(capsys: pytest.Capture
     assert launcher.main(["distil", RECIPE]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "importance" in error
+
+
+def test_workers_are_told_the_id_of_their_own_launcher_and_not_of_one_above_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By it they know whether their parent lives; with another launcher's id each would take itself for an orphan and leave."""
+    monkeypatch.setattr(launcher, "USER_ENVIRONMENT", {launcher.LAUNCHED: "1"})
+    assert launcher.worker_environment(2)[launcher.LAUNCHED] == str(os.getpid())

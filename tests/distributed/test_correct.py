@@ -201,6 +201,7 @@ def publish_by_hand(runs: Path, waiting: Path, step: str) -> None:
     shutil.copytree(snapshot, runs / "tiny" / "corrected" / snapshot.name)
 
 
+@pytest.mark.slow
 def test_a_distillation_beside_its_teachers_correction_takes_up_what_is_published_and_resumes_with_what_it_had(
     pool: Pool, furnished: Path, tmp_path: Path, identical: Identical
 ) -> None:

@@ -114,6 +114,7 @@ def test_a_killed_rank_is_named_and_its_peers_lost_connections_are_not(recipe: P
     ]
 
 
+@pytest.mark.slow
 def test_an_exception_in_the_middle_of_a_step_is_the_only_traceback(recipe: Path) -> None:
     ended = hit(recipe, {1: signal.SIGUSR1}, "parallel.tensor=1")
     assert (ended.code, ended.left) == (1, [])

@@ -331,7 +331,8 @@ def test_losses_and_gradient_norms_of_twenty_steps_agree_with_one_process(whole:
     assert measured("experts: 20 steps: validation", layout_name(parallel), relative_difference(*last)) <= 1e-4
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_an_interrupted_run_with_experts_on_two_ranks_reproduces_the_whole_one_to_the_bit(
     pool: Pool, pruned_house: Path, whole: Whole, tmp_path: Path, precision: str
 ) -> None:

@@ -59,6 +59,7 @@ Rule = Callable[[Subject], Finding | None]
 
 
 def too_much_at_once(subject: Subject) -> Finding | None:
+    """More than half is cut in one step."""
     kept = parameter_count(subject.target) / parameter_count(subject.source)
     if kept >= 0.5:
         return None
@@ -72,6 +73,7 @@ def too_much_at_once(subject: Subject) -> Finding | None:
 
 
 def width_scored_otherwise(subject: Subject) -> Finding | None:
+    """A cut axis is ranked by something else than activations under (L2, mean)."""
     prune = subject.recipe.prune
     pairs = {(prune.ranking.of(axis).batch, prune.ranking.of(axis).sequence) for axis in _cut_axes(subject)}
     others = sorted(pairs - {("l2", "mean")})
@@ -101,6 +103,7 @@ def _cut_axes(subject: Subject) -> list[AggregatedAxis]:
 
 
 def iterative_importance(subject: Subject) -> Finding | None:
+    """Importance is measured again before any training."""
     if subject.step.source != "pruned":
         return None
     return Finding(
@@ -113,6 +116,7 @@ def iterative_importance(subject: Subject) -> Finding | None:
 
 
 def depth_before_width(subject: Subject) -> Finding | None:
+    """Layers go although width could."""
     if subject.kept_depth == 1 or parameter_count(subject.source) > WIDTH_BEFORE_DEPTH:
         return None
     return Finding(
@@ -125,6 +129,7 @@ def depth_before_width(subject: Subject) -> Finding | None:
 
 
 def labels_mixed_in(subject: Subject) -> Finding | None:
+    """Cross-entropy beside the teacher."""
     if not subject.recipe.distill.loss.get("cross_entropy"):
         return None
     return Finding(
@@ -137,6 +142,7 @@ def labels_mixed_in(subject: Subject) -> Finding | None:
 
 
 def warm_teacher(subject: Subject) -> Finding | None:
+    """A temperature other than 1."""
     if subject.recipe.distill.temperature == 1:
         return None
     return Finding(
@@ -149,6 +155,7 @@ def warm_teacher(subject: Subject) -> Finding | None:
 
 
 def depth_without_hidden_losses(subject: Subject) -> Finding | None:
+    """Much of the depth goes, and the logits alone are compared."""
     if subject.kept_depth > 0.75 or subject.recipe.distill.hidden is not None:
         return None
     return Finding(
@@ -161,6 +168,7 @@ def depth_without_hidden_losses(subject: Subject) -> Finding | None:
 
 
 def hidden_losses_without_depth(subject: Subject) -> Finding | None:
+    """Hidden states are compared where hardly a layer goes."""
     if subject.kept_depth <= 0.9 or subject.recipe.distill.hidden is None:
         return None
     return Finding(
@@ -173,6 +181,7 @@ def hidden_losses_without_depth(subject: Subject) -> Finding | None:
 
 
 def squared_hidden_distance(subject: Subject) -> Finding | None:
+    """Another loss than cosine on hidden states."""
     hidden = subject.recipe.distill.hidden
     if hidden is None or hidden.kind == "cosine":
         return None
@@ -182,6 +191,7 @@ def squared_hidden_distance(subject: Subject) -> Finding | None:
 
 
 def original_instead_of_closest(subject: Subject) -> Finding | None:
+    """A step goes back to the original past a closer model."""
     if subject.step.source != "original" or not subject.step.before:
         return None
     return Finding(
@@ -194,6 +204,7 @@ def original_instead_of_closest(subject: Subject) -> Finding | None:
 
 
 def unfinished_source(subject: Subject) -> Finding | None:
+    """The source's path looks like that of an intermediate checkpoint."""
     path = subject.recipe.model.path
     if subject.step.before or not re.search(r"(iter|step|checkpoint)[-_]?\d+", path):
         return None
@@ -207,6 +218,7 @@ def unfinished_source(subject: Subject) -> Finding | None:
 
 
 def short_calibration(subject: Subject) -> Finding | None:
+    """Fewer samples than the papers' 1024."""
     importance = subject.recipe.importance
     if importance.samples >= 1024 or subject.recipe.prune.scores != "activation":
         return None
@@ -220,6 +232,7 @@ def short_calibration(subject: Subject) -> Finding | None:
 
 
 def short_samples(subject: Subject) -> Finding | None:
+    """Calibration on shorter samples than the training's."""
     importance, training = subject.recipe.importance, subject.recipe.distill.sequence_length
     if importance.sequence_length >= min(training, 2048):
         return None
@@ -233,6 +246,7 @@ def short_samples(subject: Subject) -> Finding | None:
 
 
 def learning_rate_too_high(subject: Subject) -> Finding | None:
+    """A peak above all published ones, for a model of their size."""
     peak = subject.recipe.distill.learning_rate.peak
     if peak <= PUBLISHED_PEAK or parameter_count(subject.source) < LARGE:
         return None
@@ -246,6 +260,7 @@ def learning_rate_too_high(subject: Subject) -> Finding | None:
 
 
 def short_training(subject: Subject) -> Finding | None:
+    """Fewer tokens than even P1's ranking of candidates takes."""
     distill = subject.recipe.distill
     tokens = distill.steps * distill.global_batch * distill.sequence_length
     if tokens >= LIGHT_RETRAINING_TOKENS:
@@ -260,6 +275,7 @@ def short_training(subject: Subject) -> Finding | None:
 
 
 def few_teacher_classes(subject: Subject) -> Finding | None:
+    """At most 100 of the teacher's tokens."""
     top_k = subject.recipe.distill.top_k
     if top_k is None or top_k > 100:
         return None
@@ -273,6 +289,7 @@ def few_teacher_classes(subject: Subject) -> Finding | None:
 
 
 def uncorrected_teacher(subject: Subject) -> Finding | None:
+    """A large source of other data teaches without correction."""
     of_others = subject.source.family_name != "nemotron" and parameter_count(subject.source) >= LARGE
     if subject.recipe.correct is not None or not of_others or subject.step.before:
         return None
@@ -286,6 +303,7 @@ def uncorrected_teacher(subject: Subject) -> Finding | None:
 
 
 def ranks_not_settled(subject: Subject) -> Finding | None:
+    """Candidates are ranked before their order stays."""
     search = subject.recipe.search
     if search is None or search.short_distillation.rounds[-1] >= SETTLED_STEPS:
         return None

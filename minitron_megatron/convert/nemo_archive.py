@@ -44,10 +44,9 @@ def unpack_tokenizer(path: Path, folder: Path) -> None:
 def write_nemo(folder: Path, source: MegatronSource | WidenedSource, config: dict[str, Any], tokenizer: Path) -> None:
     """Writes model.nemo into the folder: model_config.yaml, model_weights/ (torch_dist, NeMo's keys) and the tokenizer.
 
-    config: the model's config.json. Raises CheckpointError for layers of different shapes: NeMo keeps those of a kind in one tensor.
+    config: the model's config.json. Layers have one shape, as a WidenedSource gives them: NeMo keeps those of a kind in one tensor.
     """
     rows, staged = tensor_table(source.arch), folder / "archive"
-    _refuse_uneven_layers(source)
     (staged / FOLDER).mkdir(parents=True)
     write_torch_dist(staged / FOLDER, rows, source.arch, dtype=source.dtype, read=source.read, place=stacked_place)
     dtype = str(source.dtype(rows[0])).removeprefix("torch.")
@@ -65,14 +64,3 @@ def _stage_tokenizer(tokenizer: Path, staged: Path) -> dict[str, Any]:
     copy_tokenizer(tokenizer, staged / TOKENIZER_FOLDER)
     # NeMo wants a name or a folder here: whoever loads the archive in NeMo sets it to the unpacked folder
     return {"library": "huggingface", "type": TOKENIZER_FOLDER, "use_fast": True}
-
-
-def _refuse_uneven_layers(source: MegatronSource | WidenedSource) -> None:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for row in tensor_table(source.arch):
-        key, shape = stacked_place(row, source.arch)[0], row.shape(source.arch)
-        if shapes.setdefault(key, shape) != shape:
-            raise CheckpointError(
-                f"export.format=nemo: {row.name} has the shape {list(shape)} and other layers {list(shapes[key])}, "
-                "and NeMo keeps the layers of a kind in one tensor; give every layer the same sizes"
-            )

@@ -38,6 +38,7 @@ def shape_problems(recipe: Recipe) -> list[str]:
 
 
 def teacher_problems(recipe: Recipe, source: Architecture, whose: str = "the source model") -> list[str]:
+    """Of parallel.teacher, where it is a layout of its own. whose: the teacher, for messages."""
     parallel, teacher = recipe.parallel, recipe.parallel.teacher
     if not isinstance(teacher, TeacherParallel):
         return []

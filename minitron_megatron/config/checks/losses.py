@@ -8,6 +8,7 @@ from minitron_megatron.config.losses import LossWeight, WeightSchedule
 
 
 def loss_problems(distill: Distill) -> list[str]:
+    """Of distill.loss and distill.top_k, apart from any model."""
     problems = []
     shown = {name: weight.model_dump() if isinstance(weight, WeightSchedule) else weight for name, weight in distill.loss.items()}
     if not any(_highest(weight) > 0 for weight in distill.loss.values()) or any(_highest(weight) < 0 for weight in distill.loss.values()):

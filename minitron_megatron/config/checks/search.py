@@ -36,6 +36,11 @@ def _beside_problems(recipe: Recipe, source: Architecture) -> list[str]:
         )
     if recipe.prune.drop_layers is not None:
         problems.append("prune.drop_layers: the search chooses how many layers go, and the scores which; leave it out")
+    if recipe.prune.ffn_by == "global":
+        problems.append(
+            "prune.ffn_by=global gives layers widths of their own, and a search counts memory and latency of one width for all; "
+            "set prune.ffn_by=layer"
+        )
     if recipe.correct_beside:
         problems.append(
             "correct.beside: candidates trained at different times would have different teachers; set correct.beside=false, or leave correct out"

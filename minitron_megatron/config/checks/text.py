@@ -7,6 +7,7 @@ from minitron_megatron.config.schema import Recipe
 
 
 def text_problems(recipe: Recipe, source: Architecture) -> list[str]:
+    """Of sections chat and labels: texts longer than the model's positions, or than a sample of the distillation."""
     problems = []
     limit = min(source.max_positions, source.attention_window or source.max_positions)
     if recipe.labels:

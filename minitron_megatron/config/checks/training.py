@@ -29,6 +29,7 @@ def _run_problems(section: str, run: TrainingRun, data: int) -> list[str]:
 
 
 def hidden_problems(recipe: Recipe, source: Architecture, target: Architecture) -> list[str]:
+    """Of distill.hidden: pairs that one of the models lacks, and a weight that follows nothing. source: the teacher's architecture."""
     hidden = recipe.distill.hidden
     if hidden is None:
         return []

@@ -138,6 +138,7 @@ def test_groups_take_their_heads_along_unless_heads_are_named(recipe_of: Recipes
 
 BESIDE: dict[str, tuple[dict[str, Any], str]] = {
     "depth": ({"depth": {"sequence_length": 32}}, "depth: how many layers it drops follows from the target, which the search has yet to choose"),
+    "widths of layers": ({"prune": {"ffn_by": "global"}}, "prune.ffn_by=global gives layers widths of their own"),
     "named layers": ({"prune": {"drop_layers": [1]}}, "prune.drop_layers: the search chooses how many layers go"),
     "a moving teacher": (
         {"correct": {"steps": 200, "sequence_length": 32, "global_batch": 4, "beside": True, "source_peak": 1e-4, "learning_rate": {}}},

@@ -41,7 +41,7 @@ def make_blocks(sizes: Sequence[int], layout: Layout) -> Blocks:
     """Every process calls this: states of a pipeline get a group of their own, since megatron's is in use when they travel."""
     if not sizes or layout.pipeline == 1:
         return Blocks(tuple(sizes))
-    group = dist.new_group()
+    group = dist.new_group(timeout=layout.timeout)
     # NCCL connects a group at its first use, and waits for all its ranks then: not in the middle of a pipeline
     dist.barrier(group=group)
     return Blocks(tuple(sizes), group)

@@ -82,11 +82,12 @@ def start(recipe: Path, *overrides: str, verb: str = "run", timeout_seconds: flo
 
 def start_and_kill(recipe: Path, partial: Path) -> list[int]:
     """Starts the chain and kills its process group behind KILL_BEHIND_STEP; ids of workers that are alive half a second later."""
-    with (recipe.parent / "killed.log").open("w") as log:
-        chain = subprocess.Popen(command(recipe), env=environment(), cwd=recipe.parent, stdout=log, stderr=log, start_new_session=True)
+    log = recipe.parent / "killed.log"
+    with log.open("w") as output:
+        chain = subprocess.Popen(command(recipe), env=environment(), cwd=recipe.parent, stdout=output, stderr=output, start_new_session=True)
     try:
         # a checkpoint is written while training goes on, so it may come some steps later
-        wait_until(lambda: len(lines(partial / "metrics.jsonl")) > KILL_BEHIND_STEP and any((partial / "training").glob("step_*")), chain)
+        wait_until(lambda: len(lines(partial / "metrics.jsonl")) > KILL_BEHIND_STEP and any((partial / "training").glob("step_*")), chain, log)
         family = psutil.Process(chain.pid).children(recursive=True)
         workers = [process for process in family if is_worker(process)]
     finally:
@@ -117,10 +118,10 @@ def goes_on(process: psutil.Process) -> bool:
         return False
 
 
-def wait_until(ready: Callable[[], bool], chain: subprocess.Popen[bytes]) -> None:
+def wait_until(ready: Callable[[], bool], chain: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not ready():
-        assert chain.poll() is None, "the chain ended before it could be killed"
+        assert chain.poll() is None, "the chain ended before it could be killed:\n" + log.read_text()
         assert time.monotonic() < deadline, "the chain did not come to its distillation in time"
         time.sleep(0.02)
 

@@ -22,8 +22,10 @@ class Criteria(Section):
     ffn: Literal["input_of_second", "before_activation"] = Field(
         "input_of_second", description="a neuron by the input of the second matrix, or by X·W1 before the activation (of a gated FFN: the gate's)"
     )
-    heads: Literal["per_channel", "per_token_norm"] = Field(
-        "per_channel", description="a head by the L2 norm of its channels' aggregates, or by the aggregate of its output's L2 norm at each token"
+    heads: Literal["per_channel", "per_token_norm", "behind_projection"] = Field(
+        "per_channel",
+        description="a head by the L2 norm of its channels' aggregates, or by the aggregate of its output's L2 norm at each token, "
+        "before the projection or behind the head's part of it (ours)",
     )
     channels: Literal["layer_norms", "all_norms"] = Field(
         "layer_norms", description="summed over both norms of every layer, or over the final one too"

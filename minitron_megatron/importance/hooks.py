@@ -1,8 +1,8 @@
 """Forward hooks that collect token sums of one micro-batch; they do not communicate, reduce or score.
 
-What is scored (P1 section 2.2): a head by its output before the projection, an FFN neuron by the input of the second matrix and by the first
-one's output, an embedding channel by the outputs of both norms of every layer and of the final one; a layer by Block Influence (P2 section
-2.2). Which of it ranks is chosen after the pass: scores/units.py.
+What is scored (P1 section 2.2): a head by its output before the projection, and by what that adds to the layer's sum behind it; an FFN
+neuron by the input of the second matrix and by the first one's output; an embedding channel by the outputs of both norms of every layer and
+of the final one; a layer by Block Influence (P2 section 2.2). Which of it ranks is chosen after the pass: scores/units.py.
 
 Legend: S this rank's tokens of a sample, B samples, C this rank's units, D hidden, h this rank's query heads, f its neurons.
 """
@@ -58,7 +58,9 @@ def _hook_layer(layer: Any, found: MicroBatchSums) -> list[Any]:
     number = layer.layer_number - 1  # megatron counts from 1
     return [
         *_hook_mlp(layer.mlp, number, found),
-        layer.self_attention.linear_proj.register_forward_pre_hook(_sums_of_heads(found, number, layer.config.kv_channels)),
+        layer.self_attention.linear_proj.register_forward_pre_hook(
+            _sums_of_heads(found, number, projections(layer.self_attention.linear_proj.weight, layer.config.kv_channels))
+        ),
         layer.input_layernorm.register_forward_hook(_sums_of_output(found, (number, "attention_norm"))),
         layer.pre_mlp_layernorm.register_forward_hook(_sums_of_output(found, (number, "mlp_norm"))),
         layer.register_forward_hook(_cosine(found, number), with_kwargs=True),
@@ -90,14 +92,22 @@ def _sums_of_input(found: MicroBatchSums, key: tuple[int, str]) -> Callable[...,
     return hook
 
 
-def _sums_of_heads(found: MicroBatchSums, number: int, head_channels: int) -> Callable[..., None]:
-    """By channel, and of each head's L2 norm at each token; tensor ranks hold whole heads."""
+def projections(weight_DC: Tensor, head_channels: int) -> Tensor:
+    """[h, K', K] fp32 triangles R of W = Q·R for each head's part of the projection: |W·x| = |R·x|, K' = min(K, D) rows in place of D."""
+    weight_hDK = weight_DC.detach().float().unflatten(1, (-1, head_channels)).movedim(1, 0)
+    return torch.linalg.qr(weight_hDK, mode="r").R
+
+
+def _sums_of_heads(found: MicroBatchSums, number: int, projections_hKK: Tensor) -> Callable[..., None]:
+    """By channel, and of each head's L2 norm at each token before and behind its part of the projection; tensor ranks hold whole heads."""
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         context_SBC = inputs[0].detach()
-        norms_SBh = context_SBC.float().unflatten(-1, (-1, head_channels)).norm(dim=-1)
+        heads_SBhK = context_SBC.float().unflatten(-1, (-1, projections_hKK.shape[-1]))
+        added_SBhK = torch.einsum("sbhk,hjk->sbhj", heads_SBhK, projections_hKK)
         found.token_sums[number, "heads"] = token_sums(context_SBC)
-        found.token_sums[number, "head_norms"] = token_sums(norms_SBh)
+        found.token_sums[number, "head_norms"] = token_sums(heads_SBhK.norm(dim=-1))
+        found.token_sums[number, "head_contributions"] = token_sums(added_SBhK.norm(dim=-1))
 
     return hook
 

@@ -20,8 +20,9 @@ from minitron_megatron.errors import ArtifactError
 
 AGGREGATES = ("mean", "l2", "variance")
 """Order of a statistic's first dimension: what is made of a sample's tokens."""
-AXES = ("heads", "head_norms", "attention_norm", "mlp_norm")
-"""Head outputs before the projection, by channel [H·K] · their L2 norm at each token [H] · outputs of the two norms of a layer [D]."""
+AXES = ("heads", "head_norms", "head_contributions", "attention_norm", "mlp_norm")
+"""Head outputs before the projection, by channel [H·K] · their L2 norm at each token [H] · that norm behind the head's part of the projection,
+of what it adds to the layer's sum [H] · outputs of the two norms of a layer [D]."""
 FFN_AXES = ("ffn", "ffn_before_activation")
 """Input of the second FFN matrix · output of the first one, X·W1 (P1 section 2.2); of a gated FFN its gate's half, which the activation takes."""
 EXPERT_AXES = ("experts", "expert_ffn")

@@ -54,10 +54,11 @@ def activation_scores(statistics: Statistics, ranking: Ranking = DEFAULT_RANKING
     norms = [(layer, norm) for layer in layers for norm in ("attention_norm", "mlp_norm")]
     norms += [(arch.layers - 1, FINAL_NORM)] if criteria.channels == "all_norms" else []
     neurons = "ffn" if criteria.ffn == "input_of_second" else "ffn_before_activation"
-    if criteria.heads == "per_token_norm":
-        heads = [score(layer, "head_norms", "heads") for layer in layers]
-    else:
+    if criteria.heads == "per_channel":
         heads = [head_scores(score(layer, "heads", "heads"), arch) for layer in layers]
+    else:
+        norms_of_heads = "head_norms" if criteria.heads == "per_token_norm" else "head_contributions"
+        heads = [score(layer, norms_of_heads, "heads") for layer in layers]
     return UnitScores(
         ffn=[score(layer, neurons, "ffn") for layer in layers if not arch.experts],
         heads=heads,

@@ -89,7 +89,10 @@ class PlainModel:
         self.seen[layer, "heads"] = context.detach()
         norms = [head.norm(dim=-1) for head in context.detach().split(K, dim=-1)]
         self.seen[layer, "head_norms"] = torch.stack(norms, dim=-1)
-        return context @ self.weights[f"{ours}.linear_proj.weight"].T
+        projection = self.weights[f"{ours}.linear_proj.weight"]
+        added = [head @ part.T for head, part in zip(context.detach().split(K, dim=-1), projection.split(K, dim=-1), strict=True)]
+        self.seen[layer, "head_contributions"] = torch.stack([part.norm(dim=-1) for part in added], dim=-1)
+        return context @ projection.T
 
     def _rotate(self, x: Tensor) -> Tensor:
         """Rotary embedding of [B, S, G, heads, K], first half against second half of the channels that turn."""

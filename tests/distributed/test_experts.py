@@ -223,7 +223,7 @@ def naive(sparse_house: Path, tmp_path_factory: pytest.TempPathFactory) -> Sums:
 
 
 def test_experts_and_their_neurons_are_scored_as_a_plain_model_says(sums_of_one: Sums, naive: Sums, measured: Record) -> None:
-    axes = {"experts", "expert_ffn", "heads", "head_norms", "attention_norm", "mlp_norm", "final_norm", "influence"}
+    axes = {"experts", "expert_ffn", "heads", "head_norms", "head_contributions", "attention_norm", "mlp_norm", "final_norm", "influence"}
     assert {axis for _, axis in sums_of_one} == axes
     assert sums_of_one[0, "expert_ffn"].shape == (3, 2, SOURCE.experts * SOURCE.ffn)
     assert measured("experts: importance against plain fp64", "one", worst(sums_of_one, naive)) <= FP32

@@ -29,6 +29,7 @@ from .tiny import DP2, ONE, PP2, PP2_EVEN, PP2_VPP2, SEQUENCE, TP2, TP2_PP2, TP2
 
 FP32 = 1e-5  # another order of additions over 16 tokens (design: numbers that must not move)
 P1 = Criteria(ffn="before_activation", heads="per_token_norm", channels="all_norms")
+OURS = Criteria(heads="behind_projection")
 Sums = dict[tuple[int, str], Tensor]
 
 
@@ -102,7 +103,7 @@ def test_data_and_pipeline_parallel_give_the_same_bits(
 def test_bf16_gives_the_same_bits_on_two_stages_and_is_close_on_two_tensor_ranks(pool: Pool, house: Path, tmp_path: Path, measured: Record) -> None:
     one, stages, tensor = (measure(pool, house, tmp_path / layout_name(at), at, precision="bf16") for at in (ONE, PP2, TP2))
     assert same_bits(stages, one)
-    for axis in ("ffn", "ffn_before_activation", "head_norms"):
+    for axis in ("ffn", "ffn_before_activation", "head_norms", "head_contributions"):
         found, expected = (sums[0, axis][0, 1].sqrt() for sums in (tensor, one))
         # the default aggregation of the design's claim: bf16 products rounded at other places, 8 bits of mantissa
         assert measured(f"bf16 {axis} (l2 of mean), layer 0", "tp2", relative_difference(found, expected)) <= 1e-2
@@ -123,7 +124,7 @@ def test_tensor_and_sequence_parallel_change_only_the_order_of_additions(
     assert measured("importance against plain fp64", name, worst(found, naive)) <= FP32
 
 
-@pytest.mark.parametrize("ranking", [DEFAULT_RANKING, Ranking(criteria=P1)], ids=["default", "p1"])
+@pytest.mark.parametrize("ranking", [DEFAULT_RANKING, Ranking(criteria=P1), Ranking(criteria=OURS)], ids=["default", "p1", "ours"])
 def test_tensor_and_sequence_parallel_keep_the_same_units_but_those_within_the_tolerance_of_the_cut(
     on_tensor_ranks: tuple[str, Sums], house: Path, one_process: Sums, ranking: Ranking
 ) -> None:

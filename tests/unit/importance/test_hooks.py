@@ -76,6 +76,11 @@ def by_loops(x: Tensor, unit: Callable[[Tensor], list[Tensor]]) -> Tensor:
     return sums
 
 
+def contributions(weight: Tensor, x: Tensor) -> list[Tensor]:
+    """L2 norm of what each head alone would add behind the projection."""
+    return [(weight[:, head * K : head * K + K] @ x[head * K : head * K + K].double()).norm() for head in range(H)]
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("gated", [False, True])
 def test_token_sums_of_each_sample_are_those_of_loops_over_its_tokens(gated: bool, bias: bool) -> None:
@@ -88,6 +93,8 @@ def test_token_sums_of_each_sample_are_those_of_loops_over_its_tokens(gated: boo
     for number in (4, 5):
         heads: Callable[[Tensor], list[Tensor]] = lambda x: [x[head * K : head * K + K].pow(2).sum().sqrt() for head in range(H)]  # noqa: E731
         expected[number, "head_norms"] = by_loops(layers[number - 4].seen["heads"], heads)
+        weight = layers[number - 4].self_attention.linear_proj.weight.detach().double()
+        expected[number, "head_contributions"] = by_loops(layers[number - 4].seen["heads"], lambda x, weight=weight: contributions(weight, x))
     expected[5, "final_norm"] = by_loops(normed, each)
     assert found.token_sums.keys() == expected.keys()
     for key, sums in expected.items():
@@ -97,7 +104,7 @@ def test_token_sums_of_each_sample_are_those_of_loops_over_its_tokens(gated: boo
 def test_a_stage_without_the_final_norm_sees_none_and_hooks_are_gone_afterwards() -> None:
     layer = Layer(0, gated=True, bias=False)
     found, _ = seen_sums(layer)
-    assert {axis for _, axis in found.token_sums} == {*layer.seen, "head_norms"}
+    assert {axis for _, axis in found.token_sums} == {*layer.seen, "head_norms", "head_contributions"}
     found.clear()
     layer(torch.randn(S, B, D))
     assert not found.token_sums and not hooks_of(layer)

@@ -268,7 +268,7 @@ def test_one_scores_file_is_ranked_by_each_criterion_that_the_recipe_names(
 
     source, sizes = tiny_hf_model("llama"), {"ffn": 9, "heads": 6, "hidden": 30}
     arch = source_architecture(str(source))
-    widths = {"ffn": arch.ffn, "heads": arch.heads * arch.head_channels, "head_norms": arch.heads, "influence": 1}
+    widths = {"ffn": arch.ffn, "heads": arch.heads * arch.head_channels, "head_norms": arch.heads, "head_contributions": arch.heads, "influence": 1}
     sums = {}
     for layer, axis in measured_keys(arch):
         width = widths.get(axis.removesuffix("_before_activation"), arch.hidden)

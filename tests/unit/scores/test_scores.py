@@ -31,9 +31,11 @@ WIDTHS = {
     "attention_norm": ARCH.hidden,
     "mlp_norm": ARCH.hidden,
     "final_norm": ARCH.hidden,
+    "head_contributions": ARCH.heads,
 }
 P1 = Criteria(ffn="before_activation", heads="per_token_norm", channels="all_norms")
 P1_HEADS = Criteria(heads="per_token_norm")
+BEHIND = Criteria(heads="behind_projection")
 OLD_AXES = ("ffn", "heads", "attention_norm", "mlp_norm", "influence")
 SAMPLES, TOKENS = 37, 11
 # away from zero, so that the variance of x, of |x| and the mean square are three different things
@@ -100,6 +102,8 @@ def test_all_nine_aggregations_are_what_raw_activations_give(batch: str, sequenc
         torch.testing.assert_close(by_p1.ffn[layer], naive(layer, "ffn_before_activation", batch=batch, sequence=sequence), **tolerance)
         heads = naive(layer, "head_norms", batch=batch, sequence=sequence)
         torch.testing.assert_close(by_p1.heads[layer], heads, **tolerance)
+        behind = activation_scores(statistics, Ranking(pair, criteria=BEHIND)).heads[layer]
+        torch.testing.assert_close(behind, naive(layer, "head_contributions", batch=batch, sequence=sequence), **tolerance)
         of_groups = torch.stack([heads[:4].pow(2).sum().sqrt(), heads[4:].pow(2).sum().sqrt()])
         torch.testing.assert_close(by_p1.kv_groups[layer], of_groups, **tolerance)
     norms = [naive(layer, axis, batch=batch, sequence=sequence) for layer in range(2) for axis in ("attention_norm", "mlp_norm")]
@@ -138,9 +142,15 @@ def test_the_two_scores_of_a_head_rank_differently() -> None:
 def test_a_file_that_lacks_what_a_criterion_reads_says_so(statistics: Statistics) -> None:
     older = replace(statistics, sums={key: value for key, value in statistics.sums.items() if key[1] in OLD_AXES})
     assert torch.equal(activation_scores(older).channels, activation_scores(statistics).channels)
-    for criterion, lacks in {"ffn": "ffn_before_activation", "heads": "head_norms", "channels": "final_norm"}.items():
+    read_by = {
+        "ffn_before_activation": Criteria(ffn=P1.ffn),
+        "head_norms": P1_HEADS,
+        "head_contributions": BEHIND,
+        "final_norm": Criteria(channels=P1.channels),
+    }
+    for lacks, criteria in read_by.items():
         with pytest.raises(ArtifactError, match=f"lacks {lacks} of layer . of this model; make it anew with: minitron importance RECIPE"):
-            activation_scores(older, Ranking(criteria=Criteria.model_validate({criterion: getattr(P1, criterion)})))
+            activation_scores(older, Ranking(criteria=criteria))
 
 
 def test_the_nine_aggregations_are_nine_different_scores(statistics: Statistics) -> None:

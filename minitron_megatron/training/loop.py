@@ -114,8 +114,10 @@ class TrainingLoop:
         groups = micro_batches(self.progress.samples, global_batch=self.settings.global_batch, micro_batch=self.settings.micro_batch)
         student.begin_step(step)
         if not student.is_balanced:
-            self._measure(hidden, groups, load)
+            measured = self._measure(hidden, groups, load)
+            student.rebalance(measured)
             student.begin_step(step)
+            student.rebalance(measured)  # once more: α follows the losses at their weights, which are known only now
         alpha = hidden.balance.alpha if hidden else None
         for chunk in student.wrapped:
             chunk.zero_grad_buffer()
@@ -169,13 +171,13 @@ class TrainingLoop:
         model.train()
         return logged
 
-    def _measure(self, hidden: HiddenTraining | None, groups: MicroBatches, load: Load) -> None:
-        """The first weights that follow losses: forward only, over the whole global batch; fewer samples would be others in another layout."""
+    def _measure(self, hidden: HiddenTraining | None, groups: MicroBatches, load: Load) -> Sums:
+        """What the first weights follow: forward only, over the whole global batch; fewer samples would be others in another layout."""
         teacher = self.teachers.states(groups, load, hidden.wanted if hidden else ())
         batches = [load(ids) for ids in of_data_rank(groups, self.layout.data_rank, self.layout.data)]
         with whole_parameters(self.student.wrapped):
             logged = self._forward_only(teacher, batches, hidden)
-        self.student.rebalance(self._over_processes(logged, hidden))
+        return self._over_processes(logged, hidden)
 
     def _loader(self, dataset: TokenDataset) -> Load:
         """Sample ids → batch on the device; teacher and student of a step share those that both want."""

@@ -99,8 +99,9 @@ class TrainingLoop:
         return {**means, "perplexity": math.exp(min(means["cross_entropy"], 700))}
 
     def _save(self, checkpoints: TrainingCheckpoints) -> None:
-        """The next step's teacher is settled first: a run that continues from here has the same."""
-        self.teachers.renew()
+        """The next step's teacher is settled first: a run that continues from here has the same. Behind the last step the one that taught stays."""
+        if self.progress.step < self.settings.steps:
+            self.teachers.renew()
         checkpoints.save(replace(self.progress, extra=self.student.balances(), teacher=self.teachers.identity), self.student)
         if self.saved:
             checkpoints.finish()  # megatron's writers of one process share a queue: what saved writes would get the checkpoint's answers

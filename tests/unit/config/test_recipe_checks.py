@@ -97,6 +97,9 @@ CASES = {
         "distill.top_k knows the teacher outside its 5 likeliest tokens as one class only, and mse, cosine needs it token by token; "
         "leave out one of the two",
     ],
+    "distill={top_k: 5, loss: {forward_kl: 0, cross_entropy: 1}}": [
+        "distill.top_k is of forward_kl, which distill.loss lacks; add forward_kl, or leave top_k out"
+    ],
     "distill.top_k=131": ["distill.top_k=131 leaves no tail of the source model's 131 tokens; give less, or leave it out"],
 }
 

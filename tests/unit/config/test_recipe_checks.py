@@ -133,6 +133,14 @@ def test_a_rule_for_pairs_needs_the_layers_it_speaks_of(rule: str, problems: Cal
     check_recipe(load_recipe(recipe_file(), [f"prune.target.layers={enough}", f"distill.hidden.pairs={rule}"]), MODEL)
 
 
+def test_kept_pairs_need_a_kept_layer_behind_a_dropped_one(problems: Callable[..., list[str]], recipe_file: Recipes) -> None:
+    kept = "distill.hidden.pairs=kept"
+    assert problems("prune.drop_layers=[4-5]", kept) == [
+        f"{kept}: prune.drop_layers are the last layers, and no kept one follows; use last_minus_2 or give pairs"
+    ]
+    check_recipe(load_recipe(recipe_file(), ["prune.drop_layers=[3,4]", kept]), MODEL)
+
+
 def test_a_dynamic_weight_needs_the_loss_that_it_follows(problems: Callable[..., list[str]], recipe_file: Recipes) -> None:
     without = ["distill.loss={cross_entropy: 1}", "distill.hidden.embeddings=true"]
     assert problems(*without) == [

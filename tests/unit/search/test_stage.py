@@ -51,13 +51,16 @@ class Played:
         step, sizes = values["distill"].get("pause_after_steps", values["distill"]["steps"]), values["prune"]["target"]
         (folder / "prune").mkdir(exist_ok=True)
         (folder / "prune" / "manifest.json").write_text("{}")
-        partial = folder / ".distill.partial"
-        partial.mkdir(exist_ok=True)
-        with (partial / "validation.jsonl").open("a") as file:
-            depth = sizes.get("layers", SMALL.layers)
-            loss = 5 + depth if step == 0 else 5 - depth - 0.01 * sizes.get("ffn", SMALL.ffn)
-            losses = [loss + 0.1 * window for window in range(WINDOWS)]
-            file.write(json.dumps({"step": step, "cross_entropy": losses, "forward_kl": losses}) + "\n")
+        log = folder / ".distill.partial" / "validation.jsonl"
+        log.parent.mkdir(exist_ok=True)
+        # as the real one: a run from the start tells its first loss, one that goes on does not
+        steps = {step} if log.is_file() else {0, step}
+        with log.open("a") as file:
+            for at in sorted(steps):
+                depth = sizes.get("layers", SMALL.layers)
+                loss = 5 + depth if at == 0 else 5 - depth - 0.01 * sizes.get("ffn", SMALL.ffn)
+                losses = [loss + 0.1 * window for window in range(WINDOWS)]
+                file.write(json.dumps({"step": at, "cross_entropy": losses, "forward_kl": losses}) + "\n")
 
 
 @pytest.fixture
@@ -98,6 +101,22 @@ def test_a_killed_search_goes_on_with_the_candidates_that_are_left(
     assert first.ran + second.ran + third.ran == whole.ran
     for name in ("ranking.json", "architecture.json", "candidates.csv"):
         assert (run / "again" / name).read_bytes() == (run / "whole" / name).read_bytes()
+
+
+def test_a_longer_shortlist_keeps_what_a_candidate_told_before_its_weights_went(
+    recipe: Recipe, inputs: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that the short list left out after a round goes on in the long one, which trains it anew from the start."""
+    run = inputs["import"].path.parent
+    recipe, short = with_rounds(recipe, [50, 100], 0.3), Played(dies_after=3)
+    with pytest.raises(Killed):
+        search(with_search(recipe, shortlist=3), inputs, run / "again", monkeypatch, short)
+    long = Played()
+    search(recipe, inputs, run / "again", monkeypatch, long)
+    anew = {name for name, step, verbs in long.ran if step == 100 and verbs[0] == "prune"}
+    assert anew & {name for name, step, _ in short.ran if step == 50}
+    search(recipe, inputs, run / "whole", monkeypatch, Played())
+    assert (run / "again" / "ranking.json").read_bytes() == (run / "whole" / "ranking.json").read_bytes()
 
 
 def test_candidates_are_pruned_once_and_trained_to_each_round(recipe: Recipe, inputs: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,6 +167,12 @@ def test_a_candidate_s_recipe_is_the_run_s_own_with_sizes_and_a_short_schedule(
 def with_search(recipe: Recipe, **values: Any) -> Recipe:
     assert recipe.search
     return recipe.model_copy(update={"search": recipe.search.model_copy(update=values)})
+
+
+def with_rounds(recipe: Recipe, rounds: list[int], keep: float) -> Recipe:
+    assert recipe.search
+    short = recipe.search.short_distillation.model_copy(update={"rounds": rounds, "keep": keep})
+    return with_search(recipe, short_distillation=short)
 
 
 def test_the_search_is_part_of_the_chain_only_where_it_is_asked_for_and_prune_reads_it(recipe: Recipe) -> None:

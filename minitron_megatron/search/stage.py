@@ -44,9 +44,9 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path) -> dict[st
     found, shortlist = _surveyed(recipe, search, source, inputs, folder)
     _tell(found, shortlist)
     trials = make_trials(shortlist, inputs, folder / "candidates")
-    best_first = _train(trials, recipe, search)
-    ranking = ranking_of(trials, best_first, rank_by=search.rank_by, rounds=search.short_distillation.rounds)
-    chosen = best_first[0]
+    _train(trials, recipe, search)
+    ranking = ranking_of(trials, rank_by=search.rank_by, rounds=search.short_distillation.rounds)
+    chosen = next(trial for trial in trials if trial.name == ranking["chosen"])
     write_json(folder / "ranking.json", ranking)
     write_json(folder / "architecture.json", chosen.candidate.arch.to_dict())
     (folder / "table.md").write_text(ranking_markdown(ranking))
@@ -122,11 +122,11 @@ def _proxy(recipe: Recipe, inputs: Mapping[str, Artifact], source: Architecture)
     return KeptImportance(activation_scores(statistics, recipe.prune.ranking), source)
 
 
-def _train(trials: Sequence[Trial], recipe: Recipe, search: Search) -> list[Trial]:
-    """Successive halving; best first."""
+def _train(trials: Sequence[Trial], recipe: Recipe, search: Search) -> None:
+    """Successive halving."""
     where = places(search.jobs, recipe.parallel.processes, platform=recipe.platform)
     short = search.short_distillation
-    return successive_halving(
+    successive_halving(
         trials,
         rounds=short.rounds,
         keep=short.keep,

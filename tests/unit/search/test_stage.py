@@ -119,6 +119,26 @@ def test_a_longer_shortlist_keeps_what_a_candidate_told_before_its_weights_went(
     assert (run / "again" / "ranking.json").read_bytes() == (run / "whole" / "ranking.json").read_bytes()
 
 
+def test_the_best_of_the_last_round_is_chosen_though_a_longer_shortlist_would_have_left_it_out_before(
+    recipe: Recipe, inputs: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A deep one alone comes to the end, and the start dies; beside seven others it is among the worst right after pruning."""
+    folder, recipe = inputs["import"].path.parent / "again", with_rounds(recipe, [0, 50, 100], 0.3)
+    with monkeypatch.context() as dying, pytest.raises(Killed):
+        dying.setattr(stage, "write_json", kill)
+        search(with_search(recipe, shortlist=1), inputs, folder, dying, Played())
+    result, ranking = search(recipe, inputs, folder, monkeypatch, Played()), json.loads((folder / "ranking.json").read_text())
+    through = {item["name"]: item["losses"]["100"]["cross_entropy"]["value"] for item in ranking["candidates"] if "100" in item["losses"]}
+    assert len(through) == 2 and result["chosen"] == ranking["chosen"] == min(through, key=through.__getitem__) == result["shortlist"][0]
+    verdicts = {item["name"]: item["verdict"] for item in ranking["candidates"]}
+    assert verdicts.pop(result["chosen"]) == "chosen" and ranking["candidates"][0]["name"] == result["chosen"] and "chosen" not in verdicts.values()
+    assert json.loads((folder / "architecture.json").read_text())["layers"] == SMALL.layers
+
+
+def kill(*_: Any) -> None:
+    raise Killed
+
+
 def test_candidates_are_pruned_once_and_trained_to_each_round(recipe: Recipe, inputs: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch) -> None:
     played = Played()
     search(recipe, inputs, inputs["import"].path.parent / "search", monkeypatch, played)

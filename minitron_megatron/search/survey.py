@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from minitron_megatron.arch.architecture import Architecture, kv_cache_bytes_per_token, nonembedding_parameter_count, parameter_count
-from minitron_megatron.config.checks.layout import layout_problems
+from minitron_megatron.config.checks.layout import layout_problems, list_problems
 from minitron_megatron.config.checks.target import target_architecture
 from minitron_megatron.config.checks.teachers import teacher_architectures
 from minitron_megatron.config.checks.training import hidden_problems
@@ -182,5 +182,7 @@ def _obstacle(recipe: Recipe, search: Search, source: Architecture, arch: Archit
         return error.problems[0]
     if target != arch:
         return "prune.align would round its sizes; give sizes in search.space that are multiples already, or leave prune.align out"
-    problems = layout_problems(recipe.parallel, arch, "a candidate") + hidden_problems(trial, teacher, arch)
+    parallel, layers = recipe.parallel, {source.layers, arch.layers}
+    problems = layout_problems(parallel, arch, "a candidate") + hidden_problems(trial, teacher, arch)
+    problems += list_problems("parallel", parallel.pipeline * parallel.virtual, parallel.layers_per_stage, layers)
     return problems[0] if problems else ""

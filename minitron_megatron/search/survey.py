@@ -120,16 +120,15 @@ def survey(recipe: Recipe, search: Search, source: Architecture, latency: Latenc
 
 
 def require_survivors(found: Survey) -> None:
-    """Raises RecipeError with what removed the candidates and the one that came closest."""
+    """Raises RecipeError with what removed the candidates: why those within the budgets cannot be made, or else what came closest to them."""
     if found.survivors:
         return
     counts = ", ".join(f"{name} removes {first}" for name, _, _, first in found.removals() if first)
     head = f"search: none of {len(found.candidates)} candidates is left ({counts or f'{found.impossible} combinations are no model'})"
-    missed = [candidate for candidate in found.candidates if candidate.misses]
-    if not missed:
-        reasons = {candidate.reason for candidate in found.candidates if candidate.reason}
+    reasons = {candidate.reason for candidate in found.candidates if candidate.reason}
+    if reasons or not found.candidates:
         raise RecipeError(f"{head}; {min(reasons, default='give sizes that go together')}")
-    nearest = min(missed, key=lambda candidate: max(candidate.misses.values()))
+    nearest = min(found.candidates, key=lambda candidate: max(candidate.misses.values()))
     limits = {budget.name: budget.describe() for budget in found.budgets}
     misses = ", ".join(
         f"{name} {nearest.figures[name]:,.6g} where {limits[name]} is allowed ({100 * miss:.2g} % beyond)" for name, miss in nearest.misses.items()

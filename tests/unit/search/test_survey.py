@@ -130,6 +130,13 @@ def test_nothing_left_names_what_removed_it_and_the_nearest_miss(recipe_of: Reci
     assert f"{elements(largest, embedding=True):,}" in line and "100,000 ± 5 % is allowed" in line and "widen search.space" in line
 
 
+def test_where_shapes_fit_the_budget_and_none_can_be_made_the_reason_is_told(recipe_of: Recipes) -> None:
+    within = SMALL.resized(hidden=20, ffn=16)
+    found = found_by(recipe_of({"hidden": [20], "ffn": [16, 48]}, parameters=elements(within, embedding=True)))
+    with pytest.raises(RecipeError, match=r"parameters removes 1, recipe removes 1\); .*hidden=20 is not a multiple of heads=8"):
+        require_survivors(found)
+
+
 def test_figures_on_the_edge_of_a_tolerance_are_inside(recipe_of: Recipes) -> None:
     total = elements(SMALL, embedding=True)
     for target in (total / 1.05, total / 0.95):

@@ -15,10 +15,12 @@ from minitron_megatron.arch.architecture import Architecture, parameter_count
 from minitron_megatron.artifact import Artifact
 from minitron_megatron.chain import STAGES, run_id, stage_id, stage_inputs, stage_settings, stages_of
 from minitron_megatron.config.schema import Recipe
+from minitron_megatron.config.search import LatencyBudget
 from minitron_megatron.config.trial import trial_recipe
 from minitron_megatron.prune import stage as prune
 from minitron_megatron.search import stage
 from minitron_megatron.search.jobs import Job
+from minitron_megatron.search.measure import Fit, Measured
 
 from .conftest import SMALL
 
@@ -164,6 +166,33 @@ def test_what_comes_out_is_the_best_after_training_and_prune_takes_it(
     assert [row["name"] for row in sorted((r for r in rows if r["shortlist"]), key=lambda r: int(r["shortlist"]))] == result["shortlist"]
     assert parameter_count(chosen) == next(int(row["parameters"]) for row in rows if row["name"] == result["chosen"])
     assert "| candidate |" in (folder / "table.md").read_text() and (folder / "pareto.svg").read_text().startswith("<?xml")
+
+
+def test_what_was_measured_filters_and_a_continued_search_measures_nothing_anew(
+    recipe: Recipe, inputs: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = inputs["import"].path.parent / "search"
+    layer, output = Fit([1e-4, 1e-9, 1e-10], 0.0, None), Fit([1e-5, 1e-9], 0.0, None)
+    timed: list[Architecture] = []
+
+    def machine(shapes: Sequence[Architecture], request: LatencyBudget, *_: Any) -> Measured:
+        timed.extend(shapes)
+        return Measured(request, layer, layer, output)
+
+    request = LatencyBudget(kind="measured", prompt=16, generate=4, shapes=5, limit_ms=1.9)
+    recipe, known = with_search(recipe, latency=request), Measured(request, layer, layer, output)
+    monkeypatch.setattr(stage, "measure", machine)
+    with pytest.raises(Killed):
+        search(recipe, inputs, folder, monkeypatch, Played(dies_after=1))
+    assert len(set(timed)) == 5 and {arch.layers for arch in timed} == {1}
+    monkeypatch.setattr(stage, "measure", kill)
+    result, rows = search(recipe, inputs, folder, monkeypatch, Played()), list(csv.DictReader((folder / "candidates.csv").open()))
+    for row in rows:
+        arch = SMALL.resized(**{axis: int(row[axis]) for axis in ("layers", "hidden", "heads", "ffn")})
+        assert float(row["latency"]) == pytest.approx(1000 * known.seconds(arch))
+    slow = {row["name"] for row in rows if float(row["latency"]) > 1.9}
+    assert 0 < result["survivors"] < sum(row["removed_by"] in ("", "latency") for row in rows)
+    assert {row["name"] for row in rows if row["removed_by"] == "latency"} <= slow and not slow & set(result["shortlist"])
 
 
 def test_only_what_was_told_is_kept_of_the_candidates(recipe: Recipe, inputs: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,7 +74,7 @@ def test_the_table_says_who_is_chosen_who_is_not_told_apart_and_who_is_worse(tri
     (pair,) = [pair for pair in ranking["pairs"] if {pair["candidate"], pair["reference"]} == close]
     assert pair["noise"] and len(ranking["pairs"]) == 3
     table = ranking_markdown(ranking)
-    assert table.count("not told apart") == 1 and "64 held-out windows" in table and "± 0" in table
+    assert table.count("not told apart") == 1 and "64 held-out windows" in table and "another seed is not in them" in table and "± 0" in table
     # right after pruning: 40 < 32 < 48, after training 32 is last
     assert ranking["order_changes"] == {"from": 0, "to": 10, "pairs": 3, "swapped": 1 + (ranking["chosen"] == "L4-D32-H8-G2-F48")}
 

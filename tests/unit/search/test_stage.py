@@ -17,6 +17,7 @@ from minitron_megatron.chain import STAGES, run_id, stage_id, stage_inputs, stag
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.config.search import LatencyBudget
 from minitron_megatron.config.trial import trial_recipe
+from minitron_megatron.errors import LayoutError
 from minitron_megatron.prune import stage as prune
 from minitron_megatron.search import stage
 from minitron_megatron.search.jobs import Job
@@ -193,6 +194,14 @@ def test_what_was_measured_filters_and_a_continued_search_measures_nothing_anew(
     slow = {row["name"] for row in rows if float(row["latency"]) > 1.9}
     assert 0 < result["survivors"] < sum(row["removed_by"] in ("", "latency") for row in rows)
     assert {row["name"] for row in rows if row["removed_by"] == "latency"} <= slow and not slow & set(result["shortlist"])
+
+
+def test_too_few_gpus_are_told_before_anything_is_measured(recipe: Recipe, inputs: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr(stage, "_latency", kill)
+    asked = with_search(recipe, jobs=3).model_copy(update={"platform": "cuda"})
+    with pytest.raises(LayoutError, match=r"search.jobs=3 candidates × 1 processes need 3 GPUs, there are 2"):
+        search(asked, inputs, inputs["import"].path.parent / "search", monkeypatch, Played())
 
 
 def test_only_what_was_told_is_kept_of_the_candidates(recipe: Recipe, inputs: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch) -> None:

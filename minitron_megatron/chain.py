@@ -60,12 +60,12 @@ STAGES = {
         Stage("importance", "importance.stage", ("import", "data"), ("importance",), True),
         Stage("depth", "depth.stage", ("import", "data", "importance"), ("depth",), True, asked_by="depth"),
         Stage("teachers", "convert.teachers_stage", ("import",), ("teachers",), False, asked_by="teachers"),
-        Stage("correct", "correct.stage", ("import", "data"), ("correct",), True, continues=_may_change("correct"), asked_by="correct"),
+        Stage("correct", "correct.stage", ("import", "data", "chat"), ("correct",), True, continues=_may_change("correct"), asked_by="correct"),
         Stage("labels", "labels.stage", ("import", "data", "teachers", "correct"), ("labels",), True, asked_by="labels"),
         Stage(
             "search",
             "search.stage",
-            ("import", "data", "importance", "teachers", "correct", "labels"),
+            ("import", "data", "chat", "importance", "teachers", "correct", "labels"),
             ("search", "prune", "distill", "teacher_weights"),
             False,
             continues=MAY_CHANGE_IN_A_SEARCH,
@@ -77,7 +77,7 @@ STAGES = {
         Stage(
             "distill",
             "distill.stage",
-            ("import", "data", "labels", "prune", "teachers", "correct"),
+            ("import", "data", "chat", "labels", "prune", "teachers", "correct"),
             ("distill", "teacher_weights", "correct_beside"),
             True,
             continues=_may_change("distill"),
@@ -164,8 +164,10 @@ def stage_inputs(stage: Stage, recipe: Recipe) -> tuple[str, ...]:
 
 
 def _spared(stage: Stage, recipe: Recipe) -> tuple[str, ...]:
-    if stage.name in ("search", "prune") and not recipe.prune.reads_importance:
-        return ("importance",)
+    scores = ("importance",) if stage.name in ("search", "prune") and not recipe.prune.reads_importance else ()
+    chats = ("chat",) if stage.name in ("correct", "search", "distill") and recipe.distill.text != "chat" else ()
+    if scores or chats:
+        return (*scores, *chats)
     if stage.name == "depth" and recipe.depth is not None:
         return ("data",) if recipe.depth.reads_importance else ("importance",)
     if stage.name == "evaluate":

@@ -110,6 +110,9 @@ class Distill(TrainingRun):
     handover_device_gib: Annotated[float, UNSHAPING] = Field(
         4.0, ge=0, description="teacher's states of a step kept on the device, the rest on the host"
     )
+    text: Literal["data", "chat"] = Field(
+        "data", description="data: the corpus, or what the section labels makes of it; chat: conversations, whose answers alone count (section chat)"
+    )
     mask_boundaries: bool = Field(False, description="the first token of a document, a guess from the end of an unrelated one, does not count")
 
     @field_validator("loss", mode="before")

@@ -17,6 +17,7 @@ from minitron_megatron.checkpoint.sharded import load_model, model_state, save_s
 from minitron_megatron.checkpoint.torch_dist import MegatronSource, weights_digest
 from minitron_megatron.config.distill import TrainingRun
 from minitron_megatron.config.schema import Recipe
+from minitron_megatron.data.answers import answer_samples, heldout_answers
 from minitron_megatron.data.batches import TokenDataset
 from minitron_megatron.data.samples import evaluation_windows
 from minitron_megatron.data.shared import training_text
@@ -76,9 +77,11 @@ class Job:
         """Of the whole run, those that are consumed already included."""
         return before.samples + (self.settings.steps - before.step) * self.settings.global_batch
 
-    def texts(self, inputs: Mapping[str, Artifact], before: Progress, *, mask_boundaries: bool) -> Texts:
-        """Samples of what training_text finds in the inputs, and windows of the held-out text."""
+    def texts(self, inputs: Mapping[str, Artifact], before: Progress, *, mask_boundaries: bool = False) -> Texts:
+        """Samples of what training_text finds in the inputs, and windows of the held-out text; of conversations where the stage reads any."""
         length = self.settings.sequence_length
+        if "chat" in inputs:
+            return self._answers(inputs["chat"], before)
         training = training_text(
             self.world,
             inputs,
@@ -90,6 +93,13 @@ class Job:
         )
         heldout = inputs["data"].path / "heldout"
         return training, evaluation_windows(heldout, sequence_length=length, tokens=self.settings.validation_samples * length)
+
+    def _answers(self, chat: Artifact, before: Progress) -> Texts:
+        """Packed anew from the conversations' lengths where the length of a sample is another than the chat stage's."""
+        settings, packing = self.settings, chat.result["packing"]
+        samples, length = self.samples(before), settings.sequence_length
+        training = answer_samples(chat.path / "train", samples=samples, sequence_length=length, seed=settings.seed, packing=packing)
+        return training, heldout_answers(chat.path / "heldout", sequence_length=length, at_most=settings.validation_samples)
 
     def student(self, arch: Architecture, checkpoint: Path, *teachers: Architecture) -> StageModel:
         """The model that is trained, filled from a checkpoint; its layers are dealt out with the teachers' work in mind."""

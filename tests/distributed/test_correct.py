@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from minitron_megatron.artifact import FORMAT, find_artifact
-from minitron_megatron.chain import STAGES, stage_settings
+from minitron_megatron.chain import STAGES, stage_inputs, stage_settings
 from minitron_megatron.checkpoint.torch_dist import MegatronSource, weights_digest
 from minitron_megatron.config.chat import Chat
 from minitron_megatron.config.correct import Correct
@@ -20,6 +21,7 @@ from minitron_megatron.config.distill import Training
 from minitron_megatron.config.finetune import Finetune
 from minitron_megatron.config.parallel import Parallel
 from minitron_megatron.config.schema import Recipe
+from minitron_megatron.data.answers import answer_samples
 from minitron_megatron.data.encode import EncodedBlock
 from minitron_megatron.data.index import write_block
 from minitron_megatron.errors import ArtifactError
@@ -29,6 +31,7 @@ from minitron_megatron.training.snapshots import MARK
 
 from .conftest import Identical, Record
 from .house import SOURCE, STEPS, TARGET, copy_of, publish_stage, recipe_for
+from .plain_model import PlainModel
 from .pool import Pool
 from .test_distill import TIMED, Interrupted, changed, distill_until
 from .tiny import DP2, ONE, PP2, SEQUENCE, TP2_SP, VOCAB, layout_name, name_of, relative_difference
@@ -114,6 +117,36 @@ def whole(pool: Pool, furnished: Path, tmp_path_factory: pytest.TempPathFactory)
         return made[key]
 
     return run
+
+
+def test_a_distillation_on_conversations_counts_the_answers_alone(pool: Pool, furnished: Path, tmp_path: Path, measured: Record) -> None:
+    """The first step's KL and cross-entropy are those of plain models in fp64 over the tokens of the answers, each in its weight."""
+    runs = copy_of(furnished, tmp_path / "runs")
+    shutil.rmtree(runs / "tiny" / "distill")
+    recipe = recipe_with(runs, text="chat", steps=4, global_batch=8).model_copy(update={"correct": None})
+    pool.run(publish_stage, "distill", recipe, processes=1)
+    told = next(record for record in records(runs, "distill") if record.get("step") == 1)
+    samples = answer_samples(runs / "tiny" / "chat" / "train", samples=8, sequence_length=SEQUENCE, seed=recipe.distill.seed)
+    teacher = PlainModel(runs / "tiny" / "import" / "checkpoint", SOURCE)
+    student = PlainModel(runs / "tiny" / "prune" / "checkpoint", TARGET)
+    kl, entropy, counted = 0.0, 0.0, 0
+    for number in range(8):
+        tokens, weights = samples[number], samples.weights(number)[1:].double()
+        with torch.no_grad():
+            log_q, log_p = (model.logits(tokens[None, :-1])[0].log_softmax(-1) for model in (teacher, student))
+        kl += float(((log_q.exp() * (log_q - log_p)).sum(-1) * weights).sum())
+        entropy += float((-log_p.gather(-1, tokens[1:, None])[:, 0] * weights).sum())
+        counted += int((weights > 0).sum())
+    assert 0 < counted < 8 * SEQUENCE
+    assert measured("KL on conversations", "one", relative_difference(told["forward_kl"], kl / counted)) <= 1e-6  # fp32 against fp64
+    assert measured("cross-entropy on conversations", "one", relative_difference(told["cross_entropy"], entropy / counted)) <= 1e-6
+
+
+def test_conversations_are_read_only_where_something_trains_on_them(tmp_path: Path) -> None:
+    plain, chats = recipe_with(tmp_path), recipe_with(tmp_path, text="chat")
+    for stage in ("correct", "search", "distill"):
+        assert "chat" not in stage_inputs(STAGES[stage], plain) and "chat" in stage_inputs(STAGES[stage], chats)
+    assert "chat" in stage_inputs(STAGES["finetune"], plain)
 
 
 @pytest.mark.parametrize(

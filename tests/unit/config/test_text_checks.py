@@ -30,6 +30,7 @@ MODEL = Architecture("llama", 6, 48, 12, 4, 8, 60, 131, True, 128, 1e-6, 10000.0
             ["labels.prompt_tokens + labels.new_tokens = 129 is beyond the model's 128 positions; at most 128"],
         ),
         ("chat={train: [x.jsonl], sequence_length: 129}", ["chat.sequence_length=129 is beyond the model's 128 positions; at most 128"]),
+        ("distill.text=chat", ["distill.text=chat: no section names the conversations; add the section chat, with chat.train"]),
         ("labels={top_p: 0}", ["labels.top_p: input should be greater than 0 (found 0)"]),
         ("chat={train: []}", ["chat.train: list should have at least 1 item after validation, not 0 (found [])"]),
     ],
@@ -38,6 +39,15 @@ def test_each_problem_with_its_mend(recipe_file: Callable[..., Path], override: 
     with pytest.raises(RecipeError) as caught:
         check_recipe(load_recipe(recipe_file(), [override]), MODEL)
     assert all(any(line.endswith(wanted) for line in caught.value.problems) for wanted in expected), caught.value.problems
+
+
+def test_what_would_not_be_read_beside_conversations_is_refused(recipe_file: Callable[..., Path]) -> None:
+    overrides = ["distill.text=chat", "chat={train: [x.jsonl], sequence_length: 32}", "labels={prompt_tokens: 20, new_tokens: 13}"]
+    overrides += ["distill.mask_boundaries=true", "correct={steps: 100, source_peak: 1e-3, beside: true}"]
+    with pytest.raises(RecipeError) as caught:
+        check_recipe(load_recipe(recipe_file(), overrides), MODEL)
+    for section in ("labels: what the teacher writes", "distill.mask_boundaries:", "correct.beside:"):
+        assert any(line.startswith(section) for line in caught.value.problems), (section, caught.value.problems)
 
 
 def test_what_fits_is_taken(recipe_file: Callable[..., Path]) -> None:

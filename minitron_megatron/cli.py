@@ -262,6 +262,9 @@ def _show_results(steps: list[Step], recipe_path: str) -> None:
 
     console = Console()
     evaluated = {step.name: open_artifact(run_folder(step.recipe), "evaluate", recipe_path).result for step in steps if step.trained}
+    if not evaluated:  # one step was named, of which the next takes the pruned model
+        console.print(f"Pruned: {run_folder(steps[-1].recipe) / 'prune'}")
+        return
     result = publish_family(evaluated, run_folder(steps[-1].recipe).parent) if len(evaluated) > 1 else next(iter(evaluated.values()))
     console.print(console_table(result))
     console.print(continuations(result), markup=False, highlight=False)

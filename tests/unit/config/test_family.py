@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from minitron_megatron import conductor
+from minitron_megatron.cli import app
 from minitron_megatron.config.family import checked_steps, load_recipe, load_steps, picked_steps
 from minitron_megatron.errors import RecipeError
 
@@ -183,6 +186,16 @@ def test_what_the_steps_share_is_told_like_any_recipes_mistake(recipe_file: Reci
     with pytest.raises(RecipeError) as caught:
         load_steps(family_of(recipe_file, {"name": "a"}, {"name": "b"}, **sections))
     assert told in str(caught.value)
+
+
+def test_a_step_that_is_only_pruned_may_be_run_alone(recipe_file: Recipes, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no evaluation to show."""
+    started: list[list[str]] = []
+    monkeypatch.setattr(conductor, "run_stages", lambda names, *_: started.append(list(names)) or 0)
+    file = family_of(recipe_file, {"name": "a"}, {"name": "b", "source": "pruned"}, model={"path": model})
+    ran = CliRunner().invoke(app, ["run", str(file), "step=a"])
+    assert (ran.exit_code, started) == (0, [["import", "data", "importance", "prune"]])
+    assert "Pruned: runs/tiny/a/prune" in ran.output
 
 
 SEARCH = {"space": {"ffn": [16, 24, 32]}, "memory": {"gib": 1}}

@@ -39,7 +39,7 @@ _LOST = ("connection closed by peer", "connection reset", "broken pipe", "connec
 _TIMEOUT = ("timed out", "timeout")
 
 
-def tell(error: Exception) -> None:
+def tell(error: BaseException) -> None:
     """Leaves the error where the launcher finds it; without our launcher each process shows its own."""
     kind, launched = kind_of(error), "TORCHELASTIC_ERROR_FILE" in os.environ
     if launched and kind == "lost":
@@ -55,7 +55,7 @@ def tell(error: Exception) -> None:
         _leave_in_time(2 if kind == "mistake" else 1)
 
 
-def kind_of(error: Exception) -> Kind:
+def kind_of(error: BaseException) -> Kind:
     """By gloo's and NCCL's words: they raise plain RuntimeErrors."""
     if isinstance(error, MinitronError):
         return "mistake"
@@ -121,7 +121,7 @@ def _death(failure: ProcessFailure) -> str:
     return f"was killed by signal {-failure.exitcode} ({failure.signal_name()}){reason}"
 
 
-def _record(error: Exception, kind: Kind) -> None:
+def _record(error: BaseException, kind: Kind) -> None:
     """In the form of torchelastic's error files, with the kind beside."""
     extra = {"py_callstack": "".join(traceback.format_exception(error)), "timestamp": str(int(time.time()))}
     told = {"message": f"{type(error).__name__}: {error}", "kind": kind, "extraInfo": extra}

@@ -51,7 +51,9 @@ def main(arguments: list[str]) -> int:
         try:
             _run(connections, *arguments)
             return 0
-        except Exception as error:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # torch's CheckpointException is no Exception
             tell(error)  # while the connections stand: the others fail as soon as they close, and must not have the first word
             return 2 if isinstance(error, MinitronError) else 1
 

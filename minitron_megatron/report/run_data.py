@@ -16,6 +16,8 @@ class RunData:
     manifests: dict[str, dict[str, Any]] = field(default_factory=dict)
     plan: dict[str, Any] | None = None
     """plan.json of the stage prune."""
+    pruned_by: dict[str, Any] | str | None = None
+    """What the stage prune ranked by: of each axis its criterion and aggregation, or the name of a baseline."""
     importance: dict[str, Any] | None = None
     """summary.json of the stage importance."""
     depth: dict[str, Any] | None = None

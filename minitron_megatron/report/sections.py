@@ -95,8 +95,12 @@ def _depth(depth: dict[str, Any]) -> Figure:
 
 def _heatmap(run: RunData, kind: str, unit: str, missing: str) -> Figure:
     scores_LF = [np.asarray(scores_F) for scores_F in (run.importance or {}).get(kind, [])]
-    kept_L: Sequence[int | None] = run.kept_of(kind) or [len(scores_F) for scores_F in scores_LF]
-    caption = f"One row per layer, its {unit}s sorted by score and divided by the layer's largest.{_scored_by(run, kind)}"
+    every_L: list[int | None] = [len(scores_F) for scores_F in scores_LF]
+    kept_L: Sequence[int | None] = run.kept_of(kind) or every_L
+    other = _cut_by_other(run, kind)
+    if other:  # a line would say that the units right of it are those that went
+        kept_L = [None if kept is None else every for kept, every in zip(kept_L, every_L, strict=True)]
+    caption = f"One row per layer, its {unit}s sorted by score and divided by the layer's largest.{_scored_by(run, kind)}{other}"
 
     def draw() -> str:
         return figures.importance_heatmap(scores_LF, kept_L, unit=unit)
@@ -108,8 +112,19 @@ def _heatmap(run: RunData, kind: str, unit: str, missing: str) -> Figure:
 def _scored_by(run: RunData, kind: str) -> str:
     """What the shown scores are: the file's default, whatever the recipe ranks by."""
     by = (run.importance or {}).get("ranked_by", {}).get(kind)
-    told = f" Score: {by['criterion']}, {by['batch']} over samples of {by['sequence']} over tokens." if by else ""
-    return told.replace("_", " ")
+    return f" Score: {_in_words(by)}." if by else ""
+
+
+def _cut_by_other(run: RunData, kind: str) -> str:
+    """Where pruning did not rank by the shown scores, what by."""
+    if isinstance(run.pruned_by, str):
+        return f" Pruned by {run.pruned_by} scores, not by these: the cut is not marked."
+    used, shown = ((by or {}).get(kind) for by in (run.pruned_by, (run.importance or {}).get("ranked_by")))
+    return "" if used is None or used == shown else f" Pruned by {_in_words(used)}, not by these: the cut is not marked."
+
+
+def _in_words(by: dict[str, str]) -> str:
+    return f"{by['criterion']}, {by['batch']} over samples of {by['sequence']} over tokens".replace("_", " ")
 
 
 def _figure(title: str, caption: str, draw: Callable[[], str], missing: str) -> Figure:

@@ -31,6 +31,7 @@ def read_run(recipe: Recipe, inputs: Mapping[str, Artifact]) -> RunData:
         recipe=recipe.model_dump(mode="json"),
         manifests={name: artifact.manifest for name, artifact in inputs.items()},
         plan=_read(inputs.get("prune"), "plan.json"),
+        pruned_by=inputs["prune"].result.get("ranked_by") if "prune" in inputs else None,
         importance=_read(inputs.get("importance"), "summary.json"),
         depth=_read(inputs.get("depth"), "depth.json"),
         steps=_read(inputs.get("distill"), "metrics.jsonl") or [],

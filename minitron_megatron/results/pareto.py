@@ -77,7 +77,7 @@ def ranking_note(ranking: dict[str, Any]) -> str:
     )
     changed = ranking["order_changes"]
     if changed and changed["pairs"]:
-        note += f" From step {changed['from']} to step {changed['to']} {changed['swapped']} of {changed['pairs']} pairs changed their order."
+        note += f" From step {changed['from']} to step {changed['to']}, {changed['swapped']} of {changed['pairs']} pairs changed their order."
     return note
 
 

@@ -6,11 +6,13 @@ import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from traceback import StackSummary
 
 import pytest
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from minitron_megatron import failure
+from minitron_megatron import failure, worker
 from minitron_megatron.errors import CheckpointError
 from minitron_megatron.failure import exit_code_of, kind_of, message_of
 
@@ -73,6 +75,20 @@ def test_a_users_mistake_is_one_line_even_where_the_process_was_ended_before_it_
 def test_a_process_that_left_without_a_word_is_named(failed: Failed) -> None:
     assert message_of({2: failed(3)}, "evaluate") == "evaluate: rank 2 left with exit code 3 and no word"
     assert "rank 1 was killed by signal 7 (SIGBUS), probably because /dev/shm" in message_of({1: failed(-signal.SIGBUS)}, "evaluate")
+
+
+def test_a_checkpoint_that_failed_is_told_though_torch_makes_it_no_exception(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = tmp_path / "error.json"
+    monkeypatch.setattr(failure, "LEAVING_SECONDS", 1e6)
+    monkeypatch.setenv(failure.LAUNCHED, "1")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(told))
+
+    def fail(*_: object) -> None:
+        raise CheckpointException("write", {0: (OSError("gone"), StackSummary())})
+
+    monkeypatch.setattr(worker, "_run", fail)
+    assert worker.main(["prune", "recipe.yaml"]) == 1
+    assert json.loads(told.read_text())["message"]["message"].startswith("CheckpointException: ")
 
 
 @pytest.mark.parametrize(

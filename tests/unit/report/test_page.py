@@ -88,6 +88,26 @@ def test_a_figure_without_its_numbers_is_named(recipe: Recipe, inputs: Inputs, t
     assert "no validation" in page
 
 
+@pytest.mark.parametrize(
+    ("pruned_by", "told"),
+    [
+        ("random", "Pruned by random scores, not by these: the cut is not marked."),
+        (
+            {"ffn": {"criterion": "before_activation", "batch": "l2", "sequence": "mean"}},
+            "Pruned by before activation, l2 over samples of mean over tokens, not by these: the cut is not marked.",
+        ),
+        ({"ffn": {"criterion": "input_of_second", "batch": "l2", "sequence": "mean"}}, None),
+    ],
+)
+def test_the_cut_is_marked_only_in_the_scores_that_made_it(
+    pruned_by: str | dict[str, dict[str, str]], told: str | None, recipe: Recipe, inputs: Inputs, tmp_path: Path
+) -> None:
+    inputs["prune"].result["ranked_by"] = pruned_by
+    page = _page(recipe, inputs, tmp_path)
+    assert ("white line: the cut" in page) == (told is None)
+    assert told is None or told in page
+
+
 def test_a_run_without_any_stage_still_makes_a_page(recipe: Recipe, tmp_path: Path) -> None:
     page = _page(recipe, {}, tmp_path)
     assert page.count("left out") >= 5

@@ -47,7 +47,7 @@ def test_the_candidates_are_drawn_and_listed_with_errors_and_verdicts(recipe: Re
     assert section.count("<svg") == 1 and "Pareto front" in section
     assert "3.875 ± 0.030" in section and "0.125 ± 0.013" in section.replace("\u00a0", " ")
     assert section.count(">worse<") == 2 and "48 held-out windows" in section
-    assert "From step 0 to step 80 2 of 6 pairs changed their order." in section
+    assert "From step 0 to step 80, 2 of 6 pairs changed their order." in section
 
 
 def test_without_a_search_there_is_no_such_section(recipe: Recipe, inputs: Inputs, tmp_path: Path) -> None:

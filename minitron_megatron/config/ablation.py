@@ -144,6 +144,10 @@ def _all_checked(steps: list[Step]) -> list[tuple[Step, Architecture, Architectu
     if len(checked) < len(steps):
         behind = steps[len(checked)].name
         raise RecipeError(f"step {behind} goes on from a search, so that its variants would differ in their source; name sizes in prune.target")
+    if any(step.recipe.correct_beside for step in steps):
+        raise RecipeError(
+            "correct.beside=true: nothing corrects beside the runs of an ablation, and the uncorrected source would teach; set correct.beside=false"
+        )
     return checked
 
 

@@ -50,6 +50,7 @@ def main(arguments: list[str]) -> int:
     with ExitStack() as connections:
         try:
             _run(connections, *arguments)
+            connections.close()  # here, where an error is told
             return 0
         except (KeyboardInterrupt, SystemExit):
             raise

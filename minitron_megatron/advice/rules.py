@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from minitron_megatron.arch.architecture import Architecture, parameter_count
-from minitron_megatron.config.criteria import AggregatedAxis
+from minitron_megatron.config.criteria import AggregatedAxis, Aggregations
 from minitron_megatron.config.family import Step
 from minitron_megatron.config.schema import Recipe
 
@@ -87,7 +87,8 @@ def width_scored_otherwise(subject: Subject) -> Finding | None:
         f"units are ranked by {how}",
         "(batch=L2, sequence=mean) has the lowest loss on the 8T set of the nine pairs, 7.18 against 7.21 to 10.55",
         "P1 Table 11, best practice 2",
-        "prune.scores=activation prune.aggregation.batch=l2 prune.aggregation.sequence=mean",
+        "prune.scores=activation prune.aggregation.batch=l2 prune.aggregation.sequence=mean"
+        + (", and leave prune.aggregations out" if prune.aggregations != Aggregations() else ""),
     )
 
 

@@ -117,3 +117,4 @@ def test_an_axis_that_is_cut_is_held_against_the_best_pair_and_another_one_is_no
     assert rules.width_scored_otherwise(subject(prune=heads)) is None  # all heads are kept
     finding = rules.width_scored_otherwise(subject(prune=ffn))
     assert finding is not None and "(batch=variance, sequence=variance)" in finding.what
+    assert finding.mend.endswith("leave prune.aggregations out")  # of one axis it stands above the others'

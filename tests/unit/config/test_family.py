@@ -217,6 +217,13 @@ def test_a_step_behind_a_search_is_checked_when_its_source_is_there(recipe_file:
         checked_steps(steps)
 
 
+def test_advice_tells_the_steps_that_it_cannot_look_at_yet(recipe_file: Recipes, model: str) -> None:
+    large = {"name": "large", "prune": {"target": {"ffn": None}}, "search": SEARCH}
+    ran = CliRunner().invoke(app, ["advise", str(family_of(recipe_file, large, {"name": "small"}, model={"path": model}))])
+    assert ran.exit_code == 0 and "step large: " in ran.output
+    assert ran.output.splitlines()[-1].startswith("step small: goes on from what a search finds")
+
+
 def test_steps_from_the_original_are_checked_beside_a_search_too(recipe_file: Recipes, model: str) -> None:
     large = {"name": "large", "prune": {"target": {"ffn": None}}, "search": SEARCH}
     file = family_of(recipe_file, large, {"name": "small", "source": "original", "prune": {"target": {"ffn": 999}}}, model={"path": model})

@@ -140,9 +140,13 @@ def run_id(stage: Stage, recipe: Recipe, inputs: dict[str, Artifact]) -> str:
 def _hash(stage: Stage, recipe: Recipe, inputs: dict[str, Artifact], settings: dict[str, Any]) -> str:
     if stage.directs or (stage.distributed and not stage.streams):
         settings = {**settings, "precision": recipe.precision}
+    return artifact_id(stage.name, settings, {name: artifact.id for name, artifact in inputs.items()}, outside_files(stage, recipe))
+
+
+def outside_files(stage: Stage, recipe: Recipe) -> list[Path]:
+    """What the stage reads beside its input artifacts; raises a MinitronError that names a file that is not there."""
     module = _module(stage)
-    outside = module.outside_files(recipe) if hasattr(module, "outside_files") else []
-    return artifact_id(stage.name, settings, {name: artifact.id for name, artifact in inputs.items()}, outside)
+    return module.outside_files(recipe) if hasattr(module, "outside_files") else []
 
 
 def stage_settings(stage: Stage, recipe: Recipe) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from minitron_megatron.artifact import Artifact, find_artifact, open_artifact
-from minitron_megatron.chain import STAGES, Stage, finished, is_asked, require_asked, run_folder, stage_id, stage_inputs, stages_of
+from minitron_megatron.chain import STAGES, Stage, finished, is_asked, outside_files, require_asked, run_folder, stage_id, stage_inputs, stages_of
 from minitron_megatron.config.family import Step, checked_steps
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.launcher import launch
@@ -23,8 +23,10 @@ def run_stages(names: Iterable[str], recipe_path: str, overrides: list[str], sha
     wanted = list(names)
     recipe, _ = prepare(recipe_path, overrides, needs_device=not all(STAGES[name].streams for name in wanted))
     for name in wanted:
+        require_asked(STAGES[name], recipe, recipe_path)
+        outside_files(STAGES[name], recipe)  # a task file that is not there is told ahead of the hours before its stage
+    for name in wanted:
         stage = STAGES[name]
-        require_asked(stage, recipe, recipe_path)
         artifact = finished(stage, recipe)
         if artifact:
             print(f"{name}: up to date ({artifact.path})", flush=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_serializer
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_serializer
 
 from minitron_megatron.config.section import Section
 
@@ -30,7 +30,15 @@ def _tag(value: Any) -> str:
     return "[word]" if isinstance(value, str) else "[number]"
 
 
+def _truth_is_no_number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("input should not be true or false")
+    return value
+
+
 LossWeight = Annotated[
-    Annotated[float, Tag("[number]")] | Annotated[Literal["dynamic"], Tag("[word]")] | Annotated[WeightSchedule, Tag("[schedule]")],
+    Annotated[float, BeforeValidator(_truth_is_no_number), Tag("[number]")]
+    | Annotated[Literal["dynamic"], Tag("[word]")]
+    | Annotated[WeightSchedule, Tag("[schedule]")],
     Discriminator(_tag),
 ]

@@ -66,22 +66,43 @@ def _write_parts(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> dict[str
 
 
 def _check_lengths(recipe: Recipe, tokens: Mapping[str, int]) -> None:
-    """What importance, distillation and evaluation would refuse later, refused before any of them has run for hours."""
-    importance = recipe.importance
-    needed = importance.samples * importance.sequence_length + 1
-    if tokens["train"] < needed:
-        raise DataError(
-            f"data.train: importance.samples={importance.samples} of {importance.sequence_length} tokens need {needed} "
-            f"tokens, there are {tokens['train']}; at most importance.samples="
-            f"{(tokens['train'] - 1) // importance.sequence_length}, or add text"
-        )
-    window = max(recipe.evaluate.sequence_length, recipe.distill.sequence_length) + 1
-    for name, mend in (("heldout", "raise data.heldout_documents"), ("out_of_domain", "add text")):
-        if tokens.get(name, window) < window:
+    """What later stages would refuse, refused before any of them has run for hours."""
+    for section, first, samples, length in _calibrations(recipe):
+        needed = (first + samples) * length + 1
+        if tokens["train"] < needed:
+            behind = f" behind the first {first}" if first else ""
             raise DataError(
-                f"{name} text: {tokens[name]} tokens do not fill one evaluation window of {window}; "
-                f"{mend}, or shorten evaluate.sequence_length and distill.sequence_length"
+                f"data.train: {section}.samples={samples} of {length} tokens{behind} need {needed} tokens, there are {tokens['train']}; "
+                f"at most {section}.samples={max((tokens['train'] - 1) // length - first, 0)}, or add text"
             )
+    evaluated = {"evaluate": recipe.evaluate.sequence_length}
+    _check_windows("heldout", tokens, _window_lengths(recipe) | evaluated, "raise data.heldout_documents")
+    _check_windows("out_of_domain", tokens, evaluated, "add text")
+
+
+def _check_windows(name: str, tokens: Mapping[str, int], lengths: Mapping[str, int], mend: str) -> None:
+    """lengths: of the windows, by section."""
+    window = max(lengths.values()) + 1
+    if tokens.get(name, window) < window:
+        long = " and ".join(f"{section}.sequence_length" for section, length in lengths.items() if length >= tokens[name])
+        raise DataError(f"{name} text: {tokens[name]} tokens do not fill one evaluation window of {window}; {mend}, or shorten {long}")
+
+
+def _calibrations(recipe: Recipe) -> list[tuple[str, int, int, int]]:
+    """(section, samples ahead of its own, its samples, their length) of those who read no text twice."""
+    importance, depth = recipe.importance, recipe.depth
+    found = [("importance", importance.skip_samples, importance.samples, importance.sequence_length)]
+    if depth and depth.criterion in ("perplexity", "logit_error"):
+        found.append(("depth", 0, depth.samples, depth.sequence_length))
+    return found
+
+
+def _window_lengths(recipe: Recipe) -> dict[str, int]:
+    """Of the sections that train and look at held-out text."""
+    asking = {"distill": recipe.distill, "correct": recipe.correct}
+    lengths = {section: part.sequence_length for section, part in asking.items() if part}
+    short = recipe.search.short_distillation.sequence_length if recipe.search else None
+    return {**lengths, "search.short_distillation": short} if short else lengths
 
 
 def _require_space(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> None:

@@ -27,7 +27,7 @@ class Tokenizer:
 
     vocab_size: highest id + 1. eod: id that ends each document (the tokenizer's eos).
     digest: sha256 of its vocabulary files. exact_vocabulary: SentencePiece, whose size must be the model's own
-    (a Hugging Face vocabulary may be padded up to it).
+    (a Hugging Face vocabulary may be padded up to it). control: what SentencePiece gives ids of its own, but takes for letters in a text.
     """
 
     path: Path
@@ -37,6 +37,7 @@ class Tokenizer:
     exact_vocabulary: bool
     _encode_batch: Callable[[list[str]], list[list[int]]] = field(repr=False, compare=False)
     _decode: Callable[[list[int]], str] = field(repr=False, compare=False)
+    control: tuple[str, ...] = ()
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text; no beginning- or end-of-sequence token is added."""
@@ -137,6 +138,7 @@ def _sentencepiece(source: Path, vocabulary: list[Path]) -> Tokenizer:
         exact_vocabulary=True,
         _encode_batch=lambda texts: pieces.encode(texts, out_type=int, num_threads=1),
         _decode=pieces.decode,
+        control=tuple(pieces.id_to_piece(number) for number in range(pieces.get_piece_size()) if pieces.is_control(number)),
     )
 
 

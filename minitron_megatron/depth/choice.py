@@ -124,5 +124,12 @@ def unclear_rounds(rounds: list[Round]) -> list[Round]:
     return [item for item in rounds if item.is_noise and not gone.issuperset(item.order[item.taken])]
 
 
+def is_noise(rounds: list[Round]) -> bool | None:
+    """Whether other layers could as well have gone; None where no error is known of a choice that left some, and none is noise for sure."""
+    if unclear_rounds(rounds):
+        return True
+    return None if any(item.margin is not None and item.is_noise is None for item in rounds) else False
+
+
 def order_of_removal(rounds: list[Round]) -> list[int]:
     return [layer for item in rounds for layers in item.chosen for layer in layers]

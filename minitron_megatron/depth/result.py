@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from minitron_megatron.config.depth import Depth
-from minitron_megatron.depth.choice import Choice, Round, order_of_removal, unclear_rounds
+from minitron_megatron.depth.choice import Choice, Round, is_noise, order_of_removal, unclear_rounds
 from minitron_megatron.depth.measured import Measured
 
 UNITS = {"perplexity": "LM loss, nats/token", "logit_error": "normalised MSE of the logits", "task": "accuracy", "influence": "Block Influence"}
@@ -22,7 +22,7 @@ def depth_result(settings: Depth, baseline: Measured | None, rounds: list[Round]
         "rounds": [item.to_dict() for item in rounds],
         "order": order,
         "dropped_layers": sorted(order),
-        "is_noise": bool(unclear_rounds(rounds)),
+        "is_noise": is_noise(rounds),
     }
 
 

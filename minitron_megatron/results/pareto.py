@@ -73,7 +73,8 @@ def ranking_note(ranking: dict[str, Any]) -> str:
     """What the figures are, and how far the order right after pruning told the order after training."""
     note = (
         f"{LOSSES[ranking['rank_by']]} on {ranking['windows']} held-out windows, ± one standard error; differences are paired over the same windows, "
-        "at the last step that both have, and noise where they are within two standard errors."
+        "at the last step that both have, and noise where they are within two standard errors. The errors are those of the text: how far a loss "
+        "would be another after training with another seed is not in them."
     )
     changed = ranking["order_changes"]
     if changed and changed["pairs"]:

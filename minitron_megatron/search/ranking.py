@@ -30,12 +30,14 @@ def paired(loss_W: Floats, reference_W: Floats) -> dict[str, Any]:
     return {**found, "noise": not abs(found["value"]) > NOISE_ERRORS * found["stderr"]}
 
 
-def ranking_of(trials: Sequence[Trial], best_first: Sequence[Trial], *, rank_by: str, rounds: Sequence[int]) -> dict[str, Any]:
-    """Plain data for ranking.json: every trained candidate, best first, with its losses after each round and the difference to the chosen one."""
+def ranking_of(trials: Sequence[Trial], *, rank_by: str, rounds: Sequence[int]) -> dict[str, Any]:
+    """Plain data for ranking.json: every trained candidate, best first, with its losses after each round and the difference to the chosen one.
+
+    Chosen is the best of all that came through the last round, an earlier start's too whose shortlist was another.
+    """
     losses = {trial.name: trial.losses() for trial in trials}
-    chosen = best_first[0].name
     order = sorted(losses, key=lambda name: (-max(losses[name]), losses[name][max(losses[name])][rank_by].mean()))
-    by_name = {trial.name: trial for trial in trials}
+    chosen, by_name = order[0], {trial.name: trial for trial in trials}
     steps = sorted({step for found in losses.values() for step in found})
     finalists = [name for name in order if rounds[-1] in losses[name]]
     return {

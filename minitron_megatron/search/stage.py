@@ -25,7 +25,7 @@ from minitron_megatron.results.svg import standalone
 from minitron_megatron.scores.statistics import Statistics
 from minitron_megatron.scores.units import activation_scores
 from minitron_megatron.search.halving import successive_halving
-from minitron_megatron.search.jobs import places, run_chains
+from minitron_megatron.search.jobs import Place, places, run_chains
 from minitron_megatron.search.latency import LatencyModel
 from minitron_megatron.search.measure import Measured, measure
 from minitron_megatron.search.ranking import ranking_of
@@ -41,12 +41,13 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path) -> dict[st
     if search is None:
         raise RecipeError("search: the recipe has no section 'search'")
     source = Architecture.from_dict(inputs["import"].result["architecture"])
+    where = places(search.jobs, recipe.parallel.processes, platform=recipe.platform)  # ahead of what is measured: it may refuse
     found, shortlist = _surveyed(recipe, search, source, inputs, folder)
     _tell(found, shortlist)
     trials = make_trials(shortlist, inputs, folder / "candidates")
-    best_first = _train(trials, recipe, search)
-    ranking = ranking_of(trials, best_first, rank_by=search.rank_by, rounds=search.short_distillation.rounds)
-    chosen = best_first[0]
+    _train(trials, recipe, search, where)
+    ranking = ranking_of(trials, rank_by=search.rank_by, rounds=search.short_distillation.rounds)
+    chosen = next(trial for trial in trials if trial.name == ranking["chosen"])
     write_json(folder / "ranking.json", ranking)
     write_json(folder / "architecture.json", chosen.candidate.arch.to_dict())
     (folder / "table.md").write_text(ranking_markdown(ranking))
@@ -122,11 +123,10 @@ def _proxy(recipe: Recipe, inputs: Mapping[str, Artifact], source: Architecture)
     return KeptImportance(activation_scores(statistics, recipe.prune.ranking), source)
 
 
-def _train(trials: Sequence[Trial], recipe: Recipe, search: Search) -> list[Trial]:
-    """Successive halving; best first."""
-    where = places(search.jobs, recipe.parallel.processes, platform=recipe.platform)
+def _train(trials: Sequence[Trial], recipe: Recipe, search: Search, where: Sequence[Place]) -> None:
+    """Successive halving."""
     short = search.short_distillation
-    return successive_halving(
+    successive_halving(
         trials,
         rounds=short.rounds,
         keep=short.keep,

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from minitron_megatron.arch.architecture import Architecture, kv_cache_bytes_per_token, nonembedding_parameter_count, parameter_count
-from minitron_megatron.config.checks.layout import layout_problems
+from minitron_megatron.config.checks.layout import layout_problems, list_problems
 from minitron_megatron.config.checks.target import target_architecture
 from minitron_megatron.config.checks.teachers import teacher_architectures
 from minitron_megatron.config.checks.training import hidden_problems
@@ -120,16 +120,15 @@ def survey(recipe: Recipe, search: Search, source: Architecture, latency: Latenc
 
 
 def require_survivors(found: Survey) -> None:
-    """Raises RecipeError with what removed the candidates and the one that came closest."""
+    """Raises RecipeError with what removed the candidates: why those within the budgets cannot be made, or else what came closest to them."""
     if found.survivors:
         return
     counts = ", ".join(f"{name} removes {first}" for name, _, _, first in found.removals() if first)
     head = f"search: none of {len(found.candidates)} candidates is left ({counts or f'{found.impossible} combinations are no model'})"
-    missed = [candidate for candidate in found.candidates if candidate.misses]
-    if not missed:
-        reasons = {candidate.reason for candidate in found.candidates if candidate.reason}
+    reasons = {candidate.reason for candidate in found.candidates if candidate.reason}
+    if reasons or not found.candidates:
         raise RecipeError(f"{head}; {min(reasons, default='give sizes that go together')}")
-    nearest = min(missed, key=lambda candidate: max(candidate.misses.values()))
+    nearest = min(found.candidates, key=lambda candidate: max(candidate.misses.values()))
     limits = {budget.name: budget.describe() for budget in found.budgets}
     misses = ", ".join(
         f"{name} {nearest.figures[name]:,.6g} where {limits[name]} is allowed ({100 * miss:.2g} % beyond)" for name, miss in nearest.misses.items()
@@ -182,5 +181,7 @@ def _obstacle(recipe: Recipe, search: Search, source: Architecture, arch: Archit
         return error.problems[0]
     if target != arch:
         return "prune.align would round its sizes; give sizes in search.space that are multiples already, or leave prune.align out"
-    problems = layout_problems(recipe.parallel, arch, "a candidate") + hidden_problems(trial, teacher, arch)
+    parallel, layers = recipe.parallel, {source.layers, arch.layers}
+    problems = layout_problems(parallel, arch, "a candidate") + hidden_problems(trial, teacher, arch)
+    problems += list_problems("parallel", parallel.pipeline * parallel.virtual, parallel.layers_per_stage, layers)
     return problems[0] if problems else ""

@@ -41,9 +41,8 @@ class Trial:
 
     def losses(self) -> Losses:
         """Of the steps at which it was validated, as last collected."""
-        file = self.folder / WINDOWS
-        lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-        return {line["step"]: {name: np.array(values) for name, values in line.items() if name != "step"} for line in lines}
+        told = {step: json.loads(line) for step, line in _by_step(self.folder / WINDOWS).items()}
+        return {step: {name: np.array(values) for name, values in fields.items() if name != "step"} for step, fields in told.items()}
 
     def has(self, step: int) -> bool:
         return step in self.losses()
@@ -55,10 +54,11 @@ class Trial:
         return [*([] if pruned else [Job("prune", recipe, log)]), Job("distill", recipe, log)]
 
     def collect(self) -> None:
-        """Keeps the losses beside the runs, so that the weights can go."""
+        """Keeps the losses beside the runs, so that the weights can go; also those of a run whose weights are gone, and which began anew."""
         places = [self.folder / "distill" / WINDOWS, partial_folder(self.folder, "distill") / WINDOWS]
+        lines = _by_step(self.folder / WINDOWS) | _by_step(next(path for path in places if path.is_file()))
         copy = self.folder / f"{WINDOWS}.tmp"
-        shutil.copy(next(path for path in places if path.is_file()), copy)
+        copy.write_text("".join(f"{lines[step]}\n" for step in sorted(lines)))
         copy.replace(self.folder / WINDOWS)
 
     def clear(self) -> None:
@@ -69,6 +69,12 @@ class Trial:
         for path in self.folder.iterdir():
             if path.is_symlink():
                 path.unlink()
+
+
+def _by_step(file: Path) -> dict[int, str]:
+    """Lines as they were written; none of a file that is not there."""
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return {json.loads(line)["step"]: line for line in lines}
 
 
 def make_trials(candidates: Sequence[Candidate], inputs: Mapping[str, Artifact], folder: Path) -> list[Trial]:

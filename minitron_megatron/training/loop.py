@@ -99,8 +99,9 @@ class TrainingLoop:
         return {**means, "perplexity": math.exp(min(means["cross_entropy"], 700))}
 
     def _save(self, checkpoints: TrainingCheckpoints) -> None:
-        """The next step's teacher is settled first: a run that continues from here has the same."""
-        self.teachers.renew()
+        """The next step's teacher is settled first: a run that continues from here has the same. Behind the last step the one that taught stays."""
+        if self.progress.step < self.settings.steps:
+            self.teachers.renew()
         checkpoints.save(replace(self.progress, extra=self.student.balances(), teacher=self.teachers.identity), self.student)
         if self.saved:
             checkpoints.finish()  # megatron's writers of one process share a queue: what saved writes would get the checkpoint's answers
@@ -114,8 +115,10 @@ class TrainingLoop:
         groups = micro_batches(self.progress.samples, global_batch=self.settings.global_batch, micro_batch=self.settings.micro_batch)
         student.begin_step(step)
         if not student.is_balanced:
-            self._measure(hidden, groups, load)
+            measured = self._measure(hidden, groups, load)
+            student.rebalance(measured)
             student.begin_step(step)
+            student.rebalance(measured)  # once more: α follows the losses at their weights, which are known only now
         alpha = hidden.balance.alpha if hidden else None
         for chunk in student.wrapped:
             chunk.zero_grad_buffer()
@@ -169,13 +172,13 @@ class TrainingLoop:
         model.train()
         return logged
 
-    def _measure(self, hidden: HiddenTraining | None, groups: MicroBatches, load: Load) -> None:
-        """The first weights that follow losses: forward only, over the whole global batch; fewer samples would be others in another layout."""
+    def _measure(self, hidden: HiddenTraining | None, groups: MicroBatches, load: Load) -> Sums:
+        """What the first weights follow: forward only, over the whole global batch; fewer samples would be others in another layout."""
         teacher = self.teachers.states(groups, load, hidden.wanted if hidden else ())
         batches = [load(ids) for ids in of_data_rank(groups, self.layout.data_rank, self.layout.data)]
         with whole_parameters(self.student.wrapped):
             logged = self._forward_only(teacher, batches, hidden)
-        self.student.rebalance(self._over_processes(logged, hidden))
+        return self._over_processes(logged, hidden)
 
     def _loader(self, dataset: TokenDataset) -> Load:
         """Sample ids → batch on the device; teacher and student of a step share those that both want."""

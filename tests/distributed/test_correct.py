@@ -206,7 +206,7 @@ def test_a_distillation_beside_its_teachers_correction_takes_up_what_is_publishe
     pool: Pool, furnished: Path, tmp_path: Path, identical: Identical
 ) -> None:
     """Snapshots of steps 8, 16 and 20 come at steps 0, 5 and 13; it looks at its own saves, behind steps 8 and 16. The interrupted run comes
-    back when all are there, and must begin with the one that it had."""
+    back when all are there, and must begin with the one that it had. One that comes at step 18 teaches nothing and is not named."""
     runs = copy_of(furnished, tmp_path / "runs")
     recipe = recipe_with(runs, PP2, beside=True)
     shutil.rmtree(runs / "tiny" / "distill")
@@ -214,12 +214,13 @@ def test_a_distillation_beside_its_teachers_correction_takes_up_what_is_publishe
     waiting = (runs / "tiny" / "corrected").rename(tmp_path / "waiting")
     ids = sorted(folder.name for folder in waiting.iterdir())
     assert [name[-8:] for name in ids] == ["00000008", "00000016", "00000020"]
+    shutil.copytree(waiting / ids[2], waiting / ids[2].replace("00000020", "00000024"))
     assert find_artifact(runs / "tiny", "correct")
     shutil.rmtree(runs / "tiny" / "correct")  # the distillation must not need it
     broken = copy_of(runs, tmp_path / "broken")
     for place in (runs, broken):
         (place / "tiny" / "corrected").mkdir()
-    when = {5: "00000016", 13: "00000020"}
+    when = {5: "00000016", 13: "00000020", 18: "00000024"}
     publish_by_hand(runs, waiting, "00000008")
     pool.run(publishing, recipe, waiting, when, processes=2)
     teachers = [record.get("teacher") for record in records(runs, "distill")]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from minitron_megatron.config.distill import HiddenLoss
 from minitron_megatron.config.losses import WeightSchedule
 from minitron_megatron.config.parallel import Parallel
 
@@ -53,6 +54,18 @@ def test_every_step_has_its_own_weights_and_their_losses_in_the_log(whole: Whole
     assert loss == pytest.approx(expected, rel=1e-12)
     assert all(kl > 0 for kl in run.steps("forward_kl"))  # logged, though it is not trained on
     assert run.records()[-1]["validation"].keys() >= {"forward_kl", "cross_entropy", "perplexity", "reverse_kl", "mse"}
+
+
+def test_alpha_follows_the_logits_losses_at_their_own_dynamic_weights_from_the_first_step_on(pool: Pool, house: Path, tmp_path: Path) -> None:
+    """Measured ahead of it: KL and an MSE of the same weight are 2 KL to the hidden losses."""
+    runs = copy_of(house, tmp_path / "runs")
+    changes = {**CHANGES, "loss": {"forward_kl": 1.0, "mse": "dynamic"}, "steps": 4, "hidden": HiddenLoss(pairs=[(2, 1)])}
+    pool.run(publish_stage, "distill", recipe_for(runs, **changes), processes=1)
+    run = Run(runs / "tiny" / "distill", [])
+    kl, mse, weight, hidden, alpha = (run.steps(name) for name in ("forward_kl", "mse", "weight_mse", "hidden", "alpha"))
+    assert alpha[0] == pytest.approx(2 * kl[0] / hidden[0], rel=1e-6)
+    followed = [(a + b * c) / d for a, b, c, d in zip(kl, weight, mse, hidden, strict=True)]
+    assert alpha[1:] == pytest.approx(followed[:-1], rel=1e-6)  # of the step before, at the weights that it had; α in fp32
 
 
 @pytest.mark.parametrize("parallel", [TP2_SP, pytest.param(PP2, marks=pytest.mark.slow)], ids=layout_name)

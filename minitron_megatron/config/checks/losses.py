@@ -33,7 +33,7 @@ def _top_k_problems(distill: Distill) -> list[str]:
     """Reverse KL and Jensen–Shannon charge the student for where it puts its own mass, logits' distances need every logit: the tail has neither."""
     others = [name for name in distill.loss if name not in ("forward_kl", "cross_entropy")]
     problems = []
-    if "forward_kl" not in distill.loss:
+    if not distill.loss.get("forward_kl"):
         problems.append("distill.top_k is of forward_kl, which distill.loss lacks; add forward_kl, or leave top_k out")
     if others:
         problems.append(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from minitron_megatron.arch.architecture import Architecture
+from minitron_megatron.config.checks.layout import shape_problems, teacher_problems
+from minitron_megatron.config.checks.teachers import models_problems
+from minitron_megatron.config.checks.text import text_problems
 from minitron_megatron.config.checks.training import batch_problems
 from minitron_megatron.config.prune import Target
 from minitron_megatron.config.schema import Recipe
@@ -21,9 +24,19 @@ def search_problems(recipe: Recipe, search: Search, source: Architecture) -> lis
             "search.memory.gib or search.latency.limit_ms"
         )
     problems += _latency_problems(search.latency, source) if search.latency else []
-    alone = {"correct": None, "finetune": None}  # whose batches are no matter of the candidates
-    problems += [_of_search(problem) for problem in batch_problems(trial_recipe(recipe, search, {}, **alone))]
-    return problems
+    return problems + _training_problems(recipe, search, source)
+
+
+def _training_problems(recipe: Recipe, search: Search, source: Architecture) -> list[str]:
+    """Of the candidates' distillation: what the run's own has, too, is told once and of that one."""
+
+    def problems(of: Recipe) -> list[str]:
+        return shape_problems(of) + teacher_problems(of, source) + models_problems(of, source) + text_problems(of, source)
+
+    # without the stages whose batches are no matter of the candidates
+    trial = trial_recipe(recipe, search, {}, correct=None, finetune=None)
+    known = problems(recipe)
+    return [_of_search(problem) for problem in [*batch_problems(trial), *(problem for problem in problems(trial) if problem not in known)]]
 
 
 def _beside_problems(recipe: Recipe, source: Architecture) -> list[str]:

@@ -45,6 +45,8 @@ def hidden_problems(recipe: Recipe, source: Architecture, target: Architecture) 
         problems.append("distill.hidden.pairs=proportional needs 2 layers, the pruned model has 1; give pairs such as [[0, 0]]")
     elif hidden.pairs == "kept" and target.layers == source.layers:
         problems.append("distill.hidden.pairs=kept needs dropped layers, and no layer is pruned; use last_minus_2 or give pairs")
+    elif hidden.pairs == "kept" and recipe.prune.drop_layers and min(recipe.prune.drop_layers) >= target.layers:
+        problems.append("distill.hidden.pairs=kept: prune.drop_layers are the last layers, and no kept one follows; use last_minus_2 or give pairs")
     if hidden.weight == "dynamic" and not against_teacher:
         problems.append(
             "distill.hidden.weight=dynamic follows the losses against the teacher's logits, of which distill.loss has none; "

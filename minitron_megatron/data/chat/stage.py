@@ -13,9 +13,10 @@ from minitron_megatron.config.chat import Chat
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.data.chat.conversations import conversations, expand_chats
 from minitron_megatron.data.chat.encoder import ChatEncoder
-from minitron_megatron.data.chat.template import load_template
+from minitron_megatron.data.chat.template import ChatTemplate, load_template
 from minitron_megatron.data.tokenizer import Tokenizer, tokenizer_files
 from minitron_megatron.data.vocabulary import model_tokenizer
+from minitron_megatron.errors import DataError
 
 
 def outside_files(recipe: Recipe) -> list[Path]:
@@ -73,8 +74,19 @@ def _encode(chat: Chat, tokenizer: Tokenizer, folder: Path) -> Any:
     from minitron_megatron.data.index import encode_files, token_dtype
 
     template = load_template(chat.template, tokenizer.path, chat.template_arguments)
+    _refuse_marks_as_letters(tokenizer, template)
     encoder = ChatEncoder(tokenizer, template, token_dtype(tokenizer.vocab_size))
     return encode_files(expand_chats(chat.train), lambda file: conversations(file, chat.messages_field), encoder, folder, workers=chat.workers)
+
+
+def _refuse_marks_as_letters(tokenizer: Tokenizer, template: ChatTemplate) -> None:
+    """The model would learn to spell the end of an answer, and never to end one."""
+    marks = [token for token in tokenizer.control if template.writes(token)]
+    if marks:
+        raise DataError(
+            f"the chat template {template.source} writes {', '.join(marks)}, which SentencePiece ({tokenizer.path}) takes for letters; name a folder "
+            "with the same vocabulary as tokenizer.json in data.tokenizer (`minitron export` writes one), or a template without them in chat.template"
+        )
 
 
 def _require_space(chat: Chat, tokenizer: Tokenizer, folder: Path) -> None:

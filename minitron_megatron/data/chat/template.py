@@ -35,6 +35,11 @@ class ChatTemplate:
     def digest(self) -> str:
         return hashlib.sha256(json.dumps([self.jinja, self.arguments], sort_keys=True).encode()).hexdigest()
 
+    def writes(self, token: str) -> bool:
+        """Whether its own text has the token, or names an argument that is the token."""
+        names = [re.escape(name) for name, value in self.arguments.items() if value == token]
+        return token in self.jinja or any(re.search(rf"\b{name}\b", self.jinja) for name in names)
+
     def render(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
         """The conversation's text, and the parts of it that the assistant writes.
 

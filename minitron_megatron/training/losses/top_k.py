@@ -43,7 +43,8 @@ def candidates(student_nv: Tensor, teacher_nv: Tensor, shard: Shard, *, k: int) 
 
 def live(teacher: Softmax, candidates_rnc: Tensor, *, k: int) -> TopK:
     """The K likeliest of all ranks' candidates; of equally likely tokens the lower ids. K must be less than the vocabulary."""
-    keys_nC = candidates_rnc[..., : 2 * k].contiguous().view(torch.int64).transpose(0, 1).flatten(1)
+    bits_rnc = candidates_rnc[..., : 2 * k].clone(memory_format=torch.contiguous_format)  # contiguous() of one token keeps an odd offset
+    keys_nC = bits_rnc.view(torch.int64).transpose(0, 1).flatten(1)
     keys_nK = keys_nC.topk(k, dim=-1).values
     left_nC = _logits(keys_nC).masked_fill(keys_nC >= keys_nK[:, -1:], -torch.inf)
     others_rn = candidates_rnc[..., -2] + candidates_rnc[..., -1].log()

@@ -47,6 +47,22 @@ def test_mistakes_in_a_recipe_are_told_before_anything_starts(verb: str, mistake
     assert_one_line(minitron(verb, project.recipe, *overrides), expected, project)
 
 
+FILES = {
+    "a task of the last stage": (["evaluate.tasks=[nowhere.yaml]"], "nowhere.yaml: no such task file"),
+    "a task that layers are chosen by": (
+        ["prune.target.layers=1", "depth.criterion=task", "depth.tasks=[nowhere.yaml]", "depth.sequence_length=32"],
+        "nowhere.yaml: no such task file",
+    ),
+    "scores": (["prune.scores_file=nowhere"], "prune.scores_file=nowhere: no such file"),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_file_that_a_later_stage_would_miss_is_told_before_the_first_one_starts(kind: str, project: Any, minitron: Run) -> None:
+    overrides, expected = FILES[kind]
+    assert_one_line(minitron("run", project.recipe, *overrides), expected, project)
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_refuses_a_recipe_that_is_not_there(verb: str, project: Any, minitron: Run) -> None:
     assert_one_line(minitron(verb, "nowhere.yaml"), "nowhere.yaml: no such recipe", project)

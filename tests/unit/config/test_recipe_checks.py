@@ -97,6 +97,9 @@ CASES = {
         "distill.top_k knows the teacher outside its 5 likeliest tokens as one class only, and mse, cosine needs it token by token; "
         "leave out one of the two",
     ],
+    "distill={top_k: 5, loss: {forward_kl: 0, cross_entropy: 1}}": [
+        "distill.top_k is of forward_kl, which distill.loss lacks; add forward_kl, or leave top_k out"
+    ],
     "distill.top_k=131": ["distill.top_k=131 leaves no tail of the source model's 131 tokens; give less, or leave it out"],
 }
 
@@ -128,6 +131,14 @@ def test_a_rule_for_pairs_needs_the_layers_it_speaks_of(rule: str, problems: Cal
     assert problems(f"prune.target.layers={layers}", f"distill.hidden.pairs={rule}") == [problem]
     enough = 5 if rule == "kept" else layers + 1
     check_recipe(load_recipe(recipe_file(), [f"prune.target.layers={enough}", f"distill.hidden.pairs={rule}"]), MODEL)
+
+
+def test_kept_pairs_need_a_kept_layer_behind_a_dropped_one(problems: Callable[..., list[str]], recipe_file: Recipes) -> None:
+    kept = "distill.hidden.pairs=kept"
+    assert problems("prune.drop_layers=[4-5]", kept) == [
+        f"{kept}: prune.drop_layers are the last layers, and no kept one follows; use last_minus_2 or give pairs"
+    ]
+    check_recipe(load_recipe(recipe_file(), ["prune.drop_layers=[3,4]", kept]), MODEL)
 
 
 def test_a_dynamic_weight_needs_the_loss_that_it_follows(problems: Callable[..., list[str]], recipe_file: Recipes) -> None:

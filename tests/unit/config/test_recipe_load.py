@@ -71,6 +71,7 @@ def test_missing_keys_are_named_with_what_they_are(recipe_file: Recipes) -> None
         ("distill.loss={mse: {from: 1, to: -1}}", "distill.loss.mse.to"),
         ("distill.loss={mse: {from: 1, to: yes}}", "distill.loss.mse.to"),
         ("distill.loss={mse: [1, 2]}", "distill.loss.mse"),
+        ("distill.loss={mse: yes}", "distill.loss.mse"),
         ("distill.top_k=0", "distill.top_k"),
         ("distill.adam.beta2=1", "distill.adam.beta2"),
         ("evaluate.tokens=0", "evaluate.tokens"),

@@ -99,6 +99,30 @@ def test_text_too_short_for_later_stages_is_refused_here(text_files: list[Path],
         stage.run(asked.model_copy(update={"evaluate": evaluate}), {"import": imported}, tmp_path / "out")
 
 
+TOO_SHORT = {
+    "depth": (
+        {"depth": {"samples": 4000, "sequence_length": 32}},
+        r"depth\.samples=4000 of 32 tokens need 128001 tokens, .* at most depth\.samples=\d",
+    ),
+    "samples behind others": (
+        {"importance": {"samples": 4, "skip_samples": 5000, "sequence_length": 32}},
+        r"importance\.samples=4 of 32 tokens behind the first 5000 need 160129 tokens, there are \d+; at most importance\.samples=0",
+    ),
+    "a search's windows": (
+        {"search": {"space": {"ffn": [8]}, "short_distillation": {"sequence_length": 100_000}}, "prune": {}},
+        r"heldout text: .* or shorten search\.short_distillation\.sequence_length$",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TOO_SHORT)
+def test_text_too_short_for_what_a_recipe_may_ask_for_is_refused_too(case: str, text_files: list[Path], imported: Artifact, tmp_path: Path) -> None:
+    sections, problem = TOO_SHORT[case]
+    asked = Recipe.model_validate({**recipe(text_files).model_dump(), **sections})
+    with pytest.raises(DataError, match=problem):
+        stage.run(asked, {"import": imported}, tmp_path / "out")
+
+
 def test_a_models_own_sentencepiece_may_be_smaller_than_its_padded_embeddings(sentencepiece_file: Path) -> None:
     tokenizer = load_tokenizer(sentencepiece_file)
     check_vocabulary(tokenizer, 128, foreign=False)

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from minitron_megatron.depth.choice import Choice, Layers, Measure, choose, order_of_removal, unclear_rounds
+from minitron_megatron.depth.choice import Choice, Layers, Measure, choose, is_noise, order_of_removal, unclear_rounds
 from minitron_megatron.depth.measured import Measured, error_of_difference, of_samples
 from minitron_megatron.errors import PlanError
 
@@ -72,6 +72,13 @@ def test_a_choice_is_noise_below_two_standard_errors_of_the_difference() -> None
         _, measure = fixed({(0,): 1.0, (1,): 1.0 + apart}, stderr=0.1)
         (item,) = choose(Choice("ranked", 1, range(2)), measure)
         assert item.is_noise == noise  # 2 · √2 · 0.1 = 0.283
+
+
+def test_without_an_error_nobody_says_that_a_choice_is_clear() -> None:
+    values = {(0,): 1.0, (1,): 1.1}
+    told = {error: is_noise(choose(Choice("ranked", 1, range(2)), fixed(values, stderr=error)[1])) for error in (None, 0.1, 0.01)}
+    assert told == {None: None, 0.1: True, 0.01: False}
+    assert is_noise(choose(Choice("ranked", 2, range(2)), fixed(values)[1])) is False  # nothing was left to choose
 
 
 def test_an_order_that_is_noise_makes_no_other_model_where_both_go() -> None:

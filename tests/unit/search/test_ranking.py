@@ -64,8 +64,7 @@ def _windows(more: float) -> NDArray[np.float64]:
 
 
 def test_the_table_says_who_is_chosen_who_is_not_told_apart_and_who_is_worse(trials: list[Trial]) -> None:
-    best_first = sorted(trials[:3], key=lambda trial: trial.losses()[10]["cross_entropy"].mean())
-    ranking = ranking_of(trials, best_first, rank_by="cross_entropy", rounds=[0, 10])
+    ranking = ranking_of(trials, rank_by="cross_entropy", rounds=[0, 10])
     verdicts = {item["name"]: item["verdict"] for item in ranking["candidates"]}
     close = {"L4-D32-H8-G2-F48", "L4-D32-H8-G2-F40"}
     assert {verdicts[name] for name in close} == {"chosen", "not told apart"} and ranking["chosen"] in close
@@ -75,15 +74,15 @@ def test_the_table_says_who_is_chosen_who_is_not_told_apart_and_who_is_worse(tri
     (pair,) = [pair for pair in ranking["pairs"] if {pair["candidate"], pair["reference"]} == close]
     assert pair["noise"] and len(ranking["pairs"]) == 3
     table = ranking_markdown(ranking)
-    assert table.count("not told apart") == 1 and "64 held-out windows" in table and "± 0" in table
+    assert table.count("not told apart") == 1 and "64 held-out windows" in table and "another seed is not in them" in table and "± 0" in table
     # right after pruning: 40 < 32 < 48, after training 32 is last
     assert ranking["order_changes"] == {"from": 0, "to": 10, "pairs": 3, "swapped": 1 + (ranking["chosen"] == "L4-D32-H8-G2-F48")}
 
 
 def test_the_picture_holds_every_candidate_with_its_error_bars(trials: list[Trial]) -> None:
-    ranking = ranking_of(trials, trials[:3], rank_by="cross_entropy", rounds=[0, 10])
+    ranking = ranking_of(trials, rank_by="cross_entropy", rounds=[0, 10])
     svg = pareto_svg(json.loads(json.dumps(ranking)))
-    assert svg.startswith("<svg") and "latency of a request, ms" in svg and trials[0].name in svg
+    assert svg.startswith("<svg") and "latency of a request, ms" in svg and ranking["chosen"] in svg
     for text in ("Pareto front", "right after pruning", "after 10 steps", "chosen"):
         assert text in svg
     assert svg.count("<use ") >= 7  # four points after the first round, three after the last
@@ -96,5 +95,5 @@ def test_the_front_is_what_nothing_beats_in_both() -> None:
 
 def test_changes_of_order_are_counted_over_all_that_came_to_a_later_step(tmp_path: Path) -> None:
     trials = [_trial(tmp_path, 48, {0: 3.0, 5: 1.0, 9: 0.5}), _trial(tmp_path, 40, {0: 2.0, 5: 2.0}), _trial(tmp_path, 32, {0: 1.0, 5: 3.0})]
-    ranking = ranking_of(trials, trials[:1], rank_by="forward_kl", rounds=[5, 9])
+    ranking = ranking_of(trials, rank_by="forward_kl", rounds=[5, 9])
     assert ranking["order_changes"] == {"from": 0, "to": 5, "pairs": 3, "swapped": 3}

@@ -15,10 +15,13 @@ from minitron_megatron.arch.architecture import Architecture, parameter_count
 from minitron_megatron.artifact import Artifact
 from minitron_megatron.chain import STAGES, run_id, stage_id, stage_inputs, stage_settings, stages_of
 from minitron_megatron.config.schema import Recipe
+from minitron_megatron.config.search import LatencyBudget
 from minitron_megatron.config.trial import trial_recipe
+from minitron_megatron.errors import LayoutError
 from minitron_megatron.prune import stage as prune
 from minitron_megatron.search import stage
 from minitron_megatron.search.jobs import Job
+from minitron_megatron.search.measure import Fit, Measured
 
 from .conftest import SMALL
 
@@ -51,13 +54,16 @@ class Played:
         step, sizes = values["distill"].get("pause_after_steps", values["distill"]["steps"]), values["prune"]["target"]
         (folder / "prune").mkdir(exist_ok=True)
         (folder / "prune" / "manifest.json").write_text("{}")
-        partial = folder / ".distill.partial"
-        partial.mkdir(exist_ok=True)
-        with (partial / "validation.jsonl").open("a") as file:
-            depth = sizes.get("layers", SMALL.layers)
-            loss = 5 + depth if step == 0 else 5 - depth - 0.01 * sizes.get("ffn", SMALL.ffn)
-            losses = [loss + 0.1 * window for window in range(WINDOWS)]
-            file.write(json.dumps({"step": step, "cross_entropy": losses, "forward_kl": losses}) + "\n")
+        log = folder / ".distill.partial" / "validation.jsonl"
+        log.parent.mkdir(exist_ok=True)
+        # as the real one: a run from the start tells its first loss, one that goes on does not
+        steps = {step} if log.is_file() else {0, step}
+        with log.open("a") as file:
+            for at in sorted(steps):
+                depth = sizes.get("layers", SMALL.layers)
+                loss = 5 + depth if at == 0 else 5 - depth - 0.01 * sizes.get("ffn", SMALL.ffn)
+                losses = [loss + 0.1 * window for window in range(WINDOWS)]
+                file.write(json.dumps({"step": at, "cross_entropy": losses, "forward_kl": losses}) + "\n")
 
 
 @pytest.fixture
@@ -100,6 +106,42 @@ def test_a_killed_search_goes_on_with_the_candidates_that_are_left(
         assert (run / "again" / name).read_bytes() == (run / "whole" / name).read_bytes()
 
 
+def test_a_longer_shortlist_keeps_what_a_candidate_told_before_its_weights_went(
+    recipe: Recipe, inputs: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that the short list left out after a round goes on in the long one, which trains it anew from the start."""
+    run = inputs["import"].path.parent
+    recipe, short = with_rounds(recipe, [50, 100], 0.3), Played(dies_after=3)
+    with pytest.raises(Killed):
+        search(with_search(recipe, shortlist=3), inputs, run / "again", monkeypatch, short)
+    long = Played()
+    search(recipe, inputs, run / "again", monkeypatch, long)
+    anew = {name for name, step, verbs in long.ran if step == 100 and verbs[0] == "prune"}
+    assert anew & {name for name, step, _ in short.ran if step == 50}
+    search(recipe, inputs, run / "whole", monkeypatch, Played())
+    assert (run / "again" / "ranking.json").read_bytes() == (run / "whole" / "ranking.json").read_bytes()
+
+
+def test_the_best_of_the_last_round_is_chosen_though_a_longer_shortlist_would_have_left_it_out_before(
+    recipe: Recipe, inputs: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A deep one alone comes to the end, and the start dies; beside seven others it is among the worst right after pruning."""
+    folder, recipe = inputs["import"].path.parent / "again", with_rounds(recipe, [0, 50, 100], 0.3)
+    with monkeypatch.context() as dying, pytest.raises(Killed):
+        dying.setattr(stage, "write_json", kill)
+        search(with_search(recipe, shortlist=1), inputs, folder, dying, Played())
+    result, ranking = search(recipe, inputs, folder, monkeypatch, Played()), json.loads((folder / "ranking.json").read_text())
+    through = {item["name"]: item["losses"]["100"]["cross_entropy"]["value"] for item in ranking["candidates"] if "100" in item["losses"]}
+    assert len(through) == 2 and result["chosen"] == ranking["chosen"] == min(through, key=through.__getitem__) == result["shortlist"][0]
+    verdicts = {item["name"]: item["verdict"] for item in ranking["candidates"]}
+    assert verdicts.pop(result["chosen"]) == "chosen" and ranking["candidates"][0]["name"] == result["chosen"] and "chosen" not in verdicts.values()
+    assert json.loads((folder / "architecture.json").read_text())["layers"] == SMALL.layers
+
+
+def kill(*_: Any) -> None:
+    raise Killed
+
+
 def test_candidates_are_pruned_once_and_trained_to_each_round(recipe: Recipe, inputs: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch) -> None:
     played = Played()
     search(recipe, inputs, inputs["import"].path.parent / "search", monkeypatch, played)
@@ -127,6 +169,41 @@ def test_what_comes_out_is_the_best_after_training_and_prune_takes_it(
     assert "| candidate |" in (folder / "table.md").read_text() and (folder / "pareto.svg").read_text().startswith("<?xml")
 
 
+def test_what_was_measured_filters_and_a_continued_search_measures_nothing_anew(
+    recipe: Recipe, inputs: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = inputs["import"].path.parent / "search"
+    layer, output = Fit([1e-4, 1e-9, 1e-10], 0.0, None), Fit([1e-5, 1e-9], 0.0, None)
+    timed: list[Architecture] = []
+
+    def machine(shapes: Sequence[Architecture], request: LatencyBudget, *_: Any) -> Measured:
+        timed.extend(shapes)
+        return Measured(request, layer, layer, output)
+
+    request = LatencyBudget(kind="measured", prompt=16, generate=4, shapes=5, limit_ms=1.9)
+    recipe, known = with_search(recipe, latency=request), Measured(request, layer, layer, output)
+    monkeypatch.setattr(stage, "measure", machine)
+    with pytest.raises(Killed):
+        search(recipe, inputs, folder, monkeypatch, Played(dies_after=1))
+    assert len(set(timed)) == 5 and {arch.layers for arch in timed} == {1}
+    monkeypatch.setattr(stage, "measure", kill)
+    result, rows = search(recipe, inputs, folder, monkeypatch, Played()), list(csv.DictReader((folder / "candidates.csv").open()))
+    for row in rows:
+        arch = SMALL.resized(**{axis: int(row[axis]) for axis in ("layers", "hidden", "heads", "ffn")})
+        assert float(row["latency"]) == pytest.approx(1000 * known.seconds(arch))
+    slow = {row["name"] for row in rows if float(row["latency"]) > 1.9}
+    assert 0 < result["survivors"] < sum(row["removed_by"] in ("", "latency") for row in rows)
+    assert {row["name"] for row in rows if row["removed_by"] == "latency"} <= slow and not slow & set(result["shortlist"])
+
+
+def test_too_few_gpus_are_told_before_anything_is_measured(recipe: Recipe, inputs: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr(stage, "_latency", kill)
+    asked = with_search(recipe, jobs=3).model_copy(update={"platform": "cuda"})
+    with pytest.raises(LayoutError, match=r"search.jobs=3 candidates × 1 processes need 3 GPUs, there are 2"):
+        search(asked, inputs, inputs["import"].path.parent / "search", monkeypatch, Played())
+
+
 def test_only_what_was_told_is_kept_of_the_candidates(recipe: Recipe, inputs: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = inputs["import"].path.parent / "search"
     search(recipe, inputs, folder, monkeypatch, Played())
@@ -148,6 +225,12 @@ def test_a_candidate_s_recipe_is_the_run_s_own_with_sizes_and_a_short_schedule(
 def with_search(recipe: Recipe, **values: Any) -> Recipe:
     assert recipe.search
     return recipe.model_copy(update={"search": recipe.search.model_copy(update=values)})
+
+
+def with_rounds(recipe: Recipe, rounds: list[int], keep: float) -> Recipe:
+    assert recipe.search
+    short = recipe.search.short_distillation.model_copy(update={"rounds": rounds, "keep": keep})
+    return with_search(recipe, short_distillation=short)
 
 
 def test_the_search_is_part_of_the_chain_only_where_it_is_asked_for_and_prune_reads_it(recipe: Recipe) -> None:

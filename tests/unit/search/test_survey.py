@@ -15,6 +15,7 @@ from minitron_megatron.config.checks.recipe import check_recipe
 from minitron_megatron.config.checks.target import target_architecture
 from minitron_megatron.config.prune import Prune
 from minitron_megatron.config.schema import Recipe
+from minitron_megatron.config.trial import trial_recipe
 from minitron_megatron.errors import RecipeError
 from minitron_megatron.search.space import cut_sizes
 from minitron_megatron.search.survey import Survey, require_survivors, survey
@@ -74,6 +75,51 @@ def test_shapes_that_the_family_or_the_layout_cannot_have_are_removed_with_the_r
     assert "hidden=20 is not a multiple of heads=8" in reasons and "more than a candidate's 1 layers" in reasons
 
 
+def test_a_list_of_layers_per_stage_leaves_shapes_of_its_own_number_and_all_where_it_is_the_source_s(recipe_of: Recipes) -> None:
+    for counts, left in (([1, 2], {3}), ([2, 2], {2, 3})):
+        recipe = recipe_of({"layers": [2, 3]}, parallel={"pipeline": 2, "layers_per_stage": counts}, memory={"gib": 1})
+        found = found_by(recipe)
+        assert {item.arch.layers for item in found.survivors} == left
+        for item in found.candidates:  # as the job of a candidate is told
+            trial = trial_recipe(recipe, recipe.search, cut_sizes(item.arch, SMALL))  # type: ignore[arg-type]
+            told = _problem_of(trial)
+            assert told == item.reason and ("layers_per_stage" in told) == (item.arch.layers not in left)
+
+
+def _problem_of(recipe: Recipe) -> str:
+    try:
+        check_recipe(recipe, SMALL)
+        return ""
+    except RecipeError as error:
+        return str(error)
+
+
+SHORT: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "labels": (
+        {"labels": {"prompt_tokens": 16, "new_tokens": 10}},
+        {"sequence_length": 16},
+        "labels.prompt_tokens + labels.new_tokens = 26 does not fit into a sample",
+    ),
+    "virtual stages": ({"parallel": {"pipeline": 2, "virtual": 2}}, {"global_batch": 3}, "parallel.virtual=2 needs a multiple of"),
+    "the teacher's layout": (
+        {"parallel": {"data": 2, "teacher": {"tensor": 2, "sequence": True}}},
+        {"sequence_length": 31},
+        "distill.sequence_length=31 is not divisible by parallel.teacher.tensor=2",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SHORT)
+def test_what_the_short_distillation_alone_cannot_have_is_told_before_the_search(recipe_of: Recipes, case: str) -> None:
+    sections, short, problem = SHORT[case]
+    whole = Recipe.model_validate({**recipe_of({"ffn": [16]}, parameters=1).model_dump(), **sections})
+    check_recipe(whole, SMALL)
+    assert whole.search
+    search = whole.search.model_copy(update={"short_distillation": whole.search.short_distillation.model_copy(update=short)})
+    (line,) = _problem_of(whole.model_copy(update={"search": search})).splitlines()
+    assert line.startswith("search.short_distillation, with what it does not name from distill: ") and problem in line
+
+
 def test_nothing_left_names_what_removed_it_and_the_nearest_miss(recipe_of: Recipes) -> None:
     found = found_by(recipe_of(SPACE, parameters=100000))
     largest = SMALL.resized(layers=4, hidden=32, heads=8, ffn=48)
@@ -82,6 +128,13 @@ def test_nothing_left_names_what_removed_it_and_the_nearest_miss(recipe_of: Reci
     (line,) = caught.value.problems
     assert "none of 90 candidates is left (parameters removes 90); nearest miss: L4-D32-H8-G2-F48: parameters" in line
     assert f"{elements(largest, embedding=True):,}" in line and "100,000 ± 5 % is allowed" in line and "widen search.space" in line
+
+
+def test_where_shapes_fit_the_budget_and_none_can_be_made_the_reason_is_told(recipe_of: Recipes) -> None:
+    within = SMALL.resized(hidden=20, ffn=16)
+    found = found_by(recipe_of({"hidden": [20], "ffn": [16, 48]}, parameters=elements(within, embedding=True)))
+    with pytest.raises(RecipeError, match=r"parameters removes 1, recipe removes 1\); .*hidden=20 is not a multiple of heads=8"):
+        require_survivors(found)
 
 
 def test_figures_on_the_edge_of_a_tolerance_are_inside(recipe_of: Recipes) -> None:

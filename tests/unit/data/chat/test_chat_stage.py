@@ -149,6 +149,22 @@ def test_files_that_shape_the_result_are_known(chats: Path) -> None:
         stage.outside_files(recipe(chats))
 
 
+@pytest.mark.parametrize("end", ["</s>", "{{ eos_token }}"])
+def test_a_template_whose_marks_sentencepiece_would_spell_out_is_refused(chats: Path, sentencepiece_file: Path, tmp_path: Path, end: str) -> None:
+    """Of tokenizer.model alone `</s>` in a text is four letters and no end; as tokenizer.json it is one id."""
+    (tmp_path / "import" / "tokenizer").mkdir(parents=True)
+    shutil.copy(sentencepiece_file, tmp_path / "import" / "tokenizer" / "tokenizer.model")
+    (tmp_path / "import" / "tokenizer" / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    write_json(tmp_path / "import" / "result.json", {"architecture": {"vocab": 384}})
+    imported, template = Artifact(tmp_path / "import", {"id": "x"}), tmp_path / "own.jinja"
+    body = "{% for m in messages %}{{ m.role }}: {{ m.content }}END\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    template.write_text(body.replace("END", end))
+    with pytest.raises(DataError, match=r"own\.jinja writes </s>, which SentencePiece \(.*\) takes for letters; name a folder"):
+        stage.run(recipe(chats, template=str(template)), {"import": imported}, tmp_path / "refused")
+    template.write_text(body.replace("END", "."))
+    assert stage.run(recipe(chats, template=str(template)), {"import": imported}, tmp_path / "out")["parts"]["train"]["answer_tokens"] > 0
+
+
 def test_conversations_without_an_answer_in_reach_are_refused(imported: Artifact, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text((json.dumps({"messages": CONVERSATIONS[2]}) + "\n") * 3)
     with pytest.raises(DataError, match="none of 2 texts has an answer within 64 tokens"):

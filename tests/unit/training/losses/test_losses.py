@@ -122,6 +122,13 @@ def test_several_teachers_weigh_as_they_are_told(case: Case) -> None:
         case.check()
 
 
+def test_top_k_of_several_teachers_takes_chunks_of_one_token(case: Case) -> None:
+    """The second teacher's candidates then lie at an odd place of what the all-gather gave."""
+    case.targets = [replace(case.targets[0], weight=weight) for weight in (0.4, 0.6)]
+    case.settings = replace(case.settings, top_k=7, chunk_tokens=22)  # 23 = 22 + 1
+    case.check()
+
+
 def test_forward_kl_to_several_teachers_pulls_towards_their_mean_distribution(case: Case) -> None:
     """What WeightedTarget says of the ensemble: the gradient is that of the KL to Σ weight · distribution."""
     generator = torch.Generator().manual_seed(12)

@@ -203,10 +203,14 @@ def advise_recipe(recipe: RecipePath, overrides: Overrides = None) -> None:
     from minitron_megatron.config.family import checked_steps
     from minitron_megatron.search.survey import surviving
 
-    for step, source, target in checked_steps(_steps(recipe, overrides or [])):
+    steps = _steps(recipe, overrides or [])
+    checked = checked_steps(steps)
+    for step, source, target in checked:
         if step.recipe.search:
             target = surviving(step.recipe, step.recipe.search, source).largest
         print(told(advise(Subject(step, source, target)), step.name))
+    for step in steps[len(checked) :]:
+        print(f"step {step.name}: goes on from what a search finds; once that is there, step={step.name} is held against the findings")
 
 
 @app.command(
@@ -262,6 +266,9 @@ def _show_results(steps: list[Step], recipe_path: str) -> None:
 
     console = Console()
     evaluated = {step.name: open_artifact(run_folder(step.recipe), "evaluate", recipe_path).result for step in steps if step.trained}
+    if not evaluated:  # one step was named, of which the next takes the pruned model
+        console.print(f"Pruned: {run_folder(steps[-1].recipe) / 'prune'}")
+        return
     result = publish_family(evaluated, run_folder(steps[-1].recipe).parent) if len(evaluated) > 1 else next(iter(evaluated.values()))
     console.print(console_table(result))
     console.print(continuations(result), markup=False, highlight=False)

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+from minitron_megatron.artifact import write_json
 from minitron_megatron.errors import MinitronError
 
 Kind = Literal["mistake", "defect", "timeout", "lost"]
@@ -122,10 +123,10 @@ def _death(failure: ProcessFailure) -> str:
 
 
 def _record(error: BaseException, kind: Kind) -> None:
-    """In the form of torchelastic's error files, with the kind beside."""
+    """In the form of torchelastic's error files, with the kind beside; whole or not at all, for the launcher may end this process meanwhile."""
     extra = {"py_callstack": "".join(traceback.format_exception(error)), "timestamp": str(int(time.time()))}
     told = {"message": f"{type(error).__name__}: {error}", "kind": kind, "extraInfo": extra}
-    Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": told}))
+    write_json(Path(os.environ["TORCHELASTIC_ERROR_FILE"]), {"message": told})
 
 
 def _recorded(failure: ProcessFailure) -> dict[str, Any] | None:

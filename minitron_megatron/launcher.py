@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Mapping
 
 import torch
@@ -43,6 +44,12 @@ def main(arguments: list[str]) -> int:
 
 def launch(stage: str, recipe_path: str, overrides: list[str], processes: int, where: tuple[str, ...] = ("--standalone",)) -> int:
     """Runs a stage in this many processes of this node; returns its exit code. Errors have been shown by then."""
+    with tempfile.TemporaryDirectory(prefix="minitron_") as errors:
+        return _launch(stage, recipe_path, overrides, processes, [*where, f"--log-dir={errors}"])
+
+
+def _launch(stage: str, recipe_path: str, overrides: list[str], processes: int, where: list[str]) -> int:
+    """where: torchrun's options for the meeting, and for the folder in which processes leave their errors: its own would stay behind."""
     os.environ.update(worker_environment(processes, streams=STAGES[stage].streams))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we tell what failed ourselves
     # a rank that died leaves the others in a collective that they never leave by themselves: they get 10 s

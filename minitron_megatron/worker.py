@@ -50,6 +50,7 @@ def main(arguments: list[str]) -> int:
     with ExitStack() as connections:
         try:
             _run(connections, *arguments)
+            connections.close()  # here, where an error is told
             return 0
         except (KeyboardInterrupt, SystemExit):
             raise
@@ -78,6 +79,10 @@ def _run(connections: ExitStack, stage_name: str, recipe_path: str, *overrides: 
     if artifact:
         print(f"{stage.name}: {artifact.result['summary']}  ({artifact.manifest['seconds']} s)", flush=True)
 
+
+if __name__ == "__mp_main__":
+    # a helper that megatron spawns (for the reports of checkpoints' writers) imports this first: it ends with its worker, and does not sleep on
+    end_with_parent()
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from minitron_megatron.arch.architecture import Architecture, parameter_count
-from minitron_megatron.config.criteria import AggregatedAxis
+from minitron_megatron.config.criteria import AggregatedAxis, Aggregations
 from minitron_megatron.config.family import Step
 from minitron_megatron.config.schema import Recipe
 
@@ -87,7 +87,8 @@ def width_scored_otherwise(subject: Subject) -> Finding | None:
         f"units are ranked by {how}",
         "(batch=L2, sequence=mean) has the lowest loss on the 8T set of the nine pairs, 7.18 against 7.21 to 10.55",
         "P1 Table 11, best practice 2",
-        "prune.scores=activation prune.aggregation.batch=l2 prune.aggregation.sequence=mean",
+        "prune.scores=activation prune.aggregation.batch=l2 prune.aggregation.sequence=mean"
+        + (", and leave prune.aggregations out" if prune.aggregations != Aggregations() else ""),
     )
 
 
@@ -220,7 +221,7 @@ def unfinished_source(subject: Subject) -> Finding | None:
 def short_calibration(subject: Subject) -> Finding | None:
     """Fewer samples than the papers' 1024."""
     importance = subject.recipe.importance
-    if importance.samples >= 1024 or subject.recipe.prune.scores != "activation":
+    if importance.samples >= 1024 or not subject.recipe.prune.reads_importance:
         return None
     return Finding(
         "advice",
@@ -234,7 +235,7 @@ def short_calibration(subject: Subject) -> Finding | None:
 def short_samples(subject: Subject) -> Finding | None:
     """Calibration on shorter samples than the training's."""
     importance, training = subject.recipe.importance, subject.recipe.distill.sequence_length
-    if importance.sequence_length >= min(training, 2048):
+    if importance.sequence_length >= min(training, 2048) or not subject.recipe.prune.reads_importance:
         return None
     return Finding(
         "advice",
@@ -246,16 +247,18 @@ def short_samples(subject: Subject) -> Finding | None:
 
 
 def learning_rate_too_high(subject: Subject) -> Finding | None:
-    """A peak above all published ones, for a model of their size."""
-    peak = subject.recipe.distill.learning_rate.peak
-    if peak <= PUBLISHED_PEAK or parameter_count(subject.source) < LARGE:
+    """A peak above the source's own where the recipe tells it, or, for a model of their size, above all published ones."""
+    peak, correct = subject.recipe.distill.learning_rate.peak, subject.recipe.correct
+    own = correct.source_peak if correct else None
+    above_own = own is not None and peak > own
+    if not above_own and (peak <= PUBLISHED_PEAK or parameter_count(subject.source) < LARGE):
         return None
     return Finding(
         "serious",
-        f"distill.learning_rate.peak={peak:g}",
+        f"distill.learning_rate.peak={peak:g}" + (f" is above the source's own peak of {own:g}" if above_own else ""),
         "the published runs peak at 1e-4 to 2e-4, at or below the source's own peak: above it the source's knowledge goes",
         "P1 section 4, P2 Table 4",
-        "distill.learning_rate.peak=1e-4",
+        f"distill.learning_rate.peak={min(1e-4, own or 1e-4):g}",
     )
 
 

@@ -144,6 +144,10 @@ def _all_checked(steps: list[Step]) -> list[tuple[Step, Architecture, Architectu
     if len(checked) < len(steps):
         behind = steps[len(checked)].name
         raise RecipeError(f"step {behind} goes on from a search, so that its variants would differ in their source; name sizes in prune.target")
+    if any(step.recipe.correct_beside for step in steps):
+        raise RecipeError(
+            "correct.beside=true: nothing corrects beside the runs of an ablation, and the uncorrected source would teach; set correct.beside=false"
+        )
     return checked
 
 
@@ -169,6 +173,9 @@ def _own_problems(ablation: Ablation, overrides: list[str]) -> list[str]:
             problems.append(f"variant {variant.name}: a seed is there twice in {seeds}")
         taken = {name for name in names if name.startswith(f"{variant.name}-seed")}
         problems += [f"variants: {name} is the folder of {variant.name} with a seed; give it another name" for name in sorted(taken) if seeds]
+        items = [*ablation.overrides, *variant.overrides, *overrides]
+        given = [item for item in items if seeds and item.partition("=")[0] in ablation.seed_keys]
+        problems += [f"{item}: variant {variant.name} takes its seeds {seeds} there; give them as seeds=[…]" for item in given]
     every = [*ablation.overrides, *overrides, *(item for variant in ablation.variants for item in variant.overrides)]
     problems += [f"{item}: an ablation takes whole families; leave it out" for item in every if item.startswith(STEP)]
     return problems

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.arch.source import source_architecture
 from minitron_megatron.config.checks.recipe import check_recipe
-from minitron_megatron.config.load import merged, recipe_file, validated
+from minitron_megatron.config.load import merged, recipe_file, told_as_one_line, validated
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.errors import ArchitectureError, RecipeError
 
@@ -43,7 +43,13 @@ class Step:
     before: str = ""
     """The step before it."""
     trained: bool = True
-    """Whether its training is asked for: not where the next step goes on from the pruned model."""
+    """Whether its training is asked for: not where the next step goes on from the pruned model, and none learns from it."""
+
+    @property
+    def exported(self) -> str:
+        """Where its trained model will lie."""
+        name = "model.nemo" if self.recipe.export.format == "nemo" else "model"
+        return str(Path(self.recipe.runs) / self.recipe.name / "export" / name)
 
     @property
     def overrides(self) -> list[str]:
@@ -82,18 +88,21 @@ def load_steps(path: str | Path, overrides: list[str] | None = None) -> list[Ste
     if "family" not in file:
         return [Step(validated(path, merged(path, file, overrides)))]
     family = file.pop("family")
-    _refuse_malformed(path, family)
+    with told_as_one_line(path):
+        _refuse_malformed(path, family)
     base = merged(path, file, overrides)
+    if not base.get("name"):
+        raise RecipeError(f"{path}: name is missing; folder below `runs` that the steps' folders are in")
     sources: list[Source] = [item.get("source", "previous" if number else "original") for number, item in enumerate(family)]
-    names = [str(item.name) for item in family]
-    steps = []
+    teachers: list[Teacher] = [item.get("teacher", "source") for item in family]
+    steps: list[Step] = []
     for number, item in enumerate(family):
-        own = OmegaConf.create({key: value for key, value in item.items() if key not in OWN_KEYS})
-        values = merged(path, OmegaConf.merge(file, own), overrides)
-        before = names[number - 1] if number else ""
-        values |= _place(base, names[number]) | _models(base, before, sources[number], item.get("teacher", "source"))
-        trained = number + 1 == len(family) or sources[number + 1] != "pruned"
-        steps.append(Step(validated(f"{path}: step {names[number]}", values), names[number], sources[number], before, trained))
+        name, before = str(item.name), steps[-1] if steps else None
+        values = merged(path, _with_own_keys(file, item), overrides)
+        values |= _place(base, name) | _models(base, before, sources[number], teachers[number])
+        trained = number + 1 == len(family) or sources[number + 1] != "pruned" or teachers[number + 1] == "previous"
+        recipe = validated(f"{path}: step {name}", values)
+        steps.append(Step(recipe, name, sources[number], before.name if before else "", trained))
     return steps
 
 
@@ -104,13 +113,16 @@ def checked_steps(steps: list[Step]) -> list[tuple[Step, Architecture, Architect
     when they start. Raises RecipeError with the problems of every step, before any of them runs.
     """
     found: list[tuple[Step, Architecture, Architecture]] = []
+    planned: dict[str, Architecture] = {}
     problems: list[str] = []
     for number, step in enumerate(steps):
         if number and step.source != "original" and steps[number - 1].recipe.search:
             break
         try:
             source = _source_of(step, found)
-            found.append((step, source, check_recipe(step.recipe, source)))
+            target = check_recipe(step.recipe, source, planned)
+            found.append((step, source, target))
+            planned[step.exported] = _as_exported(target)
         except RecipeError as error:
             problems += [f"step {step.name}: {problem}" if step.name else problem for problem in error.problems]
             break  # the steps behind have no source to be checked against
@@ -121,15 +133,31 @@ def checked_steps(steps: list[Step]) -> list[tuple[Step, Architecture, Architect
 
 def _source_of(step: Step, before: list[tuple[Step, Architecture, Architecture]]) -> Architecture:
     if step.source != "original" and before:
-        return before[-1][2]
+        return before[-1][2] if step.source == "pruned" else _as_exported(before[-1][2])
     try:
         return source_architecture(step.recipe.model.path, step.recipe.model.hf_config)
     except ArchitectureError as error:
         raise RecipeError(str(error)) from None
 
 
-def _with_family(path: str | Path, file: DictConfig, overrides: list[str]) -> DictConfig:
-    return OmegaConf.create(merged(path, file, overrides)) if overrides else file
+def _as_exported(arch: Architecture) -> Architecture:
+    """Exported models have one FFN width, that of the widest layer."""
+    return arch.resized(ffn=arch.ffn)
+
+
+def _with_family(path: str | Path, file: DictConfig, overrides: list[str]) -> Any:
+    """Interpolations stay what they are: further overrides may change what they stand for."""
+    with told_as_one_line(path):
+        return OmegaConf.merge(file, OmegaConf.from_dotlist(overrides))
+
+
+def _with_own_keys(file: DictConfig, item: DictConfig) -> Any:
+    """The file's values with a step's own in their place, the mapping of losses as a whole, as with an override."""
+    own = OmegaConf.masked_copy(item, [str(key) for key in item if key not in OWN_KEYS])
+    together, losses = OmegaConf.merge(file, own), OmegaConf.select(own, "distill.loss")
+    if losses is not None:
+        OmegaConf.update(together, "distill.loss", losses, merge=False)
+    return together
 
 
 def _refuse_malformed(path: str | Path, family: Any) -> None:
@@ -141,6 +169,8 @@ def _refuse_malformed(path: str | Path, family: Any) -> None:
         for key, known in (("source", get_args(Source)), ("teacher", get_args(Teacher))):
             if item.get(key, known[0]) not in known:
                 problems.append(f"family: step {item.name}: {key}={item[key]}; known: {', '.join(known)}")
+        if "teacher" in item and "teachers" in item:
+            problems.append(f"family: step {item.name}: teacher={item.teacher} and teachers both say who teaches; leave one of them out")
     for key, alone in (("source", ("previous", "pruned")), ("teacher", ("previous",))):
         if family[0].get(key) in alone:
             problems.append(f"family: step {names[0]}: {key}={family[0][key]}, but no step is before it; leave it out")
@@ -149,22 +179,19 @@ def _refuse_malformed(path: str | Path, family: Any) -> None:
 
 
 def _place(base: dict[str, Any], name: str) -> dict[str, Any]:
-    return {"runs": str(Path(base.get("runs", "runs")) / str(base.get("name"))), "name": name}
+    runs = base.get("runs", "runs")
+    return {"runs": str(Path(runs) / str(base["name"])) if isinstance(runs, str) else runs, "name": name}
 
 
-def _models(base: dict[str, Any], before: str, source: Source, teacher: Teacher) -> dict[str, Any]:
-    """Sections model and teachers of a step."""
-    run = Path(_place(base, before)["runs"]) / before
-    models: dict[str, dict[str, Any]] = {
-        "original": base.get("model", {}),
-        "previous": {"path": str(run / "export" / ("model.nemo" if base.get("export", {}).get("format") == "nemo" else "model"))},
-        "pruned": {
+def _models(base: dict[str, Any], before: Step | None, source: Source, teacher: Teacher) -> dict[str, Any]:
+    """Sections model and teachers of a step; before: the step whose models it may go on from."""
+    models: dict[str, dict[str, Any]] = {"original": base.get("model", {})}
+    if before:
+        run = Path(before.recipe.runs) / before.recipe.name
+        models["previous"] = {"path": before.exported}
+        models["pruned"] = {
             "path": str(run / "prune" / "checkpoint"),
             "hf_config": str(run / "prune" / "hf_config.json"),
             "tokenizer": str(run / "import" / "tokenizer"),
-        },
-    }
-    sections: dict[str, Any] = {"model": models[source]}
-    if teacher not in ("source", source):
-        sections["teachers"] = {"models": [{key: value for key, value in models[teacher].items() if key in ("path", "hf_config")}]}
-    return sections
+        }
+    return {"model": models[source]} | ({"teachers": {"models": [models[teacher]]}} if teacher not in ("source", source) else {})

@@ -37,7 +37,7 @@ def recipe_file(path: str | Path) -> DictConfig:
     source = Path(path)
     if not source.is_file():
         raise RecipeError(f"{source}: no such recipe; `ls configs/*.yaml` shows those that come with the project")
-    with _told_as_one_line(source):
+    with told_as_one_line(source):
         loaded = OmegaConf.load(source)
     if not isinstance(loaded, DictConfig):
         raise RecipeError(f"{source}: a recipe is a mapping of sections, found a list")
@@ -49,7 +49,7 @@ def merged(source: str | Path, loaded: Any, overrides: list[str]) -> dict[str, A
     malformed = [item for item in overrides if "=" not in item]
     if malformed:
         raise RecipeError([f"override '{item}' is not of the form key=value, for example distill.steps=200" for item in malformed])
-    with _told_as_one_line(source):
+    with told_as_one_line(source):
         together = OmegaConf.merge(loaded, OmegaConf.from_dotlist(overrides))
         _replace_mappings(together, overrides)
         values: Any = OmegaConf.to_container(together, resolve=True)
@@ -59,7 +59,8 @@ def merged(source: str | Path, loaded: Any, overrides: list[str]) -> dict[str, A
 
 
 @contextmanager
-def _told_as_one_line(source: str | Path) -> Iterator[None]:
+def told_as_one_line(source: str | Path) -> Iterator[None]:
+    """What YAML and omegaconf raise, interpolations of keys that are not there among it, as a RecipeError."""
     try:
         yield
     except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:

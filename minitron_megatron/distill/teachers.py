@@ -54,7 +54,8 @@ class Beside:
         """Marked at once, as are those that a training checkpoint names: the correction must not drop them. On the main process."""
         if not self.world.is_main:
             return ""
-        newest = self.snapshots.newest() or self.source.id
+        # without any, as after somebody cleaned up, the teacher that is in memory stays: the source is where a correction began
+        newest = self.snapshots.newest() or self.identity or self.source.id
         self.snapshots.mark({newest, self.identity} | teachers_of_checkpoints(self.training))
         return newest
 

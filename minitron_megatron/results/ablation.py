@@ -112,11 +112,12 @@ def _same_model(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def _together(figures: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """Mean and sample standard deviation over seeds; of one run its figure with the standard error of the measurement."""
+    """Mean and sample standard deviation over seeds, no number where a seed has none; of one run its figure with the measurement's error."""
     values, errors = [figure["value"] for figure in figures], [figure.get("stderr") for figure in figures]
     if len(values) == 1:
         return {"value": values[0], "spread": errors[0], "spread_is": "standard error of the measurement"}
-    spread = {"spread": statistics.stdev(values), "spread_is": "standard deviation over seeds"}
+    deviation = statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
+    spread = {"spread": deviation, "spread_is": "standard deviation over seeds"}
     return {"value": statistics.fmean(values), **spread, "values": values, "stderrs": errors}
 
 

@@ -18,7 +18,7 @@ def family_result(steps: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     models = {"original": first["models"][TEACHER]}
     for step, result in steps.items():
         models |= {f"{step} {name}": figures for name, figures in result["models"].items() if name != TEACHER}
-    return {**first, "models": models}
+    return {**first, "models": models, "remark": "KL and agreement of each step's models are to its own teacher"}
 
 
 def publish_family(steps: Mapping[str, dict[str, Any]], folder: Path) -> dict[str, Any]:

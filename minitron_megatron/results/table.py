@@ -69,7 +69,7 @@ def note(result: dict[str, Any]) -> str:
     """On how much the figures were measured."""
     tokens = " and ".join(f"{count:,} tokens {spoken(domain)}" for domain, count in result.get("tokens", {}).items())
     parts = [f"Held out: {tokens}, in windows of {result['sequence_length']:,}"] if tokens else []
-    parts += _task_items(result)
+    parts += [*_task_items(result), *([result["remark"]] if "remark" in result else [])]
     return "; ".join([*parts, "± is one standard error"]) + "."
 
 

@@ -10,24 +10,24 @@ from minitron_megatron.config.checks.layout import layout_problems, list_problem
 from minitron_megatron.config.checks.losses import vocabulary_problems
 from minitron_megatron.config.checks.search import search_problems
 from minitron_megatron.config.checks.target import target_architecture
-from minitron_megatron.config.checks.teachers import models_problems, stage_problems, teacher_architectures
+from minitron_megatron.config.checks.teachers import Planned, models_problems, stage_problems, teacher_architectures
 from minitron_megatron.config.checks.text import text_problems
 from minitron_megatron.config.checks.training import batch_problems, hidden_problems, training_problems
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.errors import RecipeError
 
 
-def check_recipe(recipe: Recipe, source: Architecture) -> Architecture:
+def check_recipe(recipe: Recipe, source: Architecture, planned: Planned | None = None) -> Architecture:
     """Raises RecipeError with everything in the recipe that this source cannot do; returns the target architecture.
 
-    That is the source's own where a search has yet to choose.
+    That is the source's own where a search has yet to choose. planned: models that its teachers may be and that do not exist yet.
     """
     if recipe.search:
         problems = search_problems(recipe, recipe.search, source)
         layers = {source.layers, *(recipe.search.space.layers or ())}
         target = source
     else:
-        problems, target = _target_problems(recipe, source)
+        problems, target = _target_problems(recipe, source, planned)
         layers = {source.layers, target.layers}
     problems += layout_problems(recipe.parallel, source, "the source model")
     if target != source:
@@ -35,7 +35,7 @@ def check_recipe(recipe: Recipe, source: Architecture) -> Architecture:
     stages, rule = recipe.parallel.pipeline * recipe.parallel.virtual, recipe.parallel.layers_per_stage
     problems += list_problems("parallel", stages, rule, layers)
     problems += shape_problems(recipe) + teacher_problems(recipe, source)
-    problems += stage_problems(recipe) + models_problems(recipe, source)
+    problems += stage_problems(recipe) + models_problems(recipe, source, planned)
     problems += _length_problems(recipe, source)
     problems += batch_problems(recipe) + vocabulary_problems(recipe.distill, source) + block_size_problems(recipe, source)
     problems += text_problems(recipe, source)
@@ -49,7 +49,7 @@ def check_recipe(recipe: Recipe, source: Architecture) -> Architecture:
     return target
 
 
-def _target_problems(recipe: Recipe, source: Architecture) -> tuple[list[str], Architecture]:
+def _target_problems(recipe: Recipe, source: Architecture, planned: Planned | None) -> tuple[list[str], Architecture]:
     """Of the sizes that the recipe names; with the architecture that they make, the source's where there is none."""
     if "target" not in recipe.prune.model_fields_set and recipe.prune.drop_layers is None:
         return ["prune.target is missing; give the sizes to keep, such as prune.target.ffn, or a section search"], source
@@ -57,7 +57,8 @@ def _target_problems(recipe: Recipe, source: Architecture) -> tuple[list[str], A
         target = target_architecture(recipe, source)
     except RecipeError as error:
         return list(error.problems), source
-    return hidden_problems(recipe, teacher_architectures(recipe, source)[0], target) + depth_problems(recipe, source, target), target
+    teacher = teacher_architectures(recipe, source, planned)[0]
+    return hidden_problems(recipe, teacher, target) + depth_problems(recipe, source, target), target
 
 
 def _length_problems(recipe: Recipe, arch: Architecture) -> list[str]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.arch.source import source_architecture
 from minitron_megatron.config.checks.layout import layout_problems, teacher_problems
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.config.teachers import SOURCE, TeacherModel
 from minitron_megatron.errors import MinitronError
+
+Planned = Mapping[str, Architecture]
+"""Path → what will lie there: models that an earlier step of a family has yet to make, or makes anew."""
 
 
 def stage_problems(recipe: Recipe) -> list[str]:
@@ -24,28 +29,32 @@ def stage_problems(recipe: Recipe) -> list[str]:
     return problems
 
 
-def teacher_architectures(recipe: Recipe, source: Architecture) -> list[Architecture]:
+def teacher_architectures(recipe: Recipe, source: Architecture, planned: Planned | None = None) -> list[Architecture]:
     """Of the recipe's teachers in order; the source's in the place of one that cannot be read, which models_problems tells."""
     models = recipe.teachers.models if recipe.teachers else []
-    return [source if model.is_source else _readable(model) or source for model in models] or [source]
+    return [source if model.is_source else _readable(model, planned) or source for model in models] or [source]
 
 
-def _readable(model: TeacherModel) -> Architecture | None:
+def _readable(model: TeacherModel, planned: Planned | None) -> Architecture | None:
     try:
-        return source_architecture(model.path, model.hf_config)
+        return _architecture_of(model, planned)
     except MinitronError:
         return None
 
 
-def models_problems(recipe: Recipe, source: Architecture) -> list[str]:
+def _architecture_of(model: TeacherModel, planned: Planned | None) -> Architecture:
+    return (planned or {}).get(model.path) or source_architecture(model.path, model.hf_config)
+
+
+def models_problems(recipe: Recipe, source: Architecture, planned: Planned | None = None) -> list[str]:
     """Of each teacher beside the source."""
     models = recipe.teachers.models if recipe.teachers else []
-    return [problem for model in models if not model.is_source for problem in _model_problems(recipe, model, source)]
+    return [problem for model in models if not model.is_source for problem in _model_problems(recipe, model, source, planned)]
 
 
-def _model_problems(recipe: Recipe, model: TeacherModel, source: Architecture) -> list[str]:
+def _model_problems(recipe: Recipe, model: TeacherModel, source: Architecture, planned: Planned | None) -> list[str]:
     try:
-        arch = source_architecture(model.path, model.hf_config)
+        arch = _architecture_of(model, planned)
     except MinitronError as error:
         return [f"teachers.models: {str(error).replace('model.', 'teachers.models.')}"]
     whose, problems = f"the teacher {model.path}", []

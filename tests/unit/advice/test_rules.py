@@ -95,7 +95,20 @@ def test_the_serious_comes_first_and_each_finding_says_why_and_what_instead() ->
 
 def test_a_small_model_may_learn_faster() -> None:
     tiny = LLAMA_8B.resized(hidden=576, ffn=1536, layers=30)
-    assert rules.learning_rate_too_high(subject({"ffn": 1024}, source=tiny, distill={"learning_rate": {"peak": 1e-3}})) is None
+    fast = {"source": tiny, "distill": {"learning_rate": {"peak": 1e-3}}}
+    assert rules.learning_rate_too_high(subject({"ffn": 1024}, **fast, correct={"source_peak": 5e-3})) is None
+    assert rules.learning_rate_too_high(subject({"ffn": 1024}, **fast, correct=None)) is None
+
+
+def test_a_learning_rate_is_held_against_the_sources_own_peak_where_the_recipe_tells_it() -> None:
+    """1e-4 is what the papers take, of a source that had more."""
+    finding = rules.learning_rate_too_high(subject(correct={"source_peak": 5e-5}, distill={"learning_rate": {"peak": 1e-4}}))
+    assert finding is not None and "above the source's own peak of 5e-05" in finding.what and finding.mend.endswith("peak=5e-05")
+
+
+def test_calibration_that_pruning_does_not_read_is_not_held_against_anything() -> None:
+    merged = subject(importance={"samples": 128, "sequence_length": 512}, prune={"target": WIDTH, "scores_file": "merged.safetensors"})
+    assert rules.short_calibration(merged) is None and rules.short_samples(merged) is None
 
 
 def test_an_axis_that_is_cut_is_held_against_the_best_pair_and_another_one_is_not() -> None:
@@ -104,3 +117,4 @@ def test_an_axis_that_is_cut_is_held_against_the_best_pair_and_another_one_is_no
     assert rules.width_scored_otherwise(subject(prune=heads)) is None  # all heads are kept
     finding = rules.width_scored_otherwise(subject(prune=ffn))
     assert finding is not None and "(batch=variance, sequence=variance)" in finding.what
+    assert finding.mend.endswith("leave prune.aggregations out")  # of one axis it stands above the others'

@@ -91,6 +91,37 @@ def test_a_checkpoint_that_failed_is_told_though_torch_makes_it_no_exception(tmp
     assert json.loads(told.read_text())["message"]["message"].startswith("CheckpointException: ")
 
 
+def test_an_error_while_the_connections_close_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The work is done by then, but the exit code would say that it failed and nothing why."""
+    told = tmp_path / "error.json"
+    monkeypatch.setattr(failure, "LEAVING_SECONDS", 1e6)
+    monkeypatch.setenv(failure.LAUNCHED, "1")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(told))
+
+    def close() -> None:
+        raise ValueError("no such group")
+
+    monkeypatch.setattr(worker, "_run", lambda connections, *_: connections.callback(close))
+    assert worker.main(["prune", "recipe.yaml"]) == 1
+    assert json.loads(told.read_text())["message"]["message"] == "ValueError: no such group"
+
+
+def test_a_process_that_is_ended_while_it_tells_leaves_no_half_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchelastic would raise at it, and the launcher end with a traceback of its own."""
+    told, write = tmp_path / "error.json", Path.write_text
+
+    def ended(path: Path, text: str) -> int:
+        write(path, text[: len(text) // 2])
+        raise SystemExit
+
+    monkeypatch.setenv(failure.LAUNCHED, "1")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(told))
+    monkeypatch.setattr(Path, "write_text", ended)
+    with pytest.raises(SystemExit):
+        failure.tell(CheckpointError("gone"))
+    assert not told.exists()
+
+
 @pytest.mark.parametrize(
     ("error", "kind"),
     [

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -24,6 +27,26 @@ def test_the_recipe_says_how_many_processes_and_nproc_overrules_it(monkeypatch: 
 def test_a_number_of_processes_that_is_none_is_refused() -> None:
     with pytest.raises(LayoutError, match="NPROC=two is no whole number"):
         launcher.processes_here(RECIPE, [], {"NPROC": "two"})
+
+
+@pytest.fixture(autouse=True)
+def _environment_as_before() -> Iterator[None]:
+    """launch() sets this process's own, which the tests of other files hand on to theirs."""
+    with mock.patch.dict(os.environ):
+        yield
+
+
+def test_a_launch_leaves_no_folder_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun makes one for errors at each start."""
+    folders: list[Path] = []
+
+    def run(arguments: argparse.Namespace) -> None:
+        folders.append(Path(arguments.log_dir))
+        assert folders[0].is_dir()
+
+    monkeypatch.setattr(launcher.torchrun, "run", run)
+    assert launcher.launch("import", RECIPE, [], 1) == 0
+    assert not folders[0].exists()
 
 
 def test_threads_of_a_stage_do_not_depend_on_the_stages_before_it(monkeypatch: pytest.MonkeyPatch) -> None:

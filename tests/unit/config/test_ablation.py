@@ -75,6 +75,13 @@ def test_the_ablations_own_name_and_seeds_are_replaced_on_the_command_line(ablat
     assert plan.lenders == [Path("elsewhere/tiny")]
 
 
+def test_a_seed_of_the_command_line_is_not_passed_over(ablation: Callable[..., Path]) -> None:
+    """It would stand below the ablation's seeds; a variant without any takes it."""
+    file = ablation({"name": "a"}, seeds=[1, 2], seed_keys=["distill.seed"])
+    assert problems_of(file, "distill.seed=9") == [f"{file}: distill.seed=9: variant a takes its seeds [1, 2] there; give them as seeds=[…]"]
+    assert [trial.last.recipe.distill.seed for trial in planned(ablation({"name": "a"}), ["distill.seed=9"]).trials] == [9]
+
+
 def test_a_variant_may_be_a_family_in_a_file_of_its_own_or_in_an_override(ablation: Callable[..., Path], tmp_path: Path) -> None:
     steps = [{"name": "first", "prune": {"target": {"ffn": 64}}}, {"name": "last", "source": "pruned", "prune": {"target": {"ffn": 48}}}]
     recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
@@ -109,6 +116,11 @@ def test_mistakes_of_all_variants_are_told_at_once_and_one_that_several_make_onc
     [
         ([{"name": "a"}, {"name": "a"}], {}, "variants: two are called a; give each its own name"),
         ([{"name": "a"}], {"seed_keys": ["prune.seed"]}, "seed_keys: prune.seed, but no seeds; give them, such as seeds: [1, 2, 3]"),
+        (
+            [{"name": "a", "overrides": ["prune.seed=4"]}],
+            {"seeds": [1, 2], "seed_keys": ["prune.seed"]},
+            "prune.seed=4: variant a takes its seeds [1, 2] there; give them as seeds=[…]",
+        ),
         ([{"name": "a", "seeds": [1]}], {}, "seeds, but no seed_keys; name the keys that take them, such as seed_keys: [distill.seed]"),
         ([{"name": "a"}], {"seeds": [3, 3], "seed_keys": ["prune.seed"]}, "variant a: a seed is there twice in [3, 3]"),
         (
@@ -124,6 +136,11 @@ def test_mistakes_of_all_variants_are_told_at_once_and_one_that_several_make_onc
         ([{"name": "a", "recipe": "missing.yaml"}], {}, "recipe=missing.yaml: no such file"),
         ([{"name": "a"}], {"name": "tiny"}, "name=tiny is the recipe's own, whose run lies there; give the ablation another"),
         ([{"name": "a", "overrides": ["step=b"]}], {}, "step=b: an ablation takes whole families; leave it out"),
+        (
+            [{"name": "a", "overrides": ["correct={steps: 200, source_peak: 1e-4, beside: true, sequence_length: 32, global_batch: 4}"]}],
+            {},
+            "every variant: correct.beside=true: nothing corrects beside the runs of an ablation",
+        ),
         ([{"name": "a", "overrides": ["prune.seed"]}], {}, "override 'prune.seed' is not of the form key=value"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A forked process, and what it forks itself, do not outlive the process that started them."""
+"""Forked processes, what they fork themselves, and what a worker spawns do not outlive the process that started them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,31 @@ child = multiprocessing.get_context("fork").Process(target=run_ending_with_paren
 child.start(); child.join()
 """
 
+SPAWNING = """
+import importlib.util, multiprocessing, sys, time
+sys.modules["__main__"].__spec__ = importlib.util.find_spec("minitron_megatron.worker")
+manager = multiprocessing.get_context("spawn").Manager()
+print(manager._process.pid, flush=True)
+time.sleep(60)
+"""
+"""As megatron's first checkpoint does in a worker."""
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the signal of a parent's death is Linux's")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the signal of a parent's death is Linux's")
+
+
 def test_children_and_grandchildren_end_with_a_killed_parent() -> None:
-    parent = subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, text=True)
+    _kill_parent(PROGRAM, children=2)
+
+
+def test_what_megatron_spawns_in_a_worker_ends_with_it() -> None:
+    _kill_parent(SPAWNING, children=1)
+
+
+def _kill_parent(program: str, *, children: int) -> None:
+    """Its children, whose ids it prints, must be gone soon after."""
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
-    family = [psutil.Process(int(parent.stdout.readline())) for _ in range(2)]
+    family = [psutil.Process(int(parent.stdout.readline())) for _ in range(children)]
     parent.kill()
     parent.wait()
     deadline = time.monotonic() + 10

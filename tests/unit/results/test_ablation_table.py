@@ -65,6 +65,12 @@ def test_the_best_is_marked_only_where_it_is_better_than_each_other_by_more_than
     assert best(ablation_result("x", third)) == set()
 
 
+def test_a_seed_without_a_figure_leaves_its_variant_without_a_spread_and_the_others_their_table() -> None:
+    result = ablation_result("x", {"a": seeded(1.0, float("nan")), "b": seeded(2.0, 2.1)})
+    assert math.isnan(result["variants"]["a"]["figures"]["kl, in_domain"]["spread"])
+    assert "| a | 2 | 900 | not finite |" in markdown_ablation(result) and best(result) == set()
+
+
 def test_variants_of_other_sizes_are_not_held_against_each_other() -> None:
     runs = {"small": seeded(2.0, parameters=500), "other": seeded(3.0, parameters=503), "large": seeded(1.0, parameters=900)}
     assert best(ablation_result("x", runs)) == {"small"}

@@ -300,6 +300,19 @@ def test_a_truncated_archive_and_one_that_is_not_there_are_told_in_one_line(fore
         source_architecture(str(tmp_path / "nowhere.nemo"))
 
 
+@pytest.mark.parametrize("compression", ["gz", "xz", "bz2"])
+def test_a_damaged_compressed_archive_is_told_in_one_line(compression: str, foreign: Foreign, tmp_path: Path) -> None:
+    """Without the checksum at its end the members up to the damage, or behind it nonsense, would be taken for the archive's."""
+    (foreign.folder / "model_weights.ckpt").write_bytes("".join(f"{number} {number**3}\n" for number in range(40000)).encode())
+    archive = foreign.archive(tmp_path / "x.nemo", f"w:{compression}")
+    damaged = bytearray(archive.read_bytes())
+    damaged[len(damaged) * 3 // 4] ^= 0xFF
+    archive.write_bytes(damaged)
+    with pytest.raises(ArchitectureError, match="copy it anew") as caught:
+        source_architecture(str(archive))
+    assert "\n" not in str(caught.value)
+
+
 # --- what an archive may not do
 
 
@@ -366,6 +379,17 @@ def test_a_member_that_leaves_the_archive_or_is_no_plain_file_is_refused(bad: ta
         import_it(archive, tmp_path / "import")
     assert {path for path in tmp_path.rglob("*") if "x.nemo" not in path.name} - before == {tmp_path / "import"}
     assert list((tmp_path / "import").iterdir()) == []
+
+
+def test_a_configuration_that_would_fill_the_memory_is_refused_unread(tmp_path: Path) -> None:
+    """A sparse file of a few blocks that says it holds a tebibyte."""
+    huge = member("./model_config.yaml")
+    huge.size = 1 << 40
+    with (tmp_path / "x.nemo").open("wb") as file:
+        file.write(huge.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(huge.size + 1024)
+    with pytest.raises(ArchitectureError, match=r"model_config\.yaml would have 1,099,511,627,776 bytes; do not use this file"):
+        source_architecture(str(tmp_path / "x.nemo"))
 
 
 def test_nemos_own_connector_opens_what_is_written_here_and_packs_what_is_read_here(tiny_hf_model: Callable[..., Path], tmp_path: Path) -> None:

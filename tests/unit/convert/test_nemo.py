@@ -266,6 +266,9 @@ def test_a_zarr_chunk_that_is_missing_and_one_that_is_compressed_are_refused(for
         ({"activation": "gelu"}, "activation='gelu' with normalization='layernorm1p' is no known family; known: squared-relu with layernorm1p"),
         ({"num_moe_experts": 8}, "num_moe_experts=8 is not supported"),
         ({"hidden_size": None}, "hidden_size is missing or no whole number"),
+        ({"num_query_groups": "two"}, "num_key_value_heads is missing or no whole number (found 'two')"),
+        ({"layernorm_epsilon": "small"}, "layernorm_epsilon is no number (found 'small')"),
+        ({"activation": "swiglu", "normalization": "rmsnorm", "window_size": 4096}, "window_size=4096 is not supported"),
     ],
 )
 def test_what_nemo_can_say_and_is_not_built_here_is_refused_by_its_field(

@@ -7,7 +7,9 @@ import json
 import os
 import pickle
 import tarfile
+import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -345,6 +347,56 @@ def test_code_in_the_metadata_of_a_distributed_checkpoint_is_not_run(foreign: Fo
     assert not (tmp_path / "ran").exists()
     pickle.loads((foreign.folder / "model_weights" / ".metadata").read_bytes())
     assert (tmp_path / "ran").exists()  # it would have run
+
+
+@pytest.mark.parametrize("outside", ["../secret.distcp", "/tmp/secret.distcp"])
+def test_a_distributed_checkpoint_reads_no_file_outside_its_folder(
+    outside: str, tiny_hf_model: Callable[..., Path], foreign: Foreign, tmp_path: Path
+) -> None:
+    """Its .metadata names the file of every tensor."""
+    with tarfile.open(export_it(import_it(tiny_hf_model("nemotron"), tmp_path / "first"), tmp_path / "export")) as tar:
+        tar.extractall(foreign.folder, filter="data")
+    file = foreign.folder / "model_weights" / ".metadata"
+    metadata = pickle.loads(file.read_bytes())
+    metadata.storage_data = {index: replace(stored, relative_path=outside) for index, stored in metadata.storage_data.items()}
+    file.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match=rf"asks for the file '{outside}', which is not one of the folder's own"):
+        import_it(foreign.archive(tmp_path / "x.nemo"), tmp_path / "import")
+
+
+def memo_without_content(path: Path) -> None:
+    """A pickle that asks for what it has not put away: a KeyError."""
+    torch.save({"a": torch.ones(1)}, path)
+    with zipfile.ZipFile(path) as whole:
+        parts = {name: whole.read(name) for name in whole.namelist()}
+    with zipfile.ZipFile(path, "w") as broken:
+        for name, content in parts.items():
+            broken.writestr(name, b"\x80\x02h\x05." if name.endswith("data.pkl") else content)
+
+
+@pytest.mark.parametrize(
+    ("write", "told"),
+    [
+        (memo_without_content, "cannot be read as plain tensors"),
+        (lambda path: torch.save({"state_dict": torch.ones(1)}, path), "is missing; is the checkpoint of another model"),
+        (lambda path: torch.save({1: torch.ones(1)}, path), "is missing; is the checkpoint of another model"),
+    ],
+)
+def test_pickles_of_another_content_are_told_in_one_line(write: Callable[[Path], None], told: str, foreign: Foreign, tmp_path: Path) -> None:
+    write(foreign.folder / "model_weights.ckpt")
+    with pytest.raises(CheckpointError, match=told) as caught:
+        import_it(foreign.archive(tmp_path / "x.nemo"), tmp_path / "import")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"chunks": [0]}, {"chunks": ["many"]}, {"dimension_separator": "/../../"}, {"dimension_separator": 5}, {"shape": 40}]
+)
+def test_a_zarr_header_that_no_array_has_is_refused(changes: dict[str, Any], foreign: Foreign, tmp_path: Path) -> None:
+    header = write_zarr_checkpoint(foreign) / "model.decoder.final_layernorm.bias" / ".zarray"
+    header.write_text(json.dumps({**json.loads(header.read_text()), **changes}))
+    with pytest.raises(CheckpointError, match="not an uncompressed zarr array"):
+        import_it(foreign.archive(tmp_path / "x.nemo"), tmp_path / "import")
 
 
 def test_code_in_the_configuration_is_not_run(foreign: Foreign, tmp_path: Path) -> None:

@@ -65,6 +65,24 @@ def test_a_model_that_goes_through_an_archive_comes_back_bit_by_bit(
             assert (again.path / "tokenizer" / file.name).read_bytes() == file.read_bytes()
 
 
+@pytest.mark.parametrize("format", ["nemo", "huggingface"])
+def test_an_export_that_was_killed_is_made_anew_in_the_same_folder(format: str, tiny_hf_model: Callable[..., Path], tmp_path: Path) -> None:
+    """A killed stage finds its files again, half-written ones too."""
+    first = import_it(tiny_hf_model("llama3"), tmp_path / "first")
+    for half in ("archive/model_weights/__0_0.distcp", "archive/tokenizer/tokenizer.json", "model/stale.safetensors", "model.nemo"):
+        path = tmp_path / "begun" / half
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+    begun = Artifact(tmp_path / "begun", {"id": "x"})
+    result = export_stage.run(recipe(Path("unused"), format), {"import": first, "prune": first, "distill": first}, begun.path)
+    whole = export_it(first, tmp_path / "export", format)
+    assert result["parameters"] == first.result["parameters"]
+    if format == "nemo":
+        assert import_it(begun.path / "model.nemo", tmp_path / "again").result["weights_sha256"] == first.result["weights_sha256"]
+    else:
+        assert {path.name for path in (begun.path / "model").iterdir()} == {path.name for path in whole.iterdir()}
+
+
 def test_transformers_loads_what_was_imported_out_of_an_archive(tiny_hf_model: Callable[..., Path], tmp_path: Path) -> None:
     """config.json is then made of model_config.yaml: the same logits say that nothing in it is wrong."""
     from transformers import AutoModelForCausalLM

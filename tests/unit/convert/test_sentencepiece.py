@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from test_nemo import export_it, import_it
+from test_nemo import export_it, import_it, recipe
 
 from minitron_megatron.arch.source import source_architecture, source_config
 from minitron_megatron.checkpoint.huggingface import HuggingFaceSource
 from minitron_megatron.checkpoint.tensors import tensor_table
+from minitron_megatron.convert import import_stage
 from minitron_megatron.convert.fast_tokenizer import add_fast_tokenizer
+from minitron_megatron.errors import DataError
 
 SENTENCES = ["The state of our union is strong, and the people of every county", "have built it with work: 1,776 of them."] * 20
 KINDS = [*itertools.product(("bpe", "unigram"), (True, False), ("nmt_nfkc", "identity"), (True, False), (True, False))]
@@ -92,6 +94,19 @@ def test_the_export_has_the_model_file_and_transformers_reads_the_same_ids(sourc
     with torch.no_grad():
         actual, expected = (AutoModelForCausalLM.from_pretrained(folder)(tokens).logits for folder in (model, source))
     assert torch.equal(actual, expected)
+
+
+def test_a_model_file_that_lies_elsewhere_is_imported_and_belongs_to_the_artifacts_identity(source: Path, tmp_path: Path) -> None:
+    elsewhere = (source / "tokenizer.model").rename(tmp_path / "other_name.model")
+    asked = recipe(source)
+    asked = asked.model_copy(update={"model": asked.model.model_copy(update={"tokenizer": str(elsewhere)})})
+    assert elsewhere in import_stage.outside_files(asked)
+    import_stage.run(asked, {}, tmp_path / "import")
+    assert (tmp_path / "import" / "tokenizer" / "tokenizer.model").read_bytes() == elsewhere.read_bytes()
+    elsewhere.unlink()
+    with pytest.raises(DataError, match=r"model\.tokenizer=.*other_name\.model: no such file or folder"):
+        import_stage.run(asked, {}, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
 
 
 def test_an_archive_holds_the_model_file_as_nemo_names_it(source: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -67,6 +68,23 @@ def test_a_tokenizer_of_words_is_left_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(train("word", False))
     assert not add_fast_tokenizer(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.model"]
+
+
+@pytest.mark.parametrize("ends", [(), ("bos",), ("bos", "eos")])
+def test_the_tokens_that_the_settings_put_around_a_text_are_put_there(ends: tuple[str, ...], tmp_path: Path) -> None:
+    """transformers reads the source so, and a student must not begin its texts otherwise."""
+    from transformers import AutoTokenizer
+
+    (tmp_path / "tokenizer.model").write_bytes(train())
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", **{f"add_{end}_token": True for end in ends}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    text, other = "The state", "of work"
+    expected = AutoTokenizer.from_pretrained(tmp_path)
+    ids, pair = expected(text)["input_ids"], expected(text, other)["input_ids"]
+    assert [ids.count(2), ids.count(3)] == [int("bos" in ends), int("eos" in ends)]
+    assert add_fast_tokenizer(tmp_path)
+    found = AutoTokenizer.from_pretrained(tmp_path)
+    assert (found(text)["input_ids"], found(text, other)["input_ids"]) == (ids, pair)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from minitron_megatron.errors import DataError
 
 MODEL, FAST, SETTINGS = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
@@ -28,12 +29,15 @@ def add_fast_tokenizer(folder: Path) -> bool:
     """
     if not (folder / MODEL).is_file() or (folder / FAST).is_file():
         return False
+    try:
+        pieces = load_tokenizer(folder)
+    except DataError:  # of another kind under this name, such as tiktoken's: it travels as it is
+        return False
     from sentencepiece import sentencepiece_model_pb2
 
     generated: Any = sentencepiece_model_pb2  # its classes are made while it is imported
     proto = generated.ModelProto()
     proto.ParseFromString((folder / MODEL).read_bytes())
-    pieces = load_tokenizer(folder)
     fast = _fast_tokenizer(proto)
     if fast is None or not _agree(fast, pieces, proto.trainer_spec.unk_id):
         return False

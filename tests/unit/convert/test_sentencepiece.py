@@ -70,6 +70,13 @@ def test_a_tokenizer_of_words_is_left_as_it_is(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.model"]
 
 
+def test_a_tokenizer_model_of_another_kind_travels_as_it_is(tmp_path: Path) -> None:
+    """Llama 3's own tokenizer.model is tiktoken's: lines of base64. An export that fails there has trained for nothing."""
+    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+    assert not add_fast_tokenizer(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.model"]
+
+
 @pytest.mark.parametrize("ends", [(), ("bos",), ("bos", "eos")])
 def test_the_tokens_that_the_settings_put_around_a_text_are_put_there(ends: tuple[str, ...], tmp_path: Path) -> None:
     """transformers reads the source so, and a student must not begin its texts otherwise."""

@@ -40,13 +40,13 @@ def architecture_from_hf(config: dict[str, Any]) -> Architecture:
         layers=_required(config, "num_hidden_layers"),
         hidden=hidden,
         heads=heads,
-        kv_groups=config.get("num_key_value_heads") or heads,
-        head_channels=config.get("head_dim") or kind.default_head_channels or hidden // heads,
+        kv_groups=_whole(config, "num_key_value_heads") or heads,
+        head_channels=_whole(config, "head_dim") or kind.default_head_channels or hidden // max(heads, 1),
         ffn=_required(config, kind.ffn_field),
         vocab=_required(config, "vocab_size"),
         tied_embeddings=bool(config.get("tie_word_embeddings", kind.default_tied)),
-        max_positions=int(config.get("max_position_embeddings", 2048)),
-        norm_eps=float(config.get(kind.norm_eps_field, kind.default_norm_eps)),
+        max_positions=_whole(config, "max_position_embeddings") or 2048,
+        norm_eps=_number(config, kind.norm_eps_field) or kind.default_norm_eps,
         rope_theta=_rope_theta(config, kind),
         rope_scaling=_rope_scaling(config),
         attention_window=_attention_window(config, kind),
@@ -88,7 +88,7 @@ def _experts(config: dict[str, Any], kind: Family) -> dict[str, Any]:
     """Fields of Architecture that dense families leave at their defaults."""
     if not kind.expert_fields:
         return {}
-    per_token = config.get("num_experts_per_tok")
+    per_token = _whole(config, "num_experts_per_tok")
     return {
         "experts": _required(config, _expert_fields(config, kind)[0]),
         "experts_per_token": kind.default_experts_per_token if per_token is None else per_token,
@@ -98,9 +98,22 @@ def _experts(config: dict[str, Any], kind: Family) -> dict[str, Any]:
 
 def _required(config: dict[str, Any], field: str) -> int:
     value = config.get(field)
-    if not isinstance(value, int):
+    if type(value) is not int:
         raise ArchitectureError(f"config.json: {field} is missing or no whole number (found {value!r})")
     return value
+
+
+def _whole(config: dict[str, Any], field: str) -> int | None:
+    """None where it is absent or null; raises ArchitectureError for what is no whole number."""
+    return None if config.get(field) is None else _required(config, field)
+
+
+def _number(config: dict[str, Any], field: str) -> float | None:
+    """None where it is absent or null; raises ArchitectureError for what is no number above 0."""
+    value = config.get(field)
+    if value is not None and (type(value) not in (int, float) or not value > 0):
+        raise ArchitectureError(f"config.json: {field} is no number above 0 (found {value!r})")
+    return None if value is None else float(value)
 
 
 def _refuse_other_arithmetic(config: dict[str, Any], kind: Family) -> None:
@@ -117,27 +130,34 @@ def _reason(field: str) -> str:
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
     """Both spellings: `rope_parameters` (transformers 5) and `rope_scaling` + `rope_theta` (before)."""
-    return {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    found: dict[str, Any] = {}
+    for field in ("rope_scaling", "rope_parameters"):
+        if not isinstance(config.get(field) or {}, dict):
+            raise ArchitectureError(f"config.json: {field} is no mapping (found {config[field]!r})")
+        found |= config.get(field) or {}
+    return found
 
 
 def _rotary_share(config: dict[str, Any], kind: Family) -> float:
     """Share of a head's channels that turn; raises ArchitectureError where the family's own arithmetic knows no share."""
-    named = _rope(config).get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    share = float(named or kind.default_rotary_share or 1.0)
+    named = _number(_rope(config), "partial_rotary_factor") or _number(config, "partial_rotary_factor")
+    share = named or kind.default_rotary_share or 1.0
     if kind.default_rotary_share is None and share != 1.0:
         raise ArchitectureError(f"config.json: partial_rotary_factor={named} of family '{kind.name}' is not supported; expected 1.0")
-    if not 0 < share <= 1:
+    if share > 1:
         raise ArchitectureError(f"config.json: partial_rotary_factor={named} is no share of a head's channels; expected above 0 and at most 1")
     return share
 
 
 def _rope_theta(config: dict[str, Any], kind: Family) -> float:
-    return float(_rope(config).get("rope_theta") or config.get("rope_theta") or kind.default_rope_theta)
+    return _number(_rope(config), "rope_theta") or _number(config, "rope_theta") or kind.default_rope_theta
 
 
 def _attention_window(config: dict[str, Any], kind: Family) -> int | None:
     """Of the families that slide; the others' use of it is refused by their row."""
-    return config.get("sliding_window", kind.default_window) if kind.has_window else None
+    if not kind.has_window:
+        return None
+    return _whole(config, "sliding_window") if "sliding_window" in config else kind.default_window
 
 
 def _rope_scaling(config: dict[str, Any]) -> RopeScaling | None:

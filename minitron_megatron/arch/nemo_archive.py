@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import lzma
 import shutil
 import tarfile
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -11,6 +13,8 @@ from pathlib import Path, PurePosixPath
 from minitron_megatron.errors import ArchitectureError
 
 SUFFIX = ".nemo"
+LARGEST_READ = 1 << 28
+"""Bytes of a file that is read into memory: a configuration, a tokenizer. A header of 512 bytes can promise any number."""
 
 
 def is_nemo(path: str | Path) -> bool:
@@ -25,8 +29,9 @@ class NemoArchive:
         """Raises ArchitectureError for what is no whole tar, and for one with a member that is neither a file nor a folder inside it."""
         self.path = Path(path)
         with self._opened() as tar:
-            self._members = {_inside(member, self.path): member for member in tar.getmembers() if not member.isdir() or _inside(member, self.path)}
-        self._members = {name: member for name, member in self._members.items() if member.isreg()}
+            members = {_inside(member, self.path): member for member in tar.getmembers()}
+            _read_to_end(tar)
+        self._members = {name: member for name, member in members.items() if member.isreg()}
 
     @property
     def names(self) -> list[str]:
@@ -41,9 +46,11 @@ class NemoArchive:
         return [name for name in self.names if name in starts or name.startswith(tuple(f"{start}/" for start in starts))]
 
     def read(self, name: str) -> bytes:
-        """One file; raises ArchitectureError where it is not there."""
+        """One file; raises ArchitectureError where it is not there, or larger than LARGEST_READ."""
         if name not in self._members:
             raise ArchitectureError(f"{self.path}: {name} is not in the archive; it holds {', '.join(self.names[:8])}")
+        if self._members[name].size > LARGEST_READ:
+            raise ArchitectureError(f"{self.path}: its {name} would have {self._members[name].size:,} bytes; do not use this file")
         with self._opened() as tar:
             file = tar.extractfile(self._members[name])
             return file.read() if file else b""
@@ -65,7 +72,7 @@ class NemoArchive:
                 yield tar
         except FileNotFoundError:
             raise ArchitectureError(f"{self.path}: no such file; model.path must name a .nemo archive that is there") from None
-        except (tarfile.TarError, EOFError, OSError) as error:
+        except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
             told = (str(error) or type(error).__name__).splitlines()[0].rstrip(":")
             raise ArchitectureError(f"{self.path}: not a whole .nemo archive ({told}); it may be truncated, copy it anew") from None
 
@@ -75,6 +82,12 @@ def pack(folder: Path, path: Path) -> None:
     with tarfile.open(path, "w:") as tar:
         for file in [folder, *sorted(folder.rglob("*"))]:
             tar.add(file, arcname=f"./{file.relative_to(folder).as_posix()}" if file != folder else ".", recursive=False, filter=_of_nobody)
+
+
+def _read_to_end(tar: tarfile.TarFile) -> None:
+    """Behind the last member: a compressed archive's checksum stands there, and tarfile takes a damaged header for the end."""
+    while tar.fileobj is not None and tar.fileobj.read(1 << 20):
+        pass
 
 
 def _of_nobody(member: tarfile.TarInfo) -> tarfile.TarInfo:

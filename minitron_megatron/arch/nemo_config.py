@@ -47,19 +47,19 @@ def config_of_archive(archive: NemoArchive) -> dict[str, Any]:
         "hidden_size": hidden,
         "num_attention_heads": heads,
         "num_key_value_heads": fields.get("num_query_groups") or heads,
-        "head_dim": fields.get("kv_channels") or hidden // heads,
+        "head_dim": fields.get("kv_channels") or hidden // max(heads, 1),
         "intermediate_size": _number(fields, "ffn_hidden_size", archive),
         "vocab_size": _vocabulary(fields, archive),
         "max_position_embeddings": _number(
             fields, "max_position_embeddings" if "max_position_embeddings" in fields else "encoder_seq_length", archive
         ),
-        "norm_eps" if kind == "nemotron" else "rms_norm_eps": float(fields.get("layernorm_epsilon", 1e-5)),
+        "norm_eps" if kind == "nemotron" else "rms_norm_eps": _real(fields, "layernorm_epsilon", 1e-5, archive),
         "hidden_act": "relu2" if kind == "nemotron" else "silu",
         "tie_word_embeddings": bool(fields.get("share_embeddings_and_output_weights", True)),
-        "rope_theta": float(fields.get("rotary_base", 10000.0)),
-        "partial_rotary_factor": float(fields.get("rotary_percentage", 1.0)),
-        **_rope_scaling(fields),
-        **({"sliding_window": fields["window_size"][0]} if kind == "mistral" else {}),
+        "rope_theta": _real(fields, "rotary_base", 10000.0, archive),
+        "partial_rotary_factor": _real(fields, "rotary_percentage", 1.0, archive),
+        **_rope_scaling(fields, archive),
+        **({"sliding_window": _window(fields, archive)} if kind == "mistral" else {}),
         **({"use_sliding_window": False} if kind.startswith("qwen") else {}),
         **_special_tokens(fields, archive),
     }
@@ -161,6 +161,22 @@ def _number(fields: dict[str, Any], name: str, archive: NemoArchive) -> int:
     return value
 
 
+def _real(fields: dict[str, Any], name: str, default: float, archive: NemoArchive) -> float:
+    """YAML reads 1e-5 as text."""
+    try:
+        return float(default if fields.get(name) is None else fields[name])
+    except (TypeError, ValueError):
+        raise ArchitectureError(f"{archive.path}: {CONFIG}: {name} is no number (found {fields[name]!r})") from None
+
+
+def _window(fields: dict[str, Any], archive: NemoArchive) -> int:
+    """Tokens that each sees to its left."""
+    found = fields["window_size"]
+    if not isinstance(found, list) or len(found) != 2 or type(found[0]) is not int or found[0] < 1:
+        raise ArchitectureError(f"{archive.path}: {CONFIG}: window_size={found!r} is not supported; expected [tokens to the left, 0]")
+    return found[0]
+
+
 def _vocabulary(fields: dict[str, Any], archive: NemoArchive) -> int:
     """Rows of the embedding: NeMo pads them to a multiple, and trains with the padded ones."""
     if isinstance(fields.get("override_vocab_size"), int):
@@ -187,11 +203,11 @@ def _sentencepiece(archive: NemoArchive) -> Any:
         raise ArchitectureError(f"{archive.path}: {name} cannot be read as a SentencePiece model; {OWN_CONFIG}") from None
 
 
-def _rope_scaling(fields: dict[str, Any]) -> dict[str, Any]:
+def _rope_scaling(fields: dict[str, Any], archive: NemoArchive) -> dict[str, Any]:
     """NeMo's scaling is that of Llama 3.1, whose other constants it fixes as megatron-core does."""
     if not fields.get("scale_positional_embedding"):
         return {}
-    return {"rope_scaling": {"rope_type": "llama3", "factor": float(fields.get("scale_factor") or 8.0), **LLAMA3_CONSTANTS}}
+    return {"rope_scaling": {"rope_type": "llama3", "factor": _real(fields, "scale_factor", 8.0, archive), **LLAMA3_CONSTANTS}}
 
 
 def _power_of_two(vocab: int) -> int:

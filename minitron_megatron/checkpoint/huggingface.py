@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ class HuggingFaceSource:
         self._check_names()
 
     def dtype(self, row: TensorRow) -> torch.dtype:
-        return self._slice(row.hf_names[0])[:0].dtype
+        """The widest of its parts', as torch joins them."""
+        return reduce(torch.promote_types, (self._slice(name)[:0].dtype for name in row.hf_names))
 
     def read(self, row: TensorRow) -> Tensor:
         """The Megatron tensor of a row, on the CPU, in the checkpoint's own type."""

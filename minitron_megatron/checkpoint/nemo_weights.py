@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -117,11 +116,12 @@ def _tensors_of(path: Path) -> Mapping[str, Tensor]:
     try:
         with torch.serialization.safe_globals([io.BytesIO]):
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # a damaged pickle may raise anything
         told = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise CheckpointError(f"{path.name}: cannot be read as plain tensors ({told}); pickled code is never run, save it anew in NeMo") from None
     loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
-    return {name: value for name, value in loaded.items() if isinstance(value, Tensor) and not name.endswith("_extra_state")}
+    named = loaded.items() if isinstance(loaded, dict) else ()
+    return {name: value for name, value in named if isinstance(name, str) and isinstance(value, Tensor) and not name.endswith("_extra_state")}
 
 
 def _core_name(name: str) -> str:
@@ -136,7 +136,9 @@ def _array_of(path: Path) -> dict[str, Any]:
     try:
         array: dict[str, Any] = json.loads(path.read_text())
         plain = array["zarr_format"] == 2 and array["order"] == "C" and array["compressor"] is None and not array.get("filters")
-        known = plain and array["dtype"] in ZARR_TYPES and len(array["shape"]) == len(array["chunks"])
+        whole = len(array["shape"]) == len(array["chunks"]) and all(type(size) is int and size > 0 for size in array["shape"] + array["chunks"])
+        # a separator is a part of every chunk's path
+        known = plain and whole and array["dtype"] in ZARR_TYPES and array.get("dimension_separator", ".") in (".", "/")
     except (ValueError, KeyError, TypeError):
         known = False
     if not known:

@@ -31,9 +31,12 @@ class SafeFileSystemReader(FileSystemReader):
     """torch's reader of a checkpoint folder, whose own read_metadata would run what .metadata asks for."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Raises pickle.UnpicklingError for anything that torch_dist checkpoints do not hold."""
+        """Raises pickle.UnpicklingError for anything that torch_dist checkpoints do not hold, and for files outside the folder."""
         with (Path(self.path) / ".metadata").open("rb") as file:
             metadata: Metadata = _KnownClasses(file).load()
+        for stored in metadata.storage_data.values():
+            if Path(stored.relative_path).name != stored.relative_path:
+                raise pickle.UnpicklingError(f"it asks for the file {stored.relative_path!r}, which is not one of the folder's own")
         metadata.storage_meta = getattr(metadata, "storage_meta", None) or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata

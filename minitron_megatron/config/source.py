@@ -16,7 +16,9 @@ class Model(Section):
         description="config.json that goes with a Megatron checkpoint, stands in for a model not yet on this disk, "
         "or replaces what a .nemo archive says; its folder has the tokenizer",
     )
-    tokenizer: str | None = Field(None, description="folder with the tokenizer's files, where they do not lie beside config.json")
+    tokenizer: str | None = Field(
+        None, description="folder with the tokenizer's files, or a SentencePiece .model, where they do not lie beside config.json"
+    )
 
 
 class Data(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path) -> dict[st
     if as_nemo:
         write_nemo(folder, source, config, original.path / "tokenizer")
     else:
+        shutil.rmtree(folder / "model", ignore_errors=True)  # of a start that was killed: a tokenizer.json may be half of one
         copy_tokenizer(original.path / "tokenizer", folder / "model")
         add_fast_tokenizer(folder / "model")
         write_huggingface(folder / "model", source, arch)

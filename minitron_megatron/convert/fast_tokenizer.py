@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from minitron_megatron.errors import DataError
 
 MODEL, FAST, SETTINGS = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
@@ -28,17 +29,21 @@ def add_fast_tokenizer(folder: Path) -> bool:
     """
     if not (folder / MODEL).is_file() or (folder / FAST).is_file():
         return False
+    try:
+        pieces = load_tokenizer(folder)
+    except DataError:  # of another kind under this name, such as tiktoken's: it travels as it is
+        return False
     from sentencepiece import sentencepiece_model_pb2
 
     generated: Any = sentencepiece_model_pb2  # its classes are made while it is imported
     proto = generated.ModelProto()
     proto.ParseFromString((folder / MODEL).read_bytes())
-    pieces = load_tokenizer(folder)
     fast = _fast_tokenizer(proto)
     if fast is None or not _agree(fast, pieces, proto.trainer_spec.unk_id):
         return False
-    fast.save(str(folder / FAST))
     known = json.loads((folder / SETTINGS).read_text()) if (folder / SETTINGS).is_file() else {}
+    _add_ends(fast, proto, known)
+    fast.save(str(folder / FAST))
     (folder / SETTINGS).write_text(json.dumps({**_settings(proto), **known, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
     return True
 
@@ -99,6 +104,21 @@ def _agree(fast: Any, pieces: Tokenizer, unknown: int) -> bool:
     """The same ids, and the same text back; for what is unknown SentencePiece has a sign of its own."""
     encoded = [fast.encode(text, add_special_tokens=False).ids for text in TEXTS]
     return encoded == pieces.encode_batch(TEXTS) and all(unknown in ids or fast.decode(ids) == pieces.decode(ids) for ids in encoded)
+
+
+def _add_ends(fast: Any, proto: Any, known: dict[str, Any]) -> None:
+    """The tokens that the source's settings put around a text; in transformers they are the tokenizer's, elsewhere nobody asks for them."""
+    from tokenizers import processors
+
+    trainer = proto.trainer_spec
+    ends = {place: number for place, number in (("bos", trainer.bos_id), ("eos", trainer.eos_id)) if known.get(f"add_{place}_token") and number >= 0}
+    ahead, behind = ([proto.pieces[ends[place]].piece] if place in ends else [] for place in ("bos", "eos"))
+    if ends:
+        fast.post_processor = processors.TemplateProcessing(
+            single=[*ahead, "$A", *behind],
+            pair=[*ahead, "$A", *behind, *(f"{piece}:1" for piece in ahead), "$B:1", *(f"{piece}:1" for piece in behind)],
+            special_tokens=[(proto.pieces[number].piece, number) for number in ends.values()],
+        )
 
 
 def _settings(proto: Any) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from minitron_megatron.checkpoint.torch_dist import MegatronSource, checkpoint_b
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.config.source import Model
 from minitron_megatron.convert.nemo_archive import unpack_tokenizer, unpack_weights
-from minitron_megatron.convert.tokenizer_files import copy_tokenizer
+from minitron_megatron.convert.tokenizer_files import copy_tokenizer, known_files
+from minitron_megatron.errors import DataError
 
 UNPACKED = "unpacked"
 SCRATCH = (UNPACKED,)
@@ -27,6 +28,8 @@ SCRATCH = (UNPACKED,)
 
 def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path) -> dict[str, Any]:
     """Writes checkpoint/, hf_config.json and tokenizer/ into the folder."""
+    if recipe.model.tokenizer and not Path(recipe.model.tokenizer).exists():
+        raise DataError(f"model.tokenizer={recipe.model.tokenizer}: no such file or folder; name the one with the tokenizer, or leave it out")
     config = source_config(recipe.model.path, recipe.model.hf_config)
     arch = architecture_from_hf(config)
     archive = Path(recipe.model.path) if is_nemo(recipe.model.path) else None
@@ -64,11 +67,12 @@ def open_archive(archive: Path, arch: Architecture, unpacked: Path) -> MegatronS
 
 
 def outside_files(recipe: Recipe) -> list[Path]:
-    """Every file of the source model, for the artifact's id."""
+    """Every file of the source model and of a tokenizer beside it, for the artifact's id."""
     model = recipe.model
     folders = [Path(model.path), *([Path(model.hf_config).parent] if _needs_config(model) and model.hf_config else [])]
     archive = [Path(model.path)] if is_nemo(model.path) and Path(model.path).is_file() else []
-    return archive + [path for folder in folders if folder.is_dir() for path in folder.rglob("*") if path.is_file()]
+    tokenizer = known_files(Path(model.tokenizer)) if model.tokenizer else {}
+    return [*archive, *tokenizer.values()] + [path for folder in folders if folder.is_dir() for path in folder.rglob("*") if path.is_file()]
 
 
 def tokenizer_folder(model: Model) -> Path:

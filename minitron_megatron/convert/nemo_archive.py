@@ -47,6 +47,7 @@ def write_nemo(folder: Path, source: MegatronSource | WidenedSource, config: dic
     config: the model's config.json. Layers have one shape, as a WidenedSource gives them: NeMo keeps those of a kind in one tensor.
     """
     rows, staged = tensor_table(source.arch), folder / "archive"
+    shutil.rmtree(staged, ignore_errors=True)  # of a start that was killed
     (staged / FOLDER).mkdir(parents=True)
     write_torch_dist(staged / FOLDER, rows, source.arch, dtype=source.dtype, read=source.read, place=stacked_place)
     dtype = str(source.dtype(rows[0])).removeprefix("torch.")

@@ -23,10 +23,17 @@ NAMES = (
 )
 
 
+def known_files(source: Path) -> dict[str, Path]:
+    """Name in a tokenizer's folder → file: those of a folder, or a SentencePiece model that is named itself."""
+    if source.is_file() and source.suffix == ".model":
+        return {"tokenizer.model": source}
+    return {name: source / name for name in NAMES if (source / name).is_file()}
+
+
 def copy_tokenizer(source: Path, target: Path) -> list[str]:
     """Copies what is there of the known files; returns their names."""
     target.mkdir(parents=True, exist_ok=True)
-    found = [name for name in NAMES if (source / name).is_file()]
-    for name in found:
-        shutil.copyfile(source / name, target / name)
-    return found
+    found = known_files(source)
+    for name, path in found.items():
+        shutil.copyfile(path, target / name)
+    return list(found)

@@ -47,7 +47,7 @@ class Tokenizer:
         return self._encode_batch([text])[0]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids; special tokens are left out."""
+        """Text of the ids; special tokens and rows that pad the embeddings are left out."""
         return self._decode([int(token) for token in ids])
 
     def __reduce__(self) -> tuple[Callable[[Path], Tokenizer], tuple[Path]]:
@@ -129,15 +129,16 @@ def _sentencepiece(source: Path, vocabulary: list[Path]) -> Tokenizer:
     import sentencepiece
 
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(vocabulary[0]))
-    own_eod = pieces.eos_id()
+    own_eod, known = pieces.eos_id(), pieces.get_piece_size()
     return Tokenizer(
         path=source,
-        vocab_size=pieces.get_piece_size(),
+        vocab_size=known,
         eod=own_eod if own_eod >= 0 else _eod(source, pieces.piece_to_id),
         digest=_digest(vocabulary),
         exact_vocabulary=True,
         _encode_batch=lambda texts: pieces.encode(texts, out_type=int, num_threads=1),
-        _decode=pieces.decode,
+        # a model with padded embeddings may give ids that are no piece
+        _decode=lambda ids: pieces.decode([token for token in ids if token < known]),
         control=tuple(pieces.id_to_piece(number) for number in range(pieces.get_piece_size()) if pieces.is_control(number)),
     )
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.errors import PlanError
-from minitron_megatron.prune.rank import residual_partners, top, top_heads, widths_of_budget
+from minitron_megatron.prune.rank import budget_margin, residual_partners, top, top_heads, widths_of_budget
 from minitron_megatron.scores.margins import margin_at
 from minitron_megatron.scores.units import UnitScores
 
@@ -38,7 +38,8 @@ class PrunePlan:
     """Source layer → source expert → kept neurons, for kept experts only."""
     margins: dict[str, Any] = field(default_factory=dict)
     """Gap at the cut over the axis's largest score: ffn, heads, kv_groups, experts and expert_ffn (heads: of the closest kept group; expert_ffn:
-    of the closest kept expert) by source layer, channels, layers; None: nothing is cut, or the layers were given."""
+    of the closest kept expert) by source layer, channels, layers; ffn_widths, of the ranking over all layers that gave the widths, where there
+    was one (rank.budget_margin). None: nothing is cut, or the layers were given."""
     head_residual: dict[int, dict[int, int]] = field(default_factory=dict)
     """Source layer → kept head → pruned head whose residual it takes; empty where nothing is added."""
     rounding: list[str] = field(default_factory=list)
@@ -88,8 +89,11 @@ def make_plan(
     """
     _check(scores, source)
     layers = _kept_layers(scores, source, target, dropped_layers)
+    margins: dict[str, Any] = {}
     if global_ffn_multiple:
-        target = target.resized(ffn=widths_of_budget([scores.ffn[layer] for layer in layers], sum(target.ffn_widths), global_ffn_multiple))
+        ranked, neurons = [scores.ffn[layer] for layer in layers], sum(target.ffn_widths)
+        margins["ffn_widths"] = budget_margin(ranked, neurons, global_ffn_multiple)
+        target = target.resized(ffn=widths_of_budget(ranked, neurons, global_ffn_multiple))
     sparse = layers if source.experts else []
     experts = {layer: top(scores.experts[layer], target.experts) for layer in sparse}
     groups = {layer: top(scores.kv_groups[layer], target.kv_groups) for layer in layers}
@@ -103,7 +107,7 @@ def make_plan(
         channels=top(scores.channels, target.hidden),
         experts=experts,
         expert_ffn={layer: {expert: top(scores.expert_ffn[layer][expert], target.ffn) for expert in experts[layer]} for layer in sparse},
-        margins=margins_of(scores, source, target, groups, experts, layers_given=dropped_layers is not None),
+        margins=margins_of(scores, source, target, groups, experts, layers_given=dropped_layers is not None) | margins,
         head_residual=_residuals(scores, source, target, groups) if head_residual else {},
         rounding=rounding or [],
     )

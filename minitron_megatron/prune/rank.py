@@ -60,10 +60,29 @@ def widths_of_budget(scores: Sequence[Tensor], neurons: int, multiple: int) -> l
     wanted, held = neurons // multiple, sum(map(len, blocks))
     if not len(scores) <= wanted <= held:
         raise PlanError(f"prune.ffn_by=global: {neurons} neurons in blocks of {multiple} do not fit {len(scores)} layers that hold {held} blocks")
-    # every layer's first block ahead of all others; within a layer blocks only get worse, so each keeps its first ones
-    order = sorted((number > 0, -score, layer) for layer, of_layer in enumerate(blocks) for number, score in enumerate(of_layer))
-    chosen = [layer for _, _, layer in order[:wanted]]
+    chosen = [layer for _, _, layer in _in_order(blocks)[:wanted]]
     return [chosen.count(layer) * multiple for layer in range(len(scores))]
+
+
+def budget_margin(scores: Sequence[Tensor], neurons: int, multiple: int) -> float | None:
+    """The gap between the last block that such a budget keeps and the first that goes, over the best block's score, unitless.
+
+    None where no block is kept or goes by its score: each layer keeps one, or all of them.
+    """
+    blocks, wanted = [_blocks(layer_scores, multiple) for layer_scores in scores], neurons // multiple
+    order = _in_order(blocks)
+    if wanted in (len(scores), len(order)):
+        return None
+    (_, last, _), (_, first, _) = order[wanted - 1 : wanted + 1]
+    return (first - last) / max(max(of_layer) for of_layer in blocks)
+
+
+def _in_order(blocks: list[list[float]]) -> list[tuple[bool, float, int]]:
+    """(not its layer's first, −score, layer), best first: every layer's first block ahead of all others.
+
+    Within a layer blocks only get worse, so each keeps its first ones.
+    """
+    return sorted((number > 0, -score, layer) for layer, of_layer in enumerate(blocks) for number, score in enumerate(of_layer))
 
 
 def _blocks(scores_F: Tensor, multiple: int) -> list[float]:

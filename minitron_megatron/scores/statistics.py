@@ -64,9 +64,9 @@ class Statistics:
             with safe_open(path, framework="pt") as file:
                 header = json.loads(file.metadata()["statistics"])
                 sums = {_key(name): file.get_tensor(name) for name in file.keys() if not name.startswith(MARGINS)}  # noqa: SIM118 - not a dict
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            return Statistics(Architecture.from_dict(header["architecture"]), header["samples"], sums, header["origin"])
+        except (SafetensorError, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"{path}: no whole scores file ({error}); make it anew with: minitron importance RECIPE") from None
-        return Statistics(Architecture.from_dict(header["architecture"]), header["samples"], sums, header["origin"])
 
 
 def measured_keys(arch: Architecture) -> set[Key]:

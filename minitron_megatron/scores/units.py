@@ -115,13 +115,14 @@ def random_scores(arch: Architecture, seed: int) -> UnitScores:
 def magnitude_scores(tensors: Iterable[tuple[TensorRow, Tensor]], arch: Architecture) -> UnitScores:
     """The baseline of weight magnitude: L2 norm over all weights that go with a unit.
 
-    With an expert goes its row of the router, with a key/value group its key, its value and its query heads.
+    With an expert goes its row of the router, with a key/value group its key, its value and its query heads. A norm's weight that is kept as
+    its distance from 1 counts as what it multiplies by.
     """
     ffn, heads = [torch.zeros(max(arch.experts, 1), width) for width in arch.ffn_widths], torch.zeros(arch.layers, arch.heads)
     experts, keys_values = torch.zeros(arch.layers, arch.experts), torch.zeros(arch.layers, arch.kv_groups)
     channels, layers = torch.zeros(arch.hidden), torch.zeros(arch.layers)
     for row, tensor in tensors:
-        squares = tensor.float().square()
+        squares = (tensor.float() + _kept_distance(row, arch)).square()
         for dim in (dim for dim, axis in enumerate(row.axes) if axis == "D"):
             channels += _sum_but(squares, dim)
         if row.layer is None:
@@ -147,6 +148,11 @@ def magnitude_scores(tensors: Iterable[tuple[TensorRow, Tensor]], arch: Architec
     if arch.experts:
         return UnitScores([], list(heads), channels, layers, experts=list(experts), expert_ffn=neurons, kv_groups=list(groups))
     return UnitScores([value[0] for value in neurons], list(heads), channels, layers, kv_groups=list(groups))
+
+
+def _kept_distance(row: TensorRow, arch: Architecture) -> int:
+    """What is added to a tensor before it multiplies anything: 1 to the weights of LayerNorm1p."""
+    return int(arch.family.norm == "layernorm1p" and row.hf_names[0].endswith("norm.weight"))
 
 
 def _sum_but(x: Tensor, dim: int) -> Tensor:

@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from math import lcm
 
 from minitron_megatron.arch.architecture import Architecture
+from minitron_megatron.config.checks.widths import Size, width_limits
 from minitron_megatron.config.prune import Prune
-
-Size = int | list[int]
 
 
 @dataclass
@@ -33,16 +32,16 @@ def rounded_sizes(prune: Prune, source: Architecture) -> Rounded:
     wants a multiple of the heads for some families.
     """
     align, found = prune.align, Rounded(prune.target.sizes())
-    _round(found, "kv_groups", lcm(align.kv_groups, align.tensor), source.kv_groups)
+    _round(found, "kv_groups", lcm(align.kv_groups, align.tensor), [source.kv_groups])
     groups = found.of("kv_groups", source)
     if "kv_groups" in found.sizes:
         found.sizes.setdefault("heads", source.heads_per_group * groups)
     if not found.problems and max(align.heads, align.tensor) > 1:
-        _round(found, "heads", lcm(align.heads, align.tensor, groups), source.heads_per_group * groups)
-    _round(found, "ffn", ffn_multiple(prune), source.ffn)
+        _round(found, "heads", lcm(align.heads, align.tensor, groups), [source.heads_per_group * groups])
+    _round(found, "ffn", ffn_multiple(prune), _ffn_limits(prune, source))
     heads = found.of("heads", source) if source.family.hidden_multiple_of_heads else 1
     if align.hidden > 1:
-        _round(found, "hidden", lcm(align.hidden, heads), source.hidden)
+        _round(found, "hidden", lcm(align.hidden, heads), [source.hidden])
     return found
 
 
@@ -58,14 +57,24 @@ def nearest_multiple(size: int, multiple: int, limit: int) -> int | None:
     return best or None
 
 
-def _round(found: Rounded, name: str, multiple: int, limit: int) -> None:
-    """limit: what the source has of it (in its kept groups); from there on sizes stay, larger ones are refused elsewhere."""
+def _ffn_limits(prune: Prune, source: Architecture) -> list[int]:
+    """For one width that of the narrowest kept layer, for a list each layer's own; a mean may lie anywhere below the widest."""
+    ffn, limits = prune.target.ffn, width_limits(prune, source)
+    if prune.ffn_by == "global" or (isinstance(ffn, list) and len(ffn) != len(limits)):
+        return [source.ffn] * (len(ffn) if isinstance(ffn, list) else 1)
+    return limits if isinstance(ffn, list) else [min(limits, default=source.ffn)]
+
+
+def _round(found: Rounded, name: str, multiple: int, limits: list[int]) -> None:
+    """limits: what the source has of it (in its kept groups), for each size; from there on sizes stay, larger ones are refused elsewhere."""
     named = found.sizes.get(name)
     if named is None or multiple == 1:
         return
-    new = [size if size >= limit else nearest_multiple(size, multiple, limit) for size in ([named] if isinstance(named, int) else named)]
+    wanted = list(zip([named] if isinstance(named, int) else named, limits, strict=True))
+    new = [size if size >= limit else nearest_multiple(size, multiple, limit) for size, limit in wanted]
     sizes = [size for size in new if size is not None]
     if len(sizes) < len(new):
+        limit = wanted[new.index(None)][1]
         found.problems.append(f"prune.align: no multiple of {multiple} fits into the source's {name}={limit}; align {name} to less")
         return
     rounded: Size = sizes[0] if isinstance(named, int) else sizes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from minitron_megatron.arch.architecture import Architecture, nearest_multiples
 from minitron_megatron.config.checks.align import Rounded, ffn_multiple, rounded_sizes
-from minitron_megatron.config.checks.widths import kept_layers, layer_problems, width_problems, widths_in_source
+from minitron_megatron.config.checks.widths import kept_layers, layer_problems, width_limits, width_problems, widths_in_source
 from minitron_megatron.config.prune import Prune
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.errors import RecipeError
@@ -38,7 +38,7 @@ def rounded_target(prune: Prune, source: Architecture) -> tuple[Architecture, li
     if source.ffn_per_layer:
         sizes.setdefault("ffn", widths_in_source(prune, source) or source.ffn)
     target = source.resized(**sizes)  # type: ignore[arg-type]  # only ffn may be a list
-    problems = _align_problems(prune, target)
+    problems = _align_problems(prune, target) + _budget_problems(prune, target, source)
     if problems:
         raise RecipeError(problems)
     return target, rounded.notes
@@ -91,6 +91,20 @@ def _align_problems(prune: Prune, target: Architecture) -> list[str]:
     if prune.ffn_by == "global" and target.ffn % multiple:
         problems.append(f"prune.ffn_by=global: prune.target.ffn={target.ffn} is no multiple of {multiple}; name a smaller one")
     return problems
+
+
+def _budget_problems(prune: Prune, target: Architecture, source: Architecture) -> list[str]:
+    """Of neurons ranked over all layers, which go in whole blocks, where the source's layers differ in width."""
+    if prune.ffn_by != "global":
+        return []
+    multiple, widths = ffn_multiple(prune), width_limits(prune, source)
+    if min(widths) < multiple:
+        return [f"prune.ffn_by=global: a layer of {min(widths)} neurons has no whole block of {multiple}; set prune.align.ffn and .tensor to less"]
+    most = sum(width // multiple for width in widths) // len(widths) * multiple
+    if target.ffn <= most:
+        return []
+    whose = "the kept layers" if widths_in_source(prune, source) else "the narrowest layers, which the scores may keep,"
+    return [f"prune.ffn_by=global: prune.target.ffn={target.ffn} on average is more than {whose} have in the source; at most {most}"]
 
 
 def _expert_problems(rounded: Rounded, source: Architecture) -> list[str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from minitron_megatron.arch.architecture import Architecture
-from minitron_megatron.config.checks.align import Size
 from minitron_megatron.config.prune import Prune
+
+Size = int | list[int]
 
 
 def layer_problems(prune: Prune, source: Architecture) -> list[str]:
@@ -37,6 +38,11 @@ def widths_in_source(prune: Prune, source: Architecture) -> list[int] | None:
     return [width for layer, width in enumerate(source.ffn_widths) if layer not in (prune.drop_layers or ())]
 
 
+def width_limits(prune: Prune, source: Architecture) -> list[int]:
+    """What each kept layer has in the source; where the scores decide which are kept, the narrowest layers of the source."""
+    return widths_in_source(prune, source) or sorted(source.ffn_widths)[: kept_layers(prune, source)]
+
+
 def width_problems(prune: Prune, ffn: Size | None, source: Architecture) -> list[str]:
     """ffn: of the target, after alignment; None: not named."""
     layers, known = kept_layers(prune, source), widths_in_source(prune, source)
@@ -50,7 +56,7 @@ def width_problems(prune: Prune, ffn: Size | None, source: Architecture) -> list
         return [f"prune.target.ffn is a list of {len(ffn)}; it needs a width for each of the {layers} kept layers, which have no experts"]
     if prune.ffn_by == "global":
         return []
-    room = known or [min(source.ffn_widths)] * layers
+    room = known or [min(source.ffn_widths)] * layers  # any layer may be the one of this width
     wanted = ffn if isinstance(ffn, list) else [ffn] * layers
     return [
         f"prune.target.ffn={width} of kept layer {layer} is larger than the {most} that it has in the source"

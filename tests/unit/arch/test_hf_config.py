@@ -173,7 +173,38 @@ def test_a_size_that_is_missing_or_no_whole_number_is_named(field: str, value: A
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"num_key_value_heads": 3}, {"num_hidden_layers": 0}, {"vocab_size": -1}, {"num_key_value_heads": 16}, {"head_dim": 5}]
+    ("field", "value"),
+    [
+        ("num_key_value_heads", "2"),
+        ("head_dim", 8.0),
+        ("max_position_embeddings", "64"),
+        ("rms_norm_eps", "small"),
+        ("rope_theta", -1),
+        ("partial_rotary_factor", "half"),
+        ("rope_scaling", "linear"),
+        ("vocab_size", True),
+    ],
+)
+def test_an_optional_field_of_another_type_is_named(field: str, value: Any) -> None:
+    assert refusal(**{field: value}).startswith(f"config.json: {field} is ")
+
+
+def test_a_field_that_is_null_is_at_its_default() -> None:
+    fields = dict.fromkeys(("max_position_embeddings", "rms_norm_eps", "head_dim", "num_key_value_heads", "rope_scaling"))
+    without = {name: value for name, value in LLAMA.items() if name not in fields}
+    assert architecture_from_hf({**LLAMA, **fields}) == architecture_from_hf(without)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"num_attention_heads": 0},
+        {"num_key_value_heads": 3},
+        {"num_hidden_layers": 0},
+        {"vocab_size": -1},
+        {"num_key_value_heads": 16},
+        {"head_dim": 5},
+    ],
 )
 def test_sizes_that_make_no_model_are_refused(sizes: dict[str, int]) -> None:
     assert refusal(**sizes).startswith("architecture: ")

@@ -108,6 +108,39 @@ def test_widths_of_a_source_whose_layers_differ(problems: Callable[..., list[str
     assert problems("prune.target.ffn=25", model=UNEVEN) == ["prune.target.ffn=25 of kept layer 1 is larger than the 20 that it has in the source"]
 
 
+@pytest.mark.parametrize(
+    ("ffn", "widths"),
+    [
+        # a layer's own width stays, between two multiples too; what is cut is rounded within its own layer
+        ("[60, 20, 30, 40, 50, 60]", (60, 20, 30, 40, 50, 60)),
+        ("[44, 20, 29, 36, 49, 12]", (48, 20, 24, 40, 48, 16)),
+        ("20", (20,) * 6),
+        ("19", (16,) * 6),
+    ],
+)
+def test_widths_are_rounded_within_each_layer_of_a_source_whose_layers_differ(
+    ffn: str, widths: tuple[int, ...], target: Callable[..., tuple[Architecture, list[str]]]
+) -> None:
+    assert target(f"prune={{align: {{ffn: 8}}, target: {{ffn: {ffn}}}}}", model=UNEVEN)[0].ffn_widths == widths
+
+
+@pytest.mark.parametrize(
+    ("prune", "problem"),
+    [
+        ("{target: {ffn: 44}}", "prune.target.ffn=44 on average is more than the kept layers have in the source; at most 43"),
+        ("{target: {ffn: 48}, align: {ffn: 8}}", "prune.target.ffn=48 on average is more than the kept layers have in the source; at most 40"),
+        (
+            "{target: {ffn: 36, layers: 4}}",
+            "prune.target.ffn=36 on average is more than the narrowest layers, which the scores may keep, have in the source; at most 35",
+        ),
+        ("{target: {ffn: 32}, align: {ffn: 32}}", "a layer of 20 neurons has no whole block of 32; set prune.align.ffn and .tensor to less"),
+    ],
+)
+def test_a_budget_that_layers_of_different_widths_do_not_hold_is_refused_ahead(prune: str, problem: str, problems: Callable[..., list[str]]) -> None:
+    """Widths 60, 20, 30, 40, 50, 60: found out by the plan, it would be after hours of importance."""
+    assert problems(f"prune={{ffn_by: global, {prune[1:]}", model=UNEVEN) == [f"prune.ffn_by=global: {problem}"]
+
+
 @pytest.mark.parametrize(("written", "layers"), [("2", [2]), ("[1,3-5]", [1, 3, 4, 5]), ("4-5", [4, 5]), ("'0, 2-3'", [0, 2, 3]), ("[5, 0]", [0, 5])])
 def test_layers_to_drop_are_numbers_and_ranges(written: str, layers: list[int], recipe_file: Recipes) -> None:
     recipe = load_recipe(recipe_file(), [f"prune.drop_layers={written}"])

@@ -57,6 +57,24 @@ def test_tokenizer_and_config_travel_to_the_exported_model(source: Path, tmp_pat
     AutoModelForCausalLM.from_pretrained(model)
 
 
+def test_parts_of_different_types_are_joined_without_rounding(source: Path, tmp_path: Path) -> None:
+    """Keys in fp32 beside queries and values in bf16: the fused tensor is what the digest and the metadata say, with every bit of the keys."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from minitron_megatron.arch.architecture import Architecture
+    from minitron_megatron.checkpoint.torch_dist import MegatronSource, weights_digest
+
+    tensors = {name: tensor if "k_proj" in name else tensor.bfloat16() for name, tensor in load_file(source / "model.safetensors").items()}
+    save_file(tensors, source / "model.safetensors")
+    imported = import_it(source, tmp_path / "import")
+    checkpoint = MegatronSource(imported.path / "checkpoint", Architecture.from_dict(imported.result["architecture"]))
+    assert weights_digest(checkpoint) == imported.result["weights_sha256"]
+    exported = load_file(export_it(imported, tmp_path / "export") / "model.safetensors")
+    assert all(torch.equal(exported[name], tensor.to(exported[name].dtype)) for name, tensor in tensors.items())
+    assert {tensor.dtype for name, tensor in exported.items() if "k_proj" in name} == {torch.float32}
+
+
 def test_the_exported_config_names_the_type_of_the_weights_in_either_spelling(source: Path, tmp_path: Path) -> None:
     """transformers 4 wrote torch_dtype; a student trained in fp32 out of a bf16 source must not be loaded in bf16."""
     from transformers import AutoConfig

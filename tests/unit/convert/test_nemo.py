@@ -7,7 +7,9 @@ import json
 import os
 import pickle
 import tarfile
+import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,24 @@ def test_a_model_that_goes_through_an_archive_comes_back_bit_by_bit(
     for file in (first.path / "tokenizer").iterdir():
         if file.name != "config.json":
             assert (again.path / "tokenizer" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("format", ["nemo", "huggingface"])
+def test_an_export_that_was_killed_is_made_anew_in_the_same_folder(format: str, tiny_hf_model: Callable[..., Path], tmp_path: Path) -> None:
+    """A killed stage finds its files again, half-written ones too."""
+    first = import_it(tiny_hf_model("llama3"), tmp_path / "first")
+    for half in ("archive/model_weights/__0_0.distcp", "archive/tokenizer/tokenizer.json", "model/stale.safetensors", "model.nemo"):
+        path = tmp_path / "begun" / half
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+    begun = Artifact(tmp_path / "begun", {"id": "x"})
+    result = export_stage.run(recipe(Path("unused"), format), {"import": first, "prune": first, "distill": first}, begun.path)
+    whole = export_it(first, tmp_path / "export", format)
+    assert result["parameters"] == first.result["parameters"]
+    if format == "nemo":
+        assert import_it(begun.path / "model.nemo", tmp_path / "again").result["weights_sha256"] == first.result["weights_sha256"]
+    else:
+        assert {path.name for path in (begun.path / "model").iterdir()} == {path.name for path in whole.iterdir()}
 
 
 def test_transformers_loads_what_was_imported_out_of_an_archive(tiny_hf_model: Callable[..., Path], tmp_path: Path) -> None:
@@ -266,6 +286,9 @@ def test_a_zarr_chunk_that_is_missing_and_one_that_is_compressed_are_refused(for
         ({"activation": "gelu"}, "activation='gelu' with normalization='layernorm1p' is no known family; known: squared-relu with layernorm1p"),
         ({"num_moe_experts": 8}, "num_moe_experts=8 is not supported"),
         ({"hidden_size": None}, "hidden_size is missing or no whole number"),
+        ({"num_query_groups": "two"}, "num_key_value_heads is missing or no whole number (found 'two')"),
+        ({"layernorm_epsilon": "small"}, "layernorm_epsilon is no number (found 'small')"),
+        ({"activation": "swiglu", "normalization": "rmsnorm", "window_size": 4096}, "window_size=4096 is not supported"),
     ],
 )
 def test_what_nemo_can_say_and_is_not_built_here_is_refused_by_its_field(
@@ -300,6 +323,19 @@ def test_a_truncated_archive_and_one_that_is_not_there_are_told_in_one_line(fore
         source_architecture(str(tmp_path / "nowhere.nemo"))
 
 
+@pytest.mark.parametrize("compression", ["gz", "xz", "bz2"])
+def test_a_damaged_compressed_archive_is_told_in_one_line(compression: str, foreign: Foreign, tmp_path: Path) -> None:
+    """Without the checksum at its end the members up to the damage, or behind it nonsense, would be taken for the archive's."""
+    (foreign.folder / "model_weights.ckpt").write_bytes("".join(f"{number} {number**3}\n" for number in range(40000)).encode())
+    archive = foreign.archive(tmp_path / "x.nemo", f"w:{compression}")
+    damaged = bytearray(archive.read_bytes())
+    damaged[len(damaged) * 3 // 4] ^= 0xFF
+    archive.write_bytes(damaged)
+    with pytest.raises(ArchitectureError, match="copy it anew") as caught:
+        source_architecture(str(archive))
+    assert "\n" not in str(caught.value)
+
+
 # --- what an archive may not do
 
 
@@ -329,6 +365,56 @@ def test_code_in_the_metadata_of_a_distributed_checkpoint_is_not_run(foreign: Fo
     assert not (tmp_path / "ran").exists()
     pickle.loads((foreign.folder / "model_weights" / ".metadata").read_bytes())
     assert (tmp_path / "ran").exists()  # it would have run
+
+
+@pytest.mark.parametrize("outside", ["../secret.distcp", "/tmp/secret.distcp"])
+def test_a_distributed_checkpoint_reads_no_file_outside_its_folder(
+    outside: str, tiny_hf_model: Callable[..., Path], foreign: Foreign, tmp_path: Path
+) -> None:
+    """Its .metadata names the file of every tensor."""
+    with tarfile.open(export_it(import_it(tiny_hf_model("nemotron"), tmp_path / "first"), tmp_path / "export")) as tar:
+        tar.extractall(foreign.folder, filter="data")
+    file = foreign.folder / "model_weights" / ".metadata"
+    metadata = pickle.loads(file.read_bytes())
+    metadata.storage_data = {index: replace(stored, relative_path=outside) for index, stored in metadata.storage_data.items()}
+    file.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match=rf"asks for the file '{outside}', which is not one of the folder's own"):
+        import_it(foreign.archive(tmp_path / "x.nemo"), tmp_path / "import")
+
+
+def memo_without_content(path: Path) -> None:
+    """A pickle that asks for what it has not put away: a KeyError."""
+    torch.save({"a": torch.ones(1)}, path)
+    with zipfile.ZipFile(path) as whole:
+        parts = {name: whole.read(name) for name in whole.namelist()}
+    with zipfile.ZipFile(path, "w") as broken:
+        for name, content in parts.items():
+            broken.writestr(name, b"\x80\x02h\x05." if name.endswith("data.pkl") else content)
+
+
+@pytest.mark.parametrize(
+    ("write", "told"),
+    [
+        (memo_without_content, "cannot be read as plain tensors"),
+        (lambda path: torch.save({"state_dict": torch.ones(1)}, path), "is missing; is the checkpoint of another model"),
+        (lambda path: torch.save({1: torch.ones(1)}, path), "is missing; is the checkpoint of another model"),
+    ],
+)
+def test_pickles_of_another_content_are_told_in_one_line(write: Callable[[Path], None], told: str, foreign: Foreign, tmp_path: Path) -> None:
+    write(foreign.folder / "model_weights.ckpt")
+    with pytest.raises(CheckpointError, match=told) as caught:
+        import_it(foreign.archive(tmp_path / "x.nemo"), tmp_path / "import")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"chunks": [0]}, {"chunks": ["many"]}, {"dimension_separator": "/../../"}, {"dimension_separator": 5}, {"shape": 40}]
+)
+def test_a_zarr_header_that_no_array_has_is_refused(changes: dict[str, Any], foreign: Foreign, tmp_path: Path) -> None:
+    header = write_zarr_checkpoint(foreign) / "model.decoder.final_layernorm.bias" / ".zarray"
+    header.write_text(json.dumps({**json.loads(header.read_text()), **changes}))
+    with pytest.raises(CheckpointError, match="not an uncompressed zarr array"):
+        import_it(foreign.archive(tmp_path / "x.nemo"), tmp_path / "import")
 
 
 def test_code_in_the_configuration_is_not_run(foreign: Foreign, tmp_path: Path) -> None:
@@ -366,6 +452,17 @@ def test_a_member_that_leaves_the_archive_or_is_no_plain_file_is_refused(bad: ta
         import_it(archive, tmp_path / "import")
     assert {path for path in tmp_path.rglob("*") if "x.nemo" not in path.name} - before == {tmp_path / "import"}
     assert list((tmp_path / "import").iterdir()) == []
+
+
+def test_a_configuration_that_would_fill_the_memory_is_refused_unread(tmp_path: Path) -> None:
+    """A sparse file of a few blocks that says it holds a tebibyte."""
+    huge = member("./model_config.yaml")
+    huge.size = 1 << 40
+    with (tmp_path / "x.nemo").open("wb") as file:
+        file.write(huge.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(huge.size + 1024)
+    with pytest.raises(ArchitectureError, match=r"model_config\.yaml would have 1,099,511,627,776 bytes; do not use this file"):
+        source_architecture(str(tmp_path / "x.nemo"))
 
 
 def test_nemos_own_connector_opens_what_is_written_here_and_packs_what_is_read_here(tiny_hf_model: Callable[..., Path], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -13,12 +14,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from test_nemo import export_it, import_it
+from test_nemo import export_it, import_it, recipe
 
 from minitron_megatron.arch.source import source_architecture, source_config
 from minitron_megatron.checkpoint.huggingface import HuggingFaceSource
 from minitron_megatron.checkpoint.tensors import tensor_table
+from minitron_megatron.convert import import_stage
 from minitron_megatron.convert.fast_tokenizer import add_fast_tokenizer
+from minitron_megatron.errors import DataError
 
 SENTENCES = ["The state of our union is strong, and the people of every county", "have built it with work: 1,776 of them."] * 20
 KINDS = [*itertools.product(("bpe", "unigram"), (True, False), ("nmt_nfkc", "identity"), (True, False), (True, False))]
@@ -67,6 +70,30 @@ def test_a_tokenizer_of_words_is_left_as_it_is(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.model"]
 
 
+def test_a_tokenizer_model_of_another_kind_travels_as_it_is(tmp_path: Path) -> None:
+    """Llama 3's own tokenizer.model is tiktoken's: lines of base64. An export that fails there has trained for nothing."""
+    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+    assert not add_fast_tokenizer(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.model"]
+
+
+@pytest.mark.parametrize("ends", [(), ("bos",), ("bos", "eos")])
+def test_the_tokens_that_the_settings_put_around_a_text_are_put_there(ends: tuple[str, ...], tmp_path: Path) -> None:
+    """transformers reads the source so, and a student must not begin its texts otherwise."""
+    from transformers import AutoTokenizer
+
+    (tmp_path / "tokenizer.model").write_bytes(train())
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", **{f"add_{end}_token": True for end in ends}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    text, other = "The state", "of work"
+    expected = AutoTokenizer.from_pretrained(tmp_path)
+    ids, pair = expected(text)["input_ids"], expected(text, other)["input_ids"]
+    assert [ids.count(2), ids.count(3)] == [int("bos" in ends), int("eos" in ends)]
+    assert add_fast_tokenizer(tmp_path)
+    found = AutoTokenizer.from_pretrained(tmp_path)
+    assert (found(text)["input_ids"], found(text, other)["input_ids"]) == (ids, pair)
+
+
 @pytest.fixture
 def source(tiny_hf_model: Callable[..., Path], tmp_path: Path) -> Path:
     """A nemotron of 300 ids with tokenizer.model as its only tokenizer."""
@@ -92,6 +119,19 @@ def test_the_export_has_the_model_file_and_transformers_reads_the_same_ids(sourc
     with torch.no_grad():
         actual, expected = (AutoModelForCausalLM.from_pretrained(folder)(tokens).logits for folder in (model, source))
     assert torch.equal(actual, expected)
+
+
+def test_a_model_file_that_lies_elsewhere_is_imported_and_belongs_to_the_artifacts_identity(source: Path, tmp_path: Path) -> None:
+    elsewhere = (source / "tokenizer.model").rename(tmp_path / "other_name.model")
+    asked = recipe(source)
+    asked = asked.model_copy(update={"model": asked.model.model_copy(update={"tokenizer": str(elsewhere)})})
+    assert elsewhere in import_stage.outside_files(asked)
+    import_stage.run(asked, {}, tmp_path / "import")
+    assert (tmp_path / "import" / "tokenizer" / "tokenizer.model").read_bytes() == elsewhere.read_bytes()
+    elsewhere.unlink()
+    with pytest.raises(DataError, match=r"model\.tokenizer=.*other_name\.model: no such file or folder"):
+        import_stage.run(asked, {}, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
 
 
 def test_an_archive_holds_the_model_file_as_nemo_names_it(source: Path, tmp_path: Path) -> None:

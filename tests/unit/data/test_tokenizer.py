@@ -36,6 +36,13 @@ def test_sentencepiece_ids_equal_the_library_and_end_of_document_is_its_eos(sent
     assert tokenizer.exact_vocabulary
 
 
+def test_ids_that_only_pad_the_embeddings_are_left_out_of_a_text(sentencepiece_file: Path) -> None:
+    """A model with 128 rows for 80 pieces may give them; the library itself raises IndexError."""
+    tokenizer = load_tokenizer(sentencepiece_file)
+    ids = tokenizer.encode("every county")
+    assert tokenizer.decode([80, *ids, 127]) == tokenizer.decode(ids) == "every county"
+
+
 def test_a_folder_with_tokenizer_model_alone_is_sentencepiece(sentencepiece_file: Path, tmp_path: Path) -> None:
     shutil.copy(sentencepiece_file, tmp_path / "tokenizer.model")
     assert load_tokenizer(tmp_path).digest == load_tokenizer(sentencepiece_file).digest

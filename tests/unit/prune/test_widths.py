@@ -14,7 +14,7 @@ from minitron_megatron.arch.hf_config import architecture_from_hf, hf_config_for
 from minitron_megatron.checkpoint.tensors import tensor_table
 from minitron_megatron.errors import PlanError
 from minitron_megatron.prune.plan import make_plan
-from minitron_megatron.prune.rank import widths_of_budget
+from minitron_megatron.prune.rank import budget_margin, widths_of_budget
 from minitron_megatron.prune.slice import slice_tensor
 from minitron_megatron.prune.stream import source_rows
 from minitron_megatron.scores.units import magnitude_scores, random_scores
@@ -48,6 +48,14 @@ def test_widths_are_multiples_and_add_up_to_the_budget(multiple: int) -> None:
     assert widths[3] < widths[0]  # scores of later layers are larger, but fewer neurons hold most of their layer's sum
 
 
+def test_the_margin_of_a_budget_is_the_gap_between_the_last_block_kept_and_the_first_that_goes() -> None:
+    """Shares of the layer's mean: 1.6 0.8 0.4 1.2 and 1 1.5 1 0.5; kept after 1.6 and 1.5: 1.2, then 1 and 1, then 0.8."""
+    scores = [torch.tensor([16.0, 8.0, 4.0, 12.0]), torch.tensor([0.2, 0.3, 0.2, 0.1])]
+    margins = [budget_margin(scores, neurons, 1) for neurons in range(2, 9)]
+    assert margins == pytest.approx([None, 0.2 / 1.6, 0, 0.2 / 1.6, 0.3 / 1.6, 0.1 / 1.6, None], abs=1e-7)  # fp32 scores
+    assert budget_margin(scores, 6, 2) == pytest.approx((0.75 - 0.6) / 1.4)  # blocks of means 1.4 0.6 and 1.25 0.75
+
+
 @pytest.mark.parametrize(("neurons", "multiple"), [(24, 8), (68, 4), (97, 1)])
 def test_a_budget_that_the_layers_do_not_hold_is_refused(neurons: int, multiple: int) -> None:
     """A block for each layer is the least; of 15 neurons only 12 are in blocks of 4."""
@@ -63,6 +71,8 @@ def test_a_plan_by_budget_keeps_the_best_of_each_layer_and_its_target_has_the_wi
         others = [neuron for neuron in range(24) if neuron not in kept]
         assert scores.ffn[layer][kept].min() > scores.ffn[layer][others].max()
     assert plan.margins["layers"] is None and plan.margins["ffn"].keys() == {0, 2, 3}
+    assert plan.margins["ffn_widths"] == budget_margin([scores.ffn[layer] for layer in (0, 2, 3)], 30, 5) > 0
+    assert "ffn_widths" not in make_plan(scores, EVEN, EVEN.resized(ffn=10)).margins
 
 
 def test_given_layers_are_dropped_whatever_their_scores() -> None:

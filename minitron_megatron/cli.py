@@ -214,6 +214,34 @@ def advise_recipe(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 @app.command(
+    "plan",
+    short_help="Say how long a distillation step waits under each pipeline schedule; nothing is run.",
+    help="Simulate one distillation step of teacher and student on pipelines of 2 to 16 ranks, from the architectures alone, and print what each "
+    "schedule takes over the ideal in which no rank waits.",
+    epilog=f"Example: `minitron plan {DEMO} --schedule schedule.svg parallel.pipeline=4 distill.global_batch=16`",
+    rich_help_panel="Look first",
+)
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    schedule: Annotated[Path | None, typer.Option(metavar="FILE", help="draw the recipe's pipeline as a Gantt picture (.svg)")] = None,
+) -> None:
+    from minitron_megatron.config.family import checked_steps
+    from minitron_megatron.schedule.plan import schedule_rows, schedule_table, write_picture
+    from minitron_megatron.search.survey import surviving
+
+    console = Console()
+    for step, source, target in checked_steps(_steps(recipe, overrides or [])):
+        if step.recipe.search:
+            target = surviving(step.recipe, step.recipe.search, source).largest
+        console.print(schedule_table(schedule_rows(step.recipe, source, target), step.recipe.parallel.pipeline))
+        if schedule:
+            file = schedule.with_stem(f"{schedule.stem}_{step.name}") if step.name else schedule
+            ranks, drawn = write_picture(step.recipe, source, target, file)
+            print(f"{file}: {ranks} ranks, {drawn} micro-batches")
+
+
+@app.command(
     "doctor", help="Print what this machine has (GPU, NCCL, Transformer Engine, apex, FP8, SLURM) and what follows.", rich_help_panel="Look first"
 )
 def doctor() -> None:

@@ -18,7 +18,7 @@ ROWS = [
     {"platform", "parallel"},
     {"artifact", "progress"},
     {"model", "checkpoint", "data", "scores", "results", "tasks"},
-    {"training"},
+    {"training", "schedule"},
     STAGES,
     {"chain"},
     {"failure"},

@@ -1,0 +1,71 @@
+"""The simulated step of each order: how long it takes, and as a Gantt picture."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from matplotlib.axes import Axes
+
+from minitron_megatron.results.svg import ACCENT, CARD, CUT, KEPT, MUTED, new_figure, style, to_svg
+from minitron_megatron.schedule.simulate import ORDERS, Kind, Order, StageWorks, Timeline, simulate, step_time
+
+NAMES: dict[Order, str] = {
+    "teacher_on_one_rank": "teacher whole on each rank, its micro-batches dealt out",
+    "teacher_pipelined": "teacher in a pipeline of its own, ahead of the student's",
+    "one_schedule": "both in one schedule, a forward is one of each",
+}
+COLOURS: dict[Kind, str] = {"teacher": ACCENT, "forward": KEPT, "backward": CUT}
+WORDS: dict[Kind, str] = {"teacher": "teacher forward", "forward": "student forward", "backward": "student backward"}
+NUMBERED = 0.015
+"""Share of the picture's width from which on a pass has room for its micro-batch's number."""
+
+
+class Row(NamedTuple):
+    """A pipeline of so many ranks: what a step takes over the ideal, in which no rank waits."""
+
+    ranks: int
+    micro_batches: int
+    over_ideal: dict[Order, float]
+
+
+def row(works: StageWorks, micro_batches: int) -> Row:
+    ideal = works.ideal(micro_batches)
+    return Row(works.ranks, micro_batches, {order: step_time(simulate(works, micro_batches, order)) / ideal for order in ORDERS})
+
+
+def gantt_svg(works: StageWorks, micro_batches: int) -> str:
+    """One strip for each order, ranks from top to bottom, on a common axis of time."""
+    timelines = {order: simulate(works, micro_batches, order) for order in ORDERS}
+    ideal, longest = works.ideal(micro_batches), max(map(step_time, timelines.values()))
+    with style():
+        figure = new_figure(1.1 + len(ORDERS) * (0.55 + 0.16 * works.ranks))
+        strips = figure.subplots(len(ORDERS), sharex=True)
+        for axes, (order, timeline) in zip(strips, timelines.items(), strict=True):
+            _draw(axes, timeline, works.ranks, numbered_from=NUMBERED * longest)
+            axes.axvline(ideal, color=MUTED, linewidth=0.9, linestyle=(0, (3, 2)), label="ideal: no rank waits")
+            axes.set_title(f"{NAMES[order]}: {step_time(timeline) / ideal:.2f} × ideal", pad=3)
+        strips[-1].set(xlabel="forward passes of one student layer", xlim=(0, longest * 1.01))
+        handles, labels = strips[0].get_legend_handles_labels()
+        named = dict(zip(labels, handles, strict=True))
+        figure.legend(named.values(), named.keys(), loc="outside upper left", ncols=2, labelcolor=MUTED, frameon=False)
+        return to_svg(figure, f"When each of {works.ranks} ranks works in a step of {micro_batches} micro-batches, under three schedules")
+
+
+def _draw(axes: Axes, timeline: Timeline, ranks: int, *, numbered_from: float) -> None:
+    for kind, colour in COLOURS.items():
+        spans = {which: span for which, span in timeline.items() if which.kind == kind}
+        axes.barh(
+            [which.rank for which in spans],
+            [span.end - span.start for span in spans.values()],
+            left=[span.start for span in spans.values()],
+            height=0.82,
+            color=colour,
+            edgecolor=CARD,
+            linewidth=0.5,
+            label=WORDS[kind] if spans else None,
+        )
+        for which, span in spans.items():
+            if span.end - span.start >= numbered_from:
+                axes.text((span.start + span.end) / 2, which.rank, str(which.micro_batch), ha="center", va="center", color=CARD, fontsize=6)
+    axes.grid(False)
+    axes.set(ylabel="rank", yticks=range(ranks), ylim=(ranks - 0.5, -0.5))

@@ -1,0 +1,22 @@
+"""`minitron plan`: from a recipe alone, before anything has run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Run = Callable[..., Any]
+
+
+def test_every_pipeline_is_a_row_and_the_picture_is_written(project: Any, minitron: Run) -> None:
+    picture = Path("schedule.svg")
+    ran = minitron("plan", project.recipe, "--schedule", picture, "parallel.pipeline=2", "distill.global_batch=8", "distill.micro_batch=1")
+    assert ran.code == 0 and "2 (recipe)" in ran.out and "8 micro-batches" in ran.out
+    assert picture.read_text().startswith("<?xml") and "2 ranks, 4 micro-batches" in ran.out
+    assert project.written() == {"schedule.svg"}
+
+
+def test_a_picture_that_cannot_be_written_is_one_line(project: Any, minitron: Run) -> None:
+    ran = minitron("plan", project.recipe, "--schedule", "missing/schedule.svg", "distill.global_batch=8")
+    assert ran.code == 2 and ran.err.count("\n") == 1 and "missing: no such folder" in ran.err

@@ -50,13 +50,21 @@ def main(arguments: list[str]) -> int:
     with ExitStack() as connections:
         try:
             _run(connections, *arguments)
-            connections.close()  # here, where an error is told
-            return 0
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # torch's CheckpointException is no Exception
             tell(error)  # while the connections stand: the others fail as soon as they close, and must not have the first word
             return 2 if isinstance(error, MinitronError) else 1
+        _close(connections, arguments[0])
+    return 0
+
+
+def _close(connections: ExitStack, stage: str) -> None:
+    """The stage's work is done by now: what does not close well is told and fails nothing, or the others would be ended while they publish."""
+    try:
+        connections.close()
+    except Exception as error:
+        print(f"{stage}: finished; its connections did not close well: {error}", file=sys.stderr, flush=True)
 
 
 def _die_with_the_launcher() -> None:

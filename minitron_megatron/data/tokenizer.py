@@ -139,7 +139,7 @@ def _sentencepiece(source: Path, vocabulary: list[Path]) -> Tokenizer:
         _encode_batch=lambda texts: pieces.encode(texts, out_type=int, num_threads=1),
         # a model with padded embeddings may give ids that are no piece
         _decode=lambda ids: pieces.decode([token for token in ids if token < known]),
-        control=tuple(pieces.id_to_piece(number) for number in range(pieces.get_piece_size()) if pieces.is_control(number)),
+        control=tuple(pieces.id_to_piece(number) for number in range(known) if pieces.is_control(number)),
     )
 
 

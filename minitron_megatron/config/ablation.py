@@ -178,6 +178,8 @@ def _own_problems(ablation: Ablation, overrides: list[str]) -> list[str]:
         problems += [f"{item}: variant {variant.name} takes its seeds {seeds} there; give them as seeds=[…]" for item in given]
     every = [*ablation.overrides, *overrides, *(item for variant in ablation.variants for item in variant.overrides)]
     problems += [f"{item}: an ablation takes whole families; leave it out" for item in every if item.startswith(STEP)]
+    of_variants = [item for variant in ablation.variants for item in variant.overrides if item.startswith(("name=", "runs="))]
+    problems += [f"{item}: a variant's run lies in the ablation's folder, under the variant's own name; leave it out" for item in of_variants]
     return problems
 
 

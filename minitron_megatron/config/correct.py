@@ -5,6 +5,7 @@ Source: P2 = arXiv 2408.11796.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
@@ -50,7 +51,7 @@ class Correct(TrainingRun):
         if peak is None and rate.get("peak") is None:
             raise ValueError("give correct.source_peak, the peak learning rate of the source's own training, or correct.learning_rate.peak")
         own = None if peak is None else peak * FRACTION_OF_THE_SOURCES_PEAK
-        if own is not None and rate.get("peak", own) != own:
+        if own is not None and _is_number(rate.get("peak", own)) and not math.isclose(rate.get("peak", own), own):
             raise ValueError(
                 f"correct.source_peak={peak} asks for learning_rate.peak={own:g}, which is given as {rate['peak']}; leave one of them out"
             )

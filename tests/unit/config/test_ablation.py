@@ -135,6 +135,11 @@ def test_mistakes_of_all_variants_are_told_at_once_and_one_that_several_make_onc
         ([], {}, "variants: list should have at least 1 item"),
         ([{"name": "a", "recipe": "missing.yaml"}], {}, "recipe=missing.yaml: no such file"),
         ([{"name": "a"}], {"name": "tiny"}, "name=tiny is the recipe's own, whose run lies there; give the ablation another"),
+        (
+            [{"name": "a", "overrides": ["name=other"]}],
+            {},
+            "name=other: a variant's run lies in the ablation's folder, under the variant's own name; leave it out",
+        ),
         ([{"name": "a", "overrides": ["step=b"]}], {}, "step=b: an ablation takes whole families; leave it out"),
         (
             [{"name": "a", "overrides": ["correct={steps: 200, source_peak: 1e-4, beside: true, sequence_length: 32, global_batch: 4}"]}],

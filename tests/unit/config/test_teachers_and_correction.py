@@ -58,6 +58,8 @@ def test_the_corrections_peak_is_a_fifth_of_the_sources_and_its_warm_up_is_long(
     assert correct is not None
     assert (correct.learning_rate.peak, correct.learning_rate.warmup_steps) == (pytest.approx(1.2e-5), 120)
     assert Recipe.model_validate(load_recipe(recipe_file(correct=CORRECT)).model_dump()).correct == correct
+    both = load_recipe(recipe_file(correct={"steps": 200, "source_peak": 3e-4, "learning_rate": {"peak": 6e-5}})).correct
+    assert both is not None and both.learning_rate.peak == pytest.approx(6e-5)  # 3e-4 / 5 is another number in its last bit
     given = load_recipe(recipe_file(correct={"steps": 200, "learning_rate": {"peak": 3e-6}})).correct
     assert given is not None and given.learning_rate.peak == 3e-6
 

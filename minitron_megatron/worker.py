@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from contextlib import ExitStack
+from typing import NoReturn
 
 from minitron_megatron.arch.source import source_architecture
 from minitron_megatron.artifact import Artifact
@@ -92,5 +94,18 @@ if __name__ == "__mp_main__":
     # a helper that megatron spawns (for the reports of checkpoints' writers) imports this first: it ends with its worker, and does not sleep on
     end_with_parent()
 
+
+def _leave(code: int) -> NoReturn:
+    """Ends this process behind Python's exit handlers, ahead of the native libraries' own.
+
+    Those sometimes abort a process whose work is done ("terminate called without an active exception": a thread of torch or gloo that still runs
+    when its object goes), and the launcher takes the signal for a failure and ends the others while they publish.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    _leave(main(sys.argv[1:]))

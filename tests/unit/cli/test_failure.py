@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from traceback import StackSummary
@@ -21,6 +23,7 @@ GLOO_TIMEOUT = "[/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 180
 NCCL_LOST = "NCCL error: remote process exited or there was a network error, NCCL version 2.27"
 
 Failed = Callable[..., ProcessFailure]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
@@ -106,6 +109,18 @@ def test_an_error_while_the_connections_close_behind_the_work_is_told_and_fails_
     assert worker.main(["prune", "recipe.yaml"]) == 0
     assert capsys.readouterr().err == "prune: finished; its connections did not close well: Connection reset by peer\n"
     assert not told.exists()
+
+
+def test_a_worker_leaves_with_its_own_code_though_a_library_would_abort_at_the_end() -> None:
+    """A native exit handler that aborts stands for a thread that still runs; Python's handlers and what was printed are not lost."""
+    program = (
+        "import atexit, ctypes, sys; from minitron_megatron import worker; libc = ctypes.CDLL(None); "
+        "libc.__cxa_atexit(ctypes.cast(libc.abort, ctypes.c_void_p), None, None); atexit.register(print, 'handled'); print('printed', end=' '); "
+    )
+    ended = [
+        subprocess.run([sys.executable, "-c", program + how], capture_output=True, text=True, cwd=ROOT) for how in ("worker._leave(3)", "sys.exit(3)")
+    ]
+    assert [(done.returncode, done.stdout) for done in ended] == [(3, "printed handled\n"), (-signal.SIGABRT, "printed handled\n")]
 
 
 def test_a_process_that_is_ended_while_it_tells_leaves_no_half_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -226,12 +226,14 @@ def plan(
     overrides: Overrides = None,
     schedule: Annotated[Path | None, typer.Option(metavar="FILE", help="draw the recipe's pipeline as a Gantt picture (.svg)")] = None,
 ) -> None:
+    """For every step whose shapes are known."""
     from minitron_megatron.config.family import checked_steps
     from minitron_megatron.schedule.plan import schedule_rows, schedule_table, write_picture
     from minitron_megatron.search.survey import surviving
 
-    console = Console()
-    for step, source, target in checked_steps(_steps(recipe, overrides or [])):
+    console, steps = Console(), _steps(recipe, overrides or [])
+    checked = checked_steps(steps)
+    for step, source, target in checked:
         if step.recipe.search:
             target = surviving(step.recipe, step.recipe.search, source).largest
         console.print(schedule_table(schedule_rows(step.recipe, source, target), step.recipe.parallel.pipeline))
@@ -239,6 +241,8 @@ def plan(
             file = schedule.with_stem(f"{schedule.stem}_{step.name}") if step.name else schedule
             ranks, drawn = write_picture(step.recipe, source, target, file)
             print(f"{file}: {ranks} ranks, {drawn} micro-batches")
+    for step in steps[len(checked) :]:
+        print(f"step {step.name}: goes on from what a search finds; once that is there, step={step.name} is planned")
 
 
 @app.command(

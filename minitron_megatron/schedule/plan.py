@@ -9,6 +9,7 @@ from rich.table import Table
 
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.config.checks.teachers import teacher_architectures
+from minitron_megatron.config.parallel import Rule
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.errors import ArtifactError
 from minitron_megatron.results.svg import standalone
@@ -27,10 +28,14 @@ def schedule_rows(recipe: Recipe, source: Architecture, target: Architecture) ->
     """The recipe's own pipeline and those of RANKS that the models have layers for; the micro-batches are the recipe's."""
     teachers = teacher_architectures(recipe, source)
     fewest = min(arch.layers for arch in (target, *teachers))
-    own = recipe.parallel.pipeline
-    wanted = sorted({ranks for ranks in (own, *RANKS) if 1 < ranks <= fewest})
-    rules = {ranks: recipe.parallel.layers_per_stage if ranks == own and recipe.parallel.virtual == 1 else "cost" for ranks in wanted}
-    return [row(distillation_works(target, teachers, ranks, rules[ranks]), micro_batches(recipe)) for ranks in wanted]
+    wanted = sorted({ranks for ranks in (recipe.parallel.pipeline, *RANKS) if 1 < ranks <= fewest})
+    return [row(distillation_works(target, teachers, ranks, _rule(recipe, ranks)), micro_batches(recipe)) for ranks in wanted]
+
+
+def _rule(recipe: Recipe, ranks: int) -> Rule:
+    """The recipe's for its own pipeline; a list for virtual stages is none of whole ranks."""
+    own = recipe.parallel.pipeline == ranks and recipe.parallel.virtual == 1
+    return recipe.parallel.layers_per_stage if own else "cost"
 
 
 def schedule_table(rows: Sequence[Row], own: int) -> Table:
@@ -55,6 +60,6 @@ def write_picture(recipe: Recipe, source: Architecture, target: Architecture, fi
         raise ArtifactError(f"{file.parent}: no such folder; make it, or name another file with --schedule")
     ranks = max(2, recipe.parallel.pipeline)
     drawn = min(micro_batches(recipe), 2 * ranks)  # more would be thinner than a line
-    works = distillation_works(target, teacher_architectures(recipe, source), ranks)
+    works = distillation_works(target, teacher_architectures(recipe, source), ranks, _rule(recipe, ranks))
     file.write_text(standalone(gantt_svg(works, drawn)), encoding="utf-8")
     return ranks, drawn

@@ -20,3 +20,12 @@ def test_every_pipeline_is_a_row_and_the_picture_is_written(project: Any, minitr
 def test_a_picture_that_cannot_be_written_is_one_line(project: Any, minitron: Run) -> None:
     ran = minitron("plan", project.recipe, "--schedule", "missing/schedule.svg", "distill.global_batch=8")
     assert ran.code == 2 and ran.err.count("\n") == 1 and "missing: no such folder" in ran.err
+
+
+def test_the_picture_splits_the_layers_as_the_recipe_lists_them(project: Any, minitron: Run) -> None:
+    pictures = []
+    for rule in ("[1,2]", "[2,1]"):
+        ran = minitron("plan", project.recipe, "--schedule", "schedule.svg", "parallel.pipeline=2", f"parallel.layers_per_stage={rule}")
+        assert ran.code == 0, ran.err
+        pictures.append(Path("schedule.svg").read_text())
+    assert pictures[0] != pictures[1]

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minitron_megatron.training.losses.chunk import Chunk, Logits, UnderWay, begin, finish
+from minitron_megatron.training.losses.memory import tokens_of_a_chunk
 from minitron_megatron.training.losses.settings import LossSettings
 from minitron_megatron.training.losses.target import TokenLabels, WeightedTarget
 from minitron_megatron.training.losses.terms import Shard
@@ -129,8 +130,9 @@ class _MicroBatch:
         finished in order, with the same result to the bit.
         """
         sums = torch.zeros(len(self.settings.names), device=self.hidden_ND.device)
-        size = self.settings.chunk_tokens
-        spaces = [self._space(size) for _ in range(chunks_in_flight(self.shard.group))]
+        in_flight = chunks_in_flight(self.shard.group)
+        size = self._chunk_tokens(in_flight)
+        spaces = [self._space(size) for _ in range(in_flight)]
         under_way: deque[tuple[slice, UnderWay]] = deque()
         for number, start in enumerate(range(0, self.hidden_ND.shape[0], size)):
             tokens = slice(start, min(start + size, self.hidden_ND.shape[0]))
@@ -140,6 +142,11 @@ class _MicroBatch:
         while under_way:
             sums += self._finish(*under_way.popleft())
         return sums
+
+    def _chunk_tokens(self, in_flight: int) -> int:
+        rows, of_a_logit = self.weight_vD.shape[0], self.weight_vD.element_size()
+        teachers, device = len(self.targets), self.hidden_ND.device
+        return tokens_of_a_chunk(self.settings, rows=rows, bytes_of_a_logit=of_a_logit, teachers=teachers, in_flight=in_flight, device=device)
 
     def _space(self, tokens: int) -> Logits:
         """For the logits of a chunk; fresh pages for each chunk would cost as much as a pass over it."""
@@ -184,7 +191,7 @@ def _deliver(weight: Any, grad_weight: Tensor) -> Tensor:
     None instead of the dummy would break overlap_grad_reduce, whose hooks fire on the parameter's gradient.
     """
     if getattr(weight, "main_grad", None) is None:
-        return grad_weight.to(weight.dtype).clone()
+        return grad_weight.to(weight.dtype, copy=True)
     weight.main_grad.add_(grad_weight)
     weight.grad_added_to_main_grad = True
     make = torch.zeros_like if getattr(weight, "zero_out_wgrad", False) else torch.empty_like

@@ -2,27 +2,28 @@
 
 Legend: n tokens of a chunk, or of a block of it, v this rank's rows of the vocabulary, r tensor ranks, k numbers that a shard is reduced to.
 `begin` reduces this rank's shard to some numbers a token and sends them off; one all-gather carries them for all losses and teachers.
-`finish` combines them with log-sum-exp weights and puts the gradient where the student's logits were. Jensen–Shannon and top-K reduce once more there.
-Both go through a chunk in blocks of tokens whose intermediate results stay in the processor's cache: nothing else is as large as the logits.
+`finish` combines them with log-sum-exp weights and puts the gradient where the student's logits were; Jensen–Shannon and top-K reduce
+once more there. The others go through a chunk in blocks that stay in a CPU's cache, or as a compiled kernel on CUDA: one read and one write.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from minitron_megatron.model.divergence import Softmax, crossed_sums, forward_kl, label_logits, log_normaliser, shard_sums
 from minitron_megatron.parallel.collectives import Gathering, begin_gather_first
+from minitron_megatron.platform.kernels import block_bytes, elementwise
 from minitron_megatron.training.losses.settings import TOP_K, LossSettings
 from minitron_megatron.training.losses.terms import TERMS, Shard, Term
 from minitron_megatron.training.losses.top_k import top_k_term
 
-BLOCK_BYTES = 4 << 20
-"""Of fp32 logits: a handful of results of this size fit into the third-level cache of a CPU."""
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Logits(NamedTuple):
@@ -81,7 +82,8 @@ class _Student(NamedTuple):
 
 def begin(chunk: Chunk, settings: LossSettings, shard: Shard) -> UnderWay:
     """The chunk's first half."""
-    parts = [_sums(chunk.of(block), settings, shard) for block in _blocks(chunk, settings)]
+    sums = _carried_out(_sums, chunk, settings)
+    parts = [sums(chunk.of(block), settings, shard) for block in _blocks(chunk, settings)]
     sums_nk = torch.cat([torch.cat(of_block, dim=-1) for of_block in parts])
     return UnderWay(chunk, begin_gather_first(sums_nk, shard.group), [part.shape[-1] for part in parts[0]])
 
@@ -92,22 +94,23 @@ def finish(under_way: UnderWay, shares: Sequence[float], settings: LossSettings,
     With needs_grad the student's logits become the gradient of the weighted losses.
     """
     chunk, sums_rnk = under_way.chunk, under_way.sums.wait()
-    values = []
+    losses, values = _carried_out(_losses, chunk, settings), []
     for block in _blocks(chunk, settings):
-        part = chunk.of(block)
-        found = _losses(part, sums_rnk[:, block].split(under_way.widths, dim=-1), shares, settings, shard, needs_grad=needs_grad)
-        values.append(torch.stack([found.values[name] for name in settings.names]))
-        if found.gradient_nv is not None:
-            part.logits.student_nv.copy_(found.gradient_nv.mul_(part.token_weights_n[:, None]))
-        else:
-            part.logits.student_nv.zero_()  # every loss weighs nothing at this step
+        parts = sums_rnk[:, block].split(under_way.widths, dim=-1)
+        values.append(losses(chunk.of(block), parts, shares, settings, shard, needs_grad))
     return (torch.cat(values, dim=-1) * chunk.token_weights_n).sum(-1)
+
+
+def _carried_out(function: Callable[P, R], chunk: Chunk, settings: LossSettings) -> Callable[P, R]:
+    """As the device likes it; where a loss talks to other ranks in the middle, as it is."""
+    return function if settings.takes_chunks_whole else elementwise(function, chunk.labels_n.device)
 
 
 def _blocks(chunk: Chunk, settings: LossSettings) -> Iterator[slice]:
     """Of tokens; all at once where a loss has a reduction of its own, in which every rank takes part once a chunk."""
     tokens, rows = chunk.logits.student_nv.shape
-    step = tokens if any(term.reduces for term in _terms(settings).values()) else max(1, BLOCK_BYTES // (4 * rows))
+    block = None if settings.takes_chunks_whole else block_bytes(chunk.labels_n.device)
+    step = tokens if block is None else max(1, block // (4 * rows))
     return (slice(start, min(start + step, tokens)) for start in range(0, tokens, step))
 
 
@@ -122,8 +125,8 @@ def _sums(block: Chunk, settings: LossSettings, shard: Shard) -> list[Tensor]:
     return parts
 
 
-def _losses(block: Chunk, sums: Sequence[Tensor], shares: Sequence[float], settings: LossSettings, shard: Shard, *, needs_grad: bool) -> _Found:
-    """sums: [r, n, k] in the order of _sums."""
+def _losses(block: Chunk, sums: Sequence[Tensor], shares: Sequence[float], settings: LossSettings, shard: Shard, needs_grad: bool) -> Tensor:
+    """[losses, n] of settings.names, before the weights of the tokens. sums: [r, n, k] in the order of _sums."""
     raw_nv = block.logits.student_nv.float()
     student_nv = _at(raw_nv, settings.temperature)
     found, student, names, rest = _Found(needs_grad), _student(student_nv, sums[0]), list(_terms(settings)), list(sums[1:])
@@ -134,7 +137,17 @@ def _losses(block: Chunk, sums: Sequence[Tensor], shares: Sequence[float], setti
     found.add("cross_entropy", student.raw_log_norm_n - student.label_logit_n)
     log_norm_n, row_n = student.raw_log_norm_n, block.labels_n - shard.first_row
     found.add_gradient(settings.objective.get("cross_entropy", 0.0), lambda: _cross_entropy_gradient(raw_nv, log_norm_n, row_n))
-    return found
+    if needs_grad:
+        _put_gradient(found.gradient_nv, block)
+    return torch.stack([found.values[name] for name in settings.names])
+
+
+def _put_gradient(gradient_nv: Tensor | None, block: Chunk) -> None:
+    """Where the student's logits were, in the weights' type; there is none where every loss weighs nothing at this step."""
+    if gradient_nv is None:
+        block.logits.student_nv.zero_()
+    else:
+        block.logits.student_nv.copy_(gradient_nv.mul_(block.token_weights_n[:, None]))
 
 
 def _at(raw_nv: Tensor, temperature: float) -> Tensor:

@@ -43,8 +43,6 @@ class Term(NamedTuple):
     loss: Callable[[Softmax, Softmax, Tensor, Shard], Loss]
     """(student, teacher, sums [r, n, k], shard)"""
     power: int = 2
-    reduces: bool = False
-    """loss() reduces over the ranks once more: all tokens of a chunk come to it at once."""
 
 
 def reverse_kl_sums(student_nv: Tensor, teacher_nv: Tensor, shard: Shard) -> Tensor:
@@ -131,7 +129,7 @@ def _probabilities(softmax: Softmax) -> Tensor:
 
 TERMS = {
     "reverse_kl": Term(reverse_kl_sums, reverse_kl),
-    "jensen_shannon": Term(no_sums, jensen_shannon, reduces=True),
+    "jensen_shannon": Term(no_sums, jensen_shannon),
     "mse": Term(mse_sums, mse),
     "cosine": Term(cosine_sums, cosine, power=0),
 }

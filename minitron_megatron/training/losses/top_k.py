@@ -81,7 +81,7 @@ def top_k_kl(student: Softmax, target: TopK, shard: Shard) -> Loss:
 
 def top_k_term(k: int) -> Term:
     """Of a live teacher: a second all-gather, because the student's tail is known only when the K tokens are."""
-    return Term(partial(candidates, k=k), lambda student, teacher, found, shard: top_k_kl(student, live(teacher, found, k=k), shard), reduces=True)
+    return Term(partial(candidates, k=k), lambda student, teacher, found, shard: top_k_kl(student, live(teacher, found, k=k), shard))
 
 
 # A key is an int64 that sorts like (logit, then lower id): the logit's bits, made to sort as an integer, above 2³¹ − 1 − id.

@@ -13,20 +13,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+import kd_loss_cuda
 from common import write_result
 from peer import DISTILLATION, ROOT, in_peer_environment
 
-TOKENS, VOCABULARY, STUDENT, TEACHER, RUNS = int(os.environ.get("KD_TOKENS", 4096)), 128_256, 512, 768, 5
+TOKENS, VOCABULARY, STUDENT, TEACHER, RUNS = 4096, 128_256, 512, 768, 5
 FEW_TOKENS = 512
 """For what is checked and not timed: bf16, and the top-K gradients."""
 TOP_K = 100
 
 
 def main() -> None:
+    if sys.argv[1:] == ["--device", "cuda"]:
+        return kd_loss_cuda.main()
     if sys.argv[1:]:
         return measure(*sys.argv[1:])
     in_peer_environment()
@@ -49,8 +51,8 @@ def text(figures: dict[str, Any]) -> str:
     apart = [f"- {name.upper()}, {dtype}: " + told(figures[name]["apart"][dtype]) for name in ("tp1", "tp2") for dtype in ("float32", "bfloat16")]
     return "\n".join(
         [
-            f"{TOKENS:,} tokens, {VOCABULARY:,} tokens in the vocabulary, hidden {TEACHER} (teacher) and {STUDENT}, fp32; forward and backward with both "
-            f"output matmuls; medians of {RUNS} alternating runs, the slowest rank's; the largest rank's peak. Peer: nvidia-modelopt {DISTILLATION}.",
+            f"{TOKENS:,} tokens, {VOCABULARY:,} tokens in the vocabulary, hidden {TEACHER} (teacher) and {STUDENT}, fp32; forward and backward "
+            f"with both output matmuls; medians of {RUNS} alternating runs, the slowest rank's; the largest rank's peak. Peer: nvidia-modelopt {DISTILLATION}.",
             "",
             "| layout | | time | peak memory |",
             "|---|---|--:|--:|",
@@ -161,7 +163,6 @@ def slowest(seconds: float, group: Any) -> float:
 def peak_memory(group: Any, side: str) -> dict[str, float]:
     import torch
     import torch.distributed as dist
-
     from prune_memory import reset_peak, resident
 
     case = make_case(group, TOKENS, torch.float32)
@@ -206,7 +207,7 @@ def ours(case: Case, *, top_k: int | None = None) -> float:
     rows = case.layer.weight.shape[0]
     total, _ = case.layer(case.hidden, labels=case.labels, targets=[target], settings=LossSettings(top_k=top_k), rows=rows)
     total.backward()
-    return float(total)
+    return float(total.detach())
 
 
 def peer(case: Case, loss: Any = None) -> float:

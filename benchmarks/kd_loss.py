@@ -52,7 +52,8 @@ def text(figures: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"{TOKENS:,} tokens, {VOCABULARY:,} tokens in the vocabulary, hidden {TEACHER} (teacher) and {STUDENT}, fp32; forward and backward "
-            f"with both output matmuls; medians of {RUNS} alternating runs, the slowest rank's; the largest rank's peak. Peer: nvidia-modelopt {DISTILLATION}.",
+            f"with both output matmuls; medians of {RUNS} alternating runs, the slowest rank's; the largest rank's peak. "
+            f"Peer: nvidia-modelopt {DISTILLATION}.",
             "",
             "| layout | | time | peak memory |",
             "|---|---|--:|--:|",

@@ -19,7 +19,7 @@ from minitron_megatron.model.divergence import Softmax, crossed_sums, forward_kl
 from minitron_megatron.parallel.collectives import Gathering, begin_gather_first
 from minitron_megatron.platform.kernels import block_bytes, elementwise
 from minitron_megatron.training.losses.settings import TOP_K, LossSettings
-from minitron_megatron.training.losses.terms import TERMS, Shard, Term
+from minitron_megatron.training.losses.terms import TERMS, Shard, Term, probabilities
 from minitron_megatron.training.losses.top_k import top_k_term
 
 P = ParamSpec("P")
@@ -196,9 +196,8 @@ def _student(student_nv: Tensor, sums_rnk: Tensor) -> _Student:
 
 
 def _kl_gradient(student: Softmax, teacher: Softmax) -> Tensor:
-    """softmax(student) − softmax(teacher); the teacher's logits are used up."""
-    gradient = (student.logits_nv - student.log_norm_n[:, None]).exp_()
-    return gradient.sub_(teacher.logits_nv.sub_(teacher.log_norm_n[:, None]).exp_())
+    """softmax(student) − softmax(teacher)"""
+    return probabilities(student).sub_(probabilities(teacher))
 
 
 def _cross_entropy_gradient(raw_nv: Tensor, log_norm_n: Tensor, row_n: Tensor) -> Tensor:

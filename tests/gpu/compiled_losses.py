@@ -19,6 +19,7 @@ from torch import Tensor
 
 from minitron_megatron.platform import activate
 from minitron_megatron.training.losses import chunk
+from minitron_megatron.training.losses.logits import Chunk, Logits
 from minitron_megatron.training.losses.settings import LossSettings
 from minitron_megatron.training.losses.terms import Shard
 
@@ -58,7 +59,7 @@ def outcome(make: Callable[..., Any], settings: LossSettings, shard: Shard, devi
     generator = torch.Generator().manual_seed(4)
     logits = [torch.randn(TOKENS, ROWS, generator=generator).mul_(3).to(device) for _ in range(2)]
     labels, weights = torch.randint(ROWS, (TOKENS,), generator=generator).to(device), torch.rand(TOKENS, generator=generator).to(device)
-    block = chunk.Chunk(chunk.Logits(logits[0], (logits[1],)), labels, weights)
+    block = Chunk(Logits(logits[0], (logits[1],)), labels, weights)
     sums = make(chunk._sums)(block, settings, shard)
     losses = make(chunk._losses)(block, [part[None] for part in sums], [1.0], settings, shard, True)
     return [*sums, losses, logits[0]]

@@ -9,9 +9,9 @@ from minitron_megatron.training.losses.settings import LossSettings
 
 FP32_BYTES = 4
 WHOLE_CHUNK_COPIES = 8
-"""fp32 intermediate results as large as a chunk's logits that exist at one time where a loss takes the chunk whole (measured: at most 7.1)."""
+"""fp32 intermediate results as large as a chunk's logits that exist at one time, at most, where a loss takes the chunk whole; a test measures it."""
 BLOCKS = 8
-"""The same in blocks where losses go through the chunk in blocks (measured: at most 7)."""
+"""The same in blocks where losses go through the chunk in blocks."""
 
 
 def tokens_of_a_chunk(settings: LossSettings, *, rows: int, bytes_of_a_logit: int, teachers: int, in_flight: int, device: torch.device) -> int:

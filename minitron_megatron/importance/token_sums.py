@@ -27,9 +27,10 @@ def token_sums(x_SBC: Tensor) -> Tensor:
     total_3BC = x_SBC.new_zeros(3, *x_SBC.shape[1:], dtype=torch.float32)
     absolute_BC, plain_BC, squares_BC = total_3BC
     for x_RBC in _row_blocks(x_SBC):
-        copy_RBC = x_RBC.float() if x_RBC.dtype != torch.float32 else x_RBC.clone()
-        plain_BC += copy_RBC.sum(0)
-        absolute_BC += copy_RBC.abs_().sum(0)
+        values_RBC = x_RBC.float()  # the block itself where it is fp32
+        plain_BC += values_RBC.sum(0)
+        copy_RBC = values_RBC.abs() if values_RBC is x_RBC else values_RBC.abs_()
+        absolute_BC += copy_RBC.sum(0)
         squares_BC += copy_RBC.square_().sum(0)  # of fp32: squares of bf16 activations lose small units over many tokens
     return total_3BC
 
@@ -46,8 +47,7 @@ def absolute_sums(x_SBC: Tensor) -> Tensor:
 
 def sums_without_blocks(x_SBC: Tensor) -> Tensor:
     """The same, each sum by one reduction that converts to fp32 as it reads."""
-    norms = (vector_norm(x_SBC, order, dim=0, dtype=torch.float32) for order in (1, 2))
-    absolute_BC, root_BC = norms
+    absolute_BC, root_BC = (vector_norm(x_SBC, order, dim=0, dtype=torch.float32) for order in (1, 2))
     return torch.stack([absolute_BC, x_SBC.sum(0, dtype=torch.float32), root_BC.square()])
 
 

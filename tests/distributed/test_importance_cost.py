@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
+from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.config.parallel import Parallel
 from minitron_megatron.data.batches import Batch, collate
 from minitron_megatron.importance import stage, token_sums
@@ -16,7 +17,7 @@ from minitron_megatron.importance.stage import measure
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.gpt import StageModel
 from minitron_megatron.model.run import forward_only
-from minitron_megatron.parallel.layout import global_layout
+from minitron_megatron.parallel.layout import Layout, global_layout
 from minitron_megatron.parallel.world import World
 
 from .conftest import Record
@@ -26,8 +27,8 @@ from .watched_tensors import PeakMemory, host_reads
 
 LONG, BLOCK = 2048, 1 << 14
 """A sample long enough for its activations to be large, and blocks as small beside them as they are beside a real model's."""
-ARCH = replace(LLAMA, max_positions=LONG)
-ACTIVATION_BYTES = 4 * LONG * (ARCH.layers * (3 * ARCH.hidden + ARCH.heads * ARCH.head_channels + 2 * ARCH.ffn) + 2 * ARCH.hidden)
+LARGE = replace(LLAMA.resized(layers=3, hidden=96, ffn=160), max_positions=LONG)
+ACTIVATION_BYTES = 4 * LONG * (LARGE.layers * (3 * LARGE.hidden + LARGE.heads * LARGE.head_channels + 2 * LARGE.ffn) + 2 * LARGE.hidden)
 """Of all that the hooks see of one sample: outputs of norms and heads, both ends of the FFN's inside, states between layers."""
 Pass = Callable[[StageModel, list[Batch]], object]
 
@@ -40,17 +41,20 @@ def with_hooks(model: StageModel, batches: list[Batch]) -> object:
     return measure(model, batches, lambda: None)
 
 
-def model_and_batches(world: World, parallel: Parallel, tokens: int) -> tuple[StageModel, list[Batch]]:
-    model = build_model(ARCH, global_layout(parallel, world), world.platform, torch.float32, output_layer=None)
+def model_of(arch: Architecture, layout: Layout, world: World) -> StageModel:
+    model = build_model(arch, layout, world.platform, torch.float32, output_layer=None)
     for weight in model.parameters():
         weight.data.normal_(0, 0.2, generator=torch.Generator().manual_seed(weight.numel()))
-    return model, [collate(RandomSamples(2, tokens), [sample]) for sample in range(2)]
+    return model
+
+
+def batches_of(samples: int, tokens: int) -> list[Batch]:
+    return [collate(RandomSamples(samples, tokens), [sample]) for sample in range(samples)]
 
 
 def reads(world: World, parallel: Parallel, passes: list[Pass]) -> list[list[str]]:
-    found = []
+    model, batches, found = model_of(LLAMA, global_layout(parallel, world), world), batches_of(2, 16), []
     for run in passes:
-        model, batches = model_and_batches(world, parallel, 16)
         with host_reads() as seen:
             run(model, batches)
         found.append(seen)
@@ -78,10 +82,9 @@ def test_the_pass_reads_no_value_from_the_device_that_a_plain_forward_pass_does_
 
 
 def peaks(world: World, passes: list[Pass], block_bytes: int) -> list[int]:
-    found = []
+    model, batches, found = model_of(LARGE, global_layout(ONE, world), world), batches_of(1, LONG), []
     with mock.patch.object(token_sums, "BLOCK_BYTES", block_bytes):
         for run in passes:
-            model, batches = model_and_batches(world, ONE, LONG)
             with PeakMemory() as memory:
                 run(model, batches)
             found.append(memory.peak)

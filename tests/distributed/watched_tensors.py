@@ -36,7 +36,7 @@ class _Operations(TorchDispatchMode):
         self._seen = seen
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = function.overloadpacket.__name__
+        name = getattr(getattr(function, "overloadpacket", function), "__name__", "")
         by_mask = name == "index" and any(isinstance(index, Tensor) and index.dtype == torch.bool for index in args[1])
         if name in OPERATIONS or by_mask:
             self._seen.append(name)

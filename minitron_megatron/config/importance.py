@@ -12,6 +12,7 @@ from pydantic import Field
 from minitron_megatron.config.section import UNSHAPING, Section
 
 Aggregation = Literal["mean", "l2", "variance"]
+KeptSums = Literal["all", "default"]
 
 
 class ImportanceAggregation(Section):
@@ -30,6 +31,11 @@ class Importance(Section):
     micro_batch: int = Field(1, ge=1, description="samples in one forward pass")
     block_sizes: list[Annotated[int, Field(ge=2)]] = Field(
         [], description="Block Influence of contiguous blocks of so many layers as well; costs the memory of as many hidden states"
+    )
+    sums: KeptSums = Field(
+        "all",
+        description="`all`, of which prune ranks by any criterion and aggregation; `default`, of its default criteria with sequence=mean alone: "
+        "a faster pass",
     )
     seed: int = Field(1234, ge=0, description="order in which documents are packed into samples")
     save_every_samples: Annotated[int, UNSHAPING] = Field(

@@ -7,47 +7,66 @@ every number of data-parallel ranks and wherever a pass was interrupted.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from minitron_megatron.data.batches import FILLING
-from minitron_megatron.scores.statistics import Key
+from minitron_megatron.scores.statistics import Key, is_influence
 
 BLOCK = 16
 
 
 class BlockSums:
-    """Σ a and Σ a² over the samples of each block, fp64: block → key (global layer, axis) → [3, 2, C], influence [2]."""
+    """Σ a and Σ a² over the samples of each block, fp64, on the device that measured them; nothing here asks the device for a value."""
 
     def __init__(self) -> None:
-        self.blocks: dict[int, dict[Key, Tensor]] = {}
+        self._sums: dict[int, dict[tuple[Key, ...], tuple[Tensor, list[int]]]] = {}
+        """Block → keys that were added together → their sums side by side, and how wide each is."""
 
-    def add(self, key: Key, token_sums_3BC: Tensor, tokens: int, sample_ids: list[int]) -> None:
+    def add(self, token_sums: Mapping[Key, Tensor], tokens: int, sample_ids: list[int]) -> None:
         """Squares come after the tokens and before the samples: batch=L2 of sequence=mean is not linear (P1 section 2.2).
 
-        token_sums_3BC: Σ|x|, Σx, Σx² over all tokens of each sample, already complete over sequence-parallel ranks.
+        token_sums: of each key [3, B, C] Σ|x|, Σx, Σx² over all tokens of each sample, or [1, B, C] Σ|x| alone; already complete over
+        sequence-parallel ranks.
         """
-        aggregates_3BC = aggregate_tokens(token_sums_3BC.double(), tokens)
-        moments_32BC = torch.stack([aggregates_3BC, aggregates_3BC.square()], dim=1)
-        self._add(key, moments_32BC.movedim(2, 0), sample_ids)
+        aggregates_3BU = aggregate_tokens(torch.cat([*token_sums.values()], dim=-1).double(), tokens)
+        moments_32BU = torch.stack([aggregates_3BU, aggregates_3BU.square()], dim=1)
+        self._add(tuple(token_sums), [value.shape[-1] for value in token_sums.values()], moments_32BU.movedim(2, 0), sample_ids)
 
-    def add_influence(self, key: Key, cosine_sums_B: Tensor, tokens: int, sample_ids: list[int]) -> None:
-        """For Block Influence (P2 section 2.2); cosine_sums_B: Σ over all tokens of each sample of cos(input, output) of a layer or block."""
-        means_B = cosine_sums_B.double() / tokens
-        self._add(key, torch.stack([means_B, means_B.square()], dim=-1), sample_ids)
+    def add_influence(self, cosine_sums: Mapping[Key, Tensor], tokens: int, sample_ids: list[int]) -> None:
+        """For Block Influence (P2 section 2.2); of each key [B] Σ over all tokens of each sample of cos(input, output) of a layer or block."""
+        means_Bn = torch.stack([*cosine_sums.values()], dim=-1).double() / tokens
+        self._add(tuple(cosine_sums), [1] * len(cosine_sums), torch.stack([means_Bn, means_Bn.square()], dim=1), sample_ids)
 
-    def _add(self, key: Key, of_samples: Tensor, sample_ids: list[int]) -> None:
+    def _add(self, keys: tuple[Key, ...], widths: list[int], of_samples: Tensor, sample_ids: list[int]) -> None:
         for value, sample in zip(of_samples, sample_ids, strict=True):
             if sample == FILLING:
                 continue
-            sums = self.blocks.setdefault(sample // BLOCK, {})
-            sums[key] = sums[key] + value if key in sums else value.clone()
+            sums = self._sums.setdefault(sample // BLOCK, {})
+            if keys in sums:
+                sums[keys][0].add_(value)
+            else:
+                sums[keys] = value.clone(), widths
+
+    @property
+    def blocks(self) -> dict[int, dict[Key, Tensor]]:
+        """Block → key (global layer, axis) → [3, 2, C], or [1, 2, C] of mean |x| alone; influence [2]."""
+        return {block: dict(_apart(sums)) for block, sums in self._sums.items()}
+
+
+def _apart(sums: dict[tuple[Key, ...], tuple[Tensor, list[int]]]) -> Iterator[tuple[Key, Tensor]]:
+    for keys, (values, widths) in sums.items():
+        for key, value in zip(keys, values.split(widths, dim=-1), strict=True):
+            yield key, value.squeeze(-1) if is_influence(key[1]) else value.contiguous()
 
 
 def aggregate_tokens(token_sums_3BC: Tensor, tokens: int) -> Tensor:
-    """[3, B, C] mean |x|, L2 norm and variance over a sample's tokens (P1 section 2.2), out of Σ|x|, Σx, Σx²."""
+    """[3, B, C] mean |x|, L2 norm and variance over a sample's tokens (P1 section 2.2), out of Σ|x|, Σx, Σx²; [1, B, C] out of Σ|x| alone."""
+    if len(token_sums_3BC) == 1:
+        return token_sums_3BC / tokens
     absolute, plain, squares = token_sums_3BC
     variance = (squares / tokens - (plain / tokens).square()).clamp_min(0)
     return torch.stack([absolute / tokens, squares.sqrt(), variance])

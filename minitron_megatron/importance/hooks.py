@@ -9,22 +9,25 @@ Legend: S this rank's tokens of a sample, B samples, C this rank's units, D hidd
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from minitron_megatron.config.importance import KeptSums
 from minitron_megatron.importance.experts import ExpertSums, hook_experts, is_sparse
+from minitron_megatron.importance.token_sums import absolute_sums, cosine_sums, head_norm_sums, token_norms, token_sums
 from minitron_megatron.scores.statistics import FINAL_NORM, INFLUENCE
 
 
 class MicroBatchSums:
-    """What the hooks saw of one micro-batch: key (global layer, axis) → Σ|x|, Σx, Σx² [3, B, C], and the cosines."""
+    """What the hooks saw of one micro-batch: key (global layer, axis) → Σ|x|, Σx, Σx² [3, B, C], or Σ|x| alone [1, B, C]; and the cosines."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept: KeptSums = "all") -> None:
+        self.kept = kept
         self.token_sums: dict[tuple[int, str], Tensor] = {}
         self.cosine_sums: dict[tuple[int, str], Tensor] = {}
         """Key (first layer, influence axis) → [B] Σ over tokens."""
@@ -41,11 +44,14 @@ class MicroBatchSums:
 
 
 @contextmanager
-def collecting(layers: Iterable[Any], final_norm: nn.Module | None = None) -> Iterator[MicroBatchSums]:
-    """Hooks on these layers, all that this process holds, while the context is open; final_norm: behind the last of them, on the last stage."""
-    found, held = MicroBatchSums(), list(layers)
-    handles = [handle for layer in held for handle in _hook_layer(layer, found)]
-    if final_norm is not None:
+def collecting(layers: Iterable[Any], final_norm: nn.Module | None = None, *, kept: KeptSums = "all") -> Iterator[MicroBatchSums]:
+    """Hooks on these layers, all that this process holds, while the context is open; final_norm: behind the last of them, on the last stage.
+
+    kept "default": only what the default ranking reads, and of it only Σ|x|.
+    """
+    found, held, norms = MicroBatchSums(kept), list(layers), _Norms()
+    handles = [handle for layer in held for handle in _hook_layer(layer, found, norms)]
+    if final_norm is not None and kept == "all":
         handles.append(final_norm.register_forward_hook(_sums_of_output(found, (held[-1].layer_number - 1, FINAL_NORM))))
     try:
         yield found
@@ -54,40 +60,42 @@ def collecting(layers: Iterable[Any], final_norm: nn.Module | None = None) -> It
             handle.remove()
 
 
-def _hook_layer(layer: Any, found: MicroBatchSums) -> list[Any]:
+def _hook_layer(layer: Any, found: MicroBatchSums, norms: _Norms) -> list[Any]:
     number = layer.layer_number - 1  # megatron counts from 1
     return [
         *_hook_mlp(layer.mlp, number, found),
-        layer.self_attention.linear_proj.register_forward_pre_hook(
-            _sums_of_heads(found, number, projections(layer.self_attention.linear_proj.weight, layer.config.kv_channels))
-        ),
+        _hook_heads(layer, number, found),
         layer.input_layernorm.register_forward_hook(_sums_of_output(found, (number, "attention_norm"))),
         layer.pre_mlp_layernorm.register_forward_hook(_sums_of_output(found, (number, "mlp_norm"))),
-        layer.register_forward_hook(_cosine(found, number), with_kwargs=True),
+        layer.register_forward_hook(_cosine(found, number, norms), with_kwargs=True),
     ]
+
+
+def _hook_heads(layer: Any, number: int, found: MicroBatchSums) -> Any:
+    projection = layer.self_attention.linear_proj
+    if found.kept == "default":
+        return projection.register_forward_pre_hook(_sums_of_input(found, (number, "heads")))
+    return projection.register_forward_pre_hook(_sums_of_heads(found, number, projections(projection.weight, layer.config.kv_channels)))
 
 
 def _hook_mlp(mlp: Any, number: int, found: MicroBatchSums) -> list[Any]:
     if not is_sparse(mlp):
+        before = _sums_before_activation(found, (number, "ffn_before_activation"), gated=mlp.config.gated_linear_unit)
         return [
-            mlp.linear_fc1.register_forward_hook(
-                _sums_before_activation(found, (number, "ffn_before_activation"), gated=mlp.config.gated_linear_unit)
-            ),
+            *([mlp.linear_fc1.register_forward_hook(before)] if found.kept == "all" else []),
             mlp.linear_fc2.register_forward_pre_hook(_sums_of_input(found, (number, "ffn"))),
         ]
     found.experts[number] = ExpertSums(mlp.token_dispatcher, len(mlp.experts.local_experts))
     return hook_experts(mlp, found.experts[number], lambda: found.sample_ids_B)
 
 
-def token_sums(x_SBC: Tensor) -> Tensor:
-    """[3, B, C] fp32: Σ|x|, Σx, Σx² over tokens."""
-    x = x_SBC.float()  # fp32: squares of bf16 activations lose small units over many tokens
-    return torch.stack([x.abs().sum(0), x.sum(0), x.square().sum(0)])
+def _sums(x_SBC: Tensor, found: MicroBatchSums) -> Tensor:
+    return token_sums(x_SBC) if found.kept == "all" else absolute_sums(x_SBC)
 
 
 def _sums_of_input(found: MicroBatchSums, key: tuple[int, str]) -> Callable[..., None]:
     def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        found.token_sums[key] = token_sums(inputs[0].detach())
+        found.token_sums[key] = _sums(inputs[0].detach(), found)
 
     return hook
 
@@ -98,16 +106,14 @@ def projections(weight_DC: Tensor, head_channels: int) -> Tensor:
     return torch.linalg.qr(weight_hDK, mode="r").R
 
 
-def _sums_of_heads(found: MicroBatchSums, number: int, projections_hKK: Tensor) -> Callable[..., None]:
+def _sums_of_heads(found: MicroBatchSums, number: int, projections_hJK: Tensor) -> Callable[..., None]:
     """By channel, and of each head's L2 norm at each token before and behind its part of the projection; tensor ranks hold whole heads."""
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         context_SBC = inputs[0].detach()
-        heads_SBhK = context_SBC.float().unflatten(-1, (-1, projections_hKK.shape[-1]))
-        added_SBhK = torch.einsum("sbhk,hjk->sbhj", heads_SBhK, projections_hKK)
         found.token_sums[number, "heads"] = token_sums(context_SBC)
-        found.token_sums[number, "head_norms"] = token_sums(heads_SBhK.norm(dim=-1))
-        found.token_sums[number, "head_contributions"] = token_sums(added_SBhK.norm(dim=-1))
+        norms, contributions = head_norm_sums(context_SBC, projections_hJK)
+        found.token_sums[number, "head_norms"], found.token_sums[number, "head_contributions"] = norms, contributions
 
     return hook
 
@@ -125,15 +131,29 @@ def _sums_before_activation(found: MicroBatchSums, key: tuple[int, str], *, gate
 
 def _sums_of_output(found: MicroBatchSums, key: tuple[int, str]) -> Callable[..., None]:
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        found.token_sums[key] = token_sums(output.detach())
+        found.token_sums[key] = _sums(output.detach(), found)
 
     return hook
 
 
-def _cosine(found: MicroBatchSums, number: int) -> Callable[..., None]:
+class _Norms:
+    """Of the states between layers: a layer's input is the output of the one before, whose norms are known."""
+
+    def __init__(self) -> None:
+        self._of: Callable[[], Tensor | None] = lambda: None
+        self._norms_SB = torch.empty(0)
+
+    def __call__(self, x_SBD: Tensor) -> Tensor:
+        if self._of() is not x_SBD:
+            # weakly: a state lives no longer for being measured
+            self._of, self._norms_SB = weakref.ref(x_SBD), token_norms(x_SBD.detach())
+        return self._norms_SB
+
+
+def _cosine(found: MicroBatchSums, number: int, norms: _Norms) -> Callable[..., None]:
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], keywords: dict[str, Any], output: Any) -> None:
         before = inputs[0] if inputs else keywords["hidden_states"]
         after = output[0] if isinstance(output, tuple) else output
-        found.cosine_sums[number, INFLUENCE] = F.cosine_similarity(before.detach().float(), after.detach().float(), dim=-1).sum(0)
+        found.cosine_sums[number, INFLUENCE] = cosine_sums(before.detach(), after.detach(), norms(before), norms(after))
 
     return hook

@@ -33,4 +33,4 @@ def _read(path: Path) -> Statistics | None:
     except ArtifactError:
         return None  # the machine stopped before the disk had it all: measured again
     # of an older version of this program, which saw less: added to, what is new would lack these samples
-    return found if found and measured_keys(found.arch) <= found.sums.keys() else None
+    return found if found and measured_keys(found.arch, kept=found.origin.get("sums", "all")) <= found.sums.keys() else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.artifact import Artifact, write_json
 from minitron_megatron.checkpoint.sharded import load_model
 from minitron_megatron.config.criteria import DEFAULT_RANKING
-from minitron_megatron.config.importance import Importance
+from minitron_megatron.config.importance import Importance, KeptSums
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.data.batches import FILLING, Batch, TokenDataset, collate
 from minitron_megatron.data.shared import shared_samples
@@ -69,7 +70,7 @@ def measure_all(model: StageModel, samples: TokenDataset, settings: Importance, 
     with progress("importance", micro_batches * len(model.chunks), world) as advance:
         for segment in segments(left, settings.save_every_samples, layout.data):
             groups = samples_of_rank(segment, layout.data_rank, layout.data, settings.micro_batch)
-            sums = measure(model, [_batch(samples, ids, segment.start).to(world.platform.device) for ids in groups], advance, blocks)
+            sums = measure(model, [_batch(samples, ids, segment.start).to(world.platform.device) for ids in groups], advance, blocks, settings.sums)
             totals = fold(statistics.sums, gather_blocks(sums, layout, world))
             statistics = replace(statistics, samples=statistics.samples + len(segment), sums=totals)
             if world.is_main and segment.stop < stop:
@@ -77,34 +78,37 @@ def measure_all(model: StageModel, samples: TokenDataset, settings: Importance, 
     return statistics
 
 
-def measure(model: StageModel, batches: list[Batch], advance: Callable[[], None], blocks: Blocks = NO_BLOCKS) -> BlockSums:
-    """The forward pass: this process's layers, units and samples."""
+def measure(model: StageModel, batches: list[Batch], advance: Callable[[], None], blocks: Blocks = NO_BLOCKS, kept: KeptSums = "all") -> BlockSums:
+    """The forward pass: this process's layers, units and samples. Nothing in it waits for the device, but the exchange of experts' tokens."""
     sums = BlockSums()
-    with collecting(model.layers(), model.last.decoder.final_layernorm) as found, collecting_blocks(model, blocks, found):
+    # read ahead of the pass: in it, to ask the device would wait for all that is under way
+    ids = {id(batch): batch.sample_ids_B.tolist() for batch in batches}
+    with collecting(model.layers(), model.last.decoder.final_layernorm, kept=kept) as found, collecting_blocks(model, blocks, found):
 
         def before(_: int, batch: Batch) -> None:
             found.sample_ids_B = batch.sample_ids_B
 
         def after(batch: Batch) -> None:
-            _accumulate(sums, found, batch, model.layout)  # of a filling one too: this process's experts see other ranks' samples
-            if (batch.sample_ids_B != FILLING).any():
+            # the schedule adds batches that are filling; of these too, this process's experts see other ranks' samples
+            samples = ids.get(id(batch), [FILLING] * len(batch.tokens_BS))
+            _accumulate(sums, found, samples, batch.tokens_BS.shape[1], model.layout)
+            if any(sample != FILLING for sample in samples):
                 advance()
 
         forward_only(model, batches, before=before, after=after, consume=lambda hidden, batch: None)
     return sums
 
 
-def _accumulate(sums: BlockSums, found: MicroBatchSums, batch: Batch, layout: Layout) -> None:
-    """Closes a micro-batch: completes its sums over the sequence, then takes them into the samples' blocks."""
+def _accumulate(sums: BlockSums, found: MicroBatchSums, ids: list[int], tokens: int, layout: Layout) -> None:
+    """Closes a micro-batch: completes its sums over the sequence, then takes them into the samples' blocks, a layer at a time."""
     complete_over_sequence(found, layout)
-    ids, tokens = batch.sample_ids_B.tolist(), batch.tokens_BS.shape[1]
-    for key, value in found.token_sums.items():
-        sums.add(key, value, tokens, ids)
-    for key, cosines in found.cosine_sums.items():
-        sums.add_influence(key, cosines, tokens, ids)
+    for _, of_layer in groupby(found.token_sums, key=lambda key: key[0]):
+        sums.add({key: found.token_sums[key] for key in of_layer}, tokens, ids)
+    if found.cosine_sums:  # a stage may hold no layer
+        sums.add_influence(found.cosine_sums, tokens, ids)
     for layer, experts in found.experts.items():
         for axis, value in experts.axes().items() if experts.samples else ():
-            sums.add((layer, axis), value, experts.tokens, experts.samples)
+            sums.add({(layer, axis): value if found.kept == "all" else value[:1]}, experts.tokens, experts.samples)
     found.clear()
 
 
@@ -139,6 +143,7 @@ def _origin(recipe: Recipe, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
         "model": inputs["import"].result["weights_sha256"],
         "sequence_length": settings.sequence_length,
         "precision": recipe.precision,
+        **({} if settings.sums == "all" else {"sums": settings.sums}),  # as in files of before there was a choice
         "parts": [part],
     }
 

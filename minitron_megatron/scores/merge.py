@@ -85,6 +85,7 @@ def _refuse_shared_samples(name: str, one: Statistics, other_name: str, other: S
 def _measured_how(statistics: Statistics) -> dict[str, Any]:
     """What parts of one file have in common."""
     common = {what: statistics.origin[what] for what in ("model", "sequence_length", "precision")}
+    common["importance.sums"] = statistics.origin.get("sums", "all")
     axes = {key: value.shape for key, value in statistics.sums.items()}
     return {**common, "architecture": statistics.arch.to_dict(), "axes": axes}
 

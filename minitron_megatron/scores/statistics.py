@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minitron_megatron.arch.architecture import Architecture
+from minitron_megatron.config.importance import KeptSums
 from minitron_megatron.errors import ArtifactError
 
 AGGREGATES = ("mean", "l2", "variance")
@@ -23,6 +24,8 @@ AGGREGATES = ("mean", "l2", "variance")
 AXES = ("heads", "head_norms", "head_contributions", "attention_norm", "mlp_norm")
 """Head outputs before the projection, by channel [H·K] · their L2 norm at each token [H] · that norm behind the head's part of the projection,
 of what it adds to the layer's sum [H] · outputs of the two norms of a layer [D]."""
+DEFAULT_AXES = ("heads", "attention_norm", "mlp_norm")
+"""What the default ranking reads of them."""
 FFN_AXES = ("ffn", "ffn_before_activation")
 """Input of the second FFN matrix · output of the first one, X·W1 (P1 section 2.2); of a gated FFN its gate's half, which the activation takes."""
 EXPERT_AXES = ("experts", "expert_ffn")
@@ -40,7 +43,7 @@ MARGINS = "margins."
 
 @dataclass(frozen=True)
 class Statistics:
-    """Key (global layer, axis) → [3 aggregates, 2 (Σ a, Σ a²), units] fp64; influence, also of blocks: [2] (Σ, Σ² over samples)."""
+    """Key (global layer, axis) → [3 aggregates or the first, 2 (Σ a, Σ a²), units] fp64; influence, also of blocks: [2] (Σ, Σ² over samples)."""
 
     arch: Architecture
     samples: int
@@ -69,8 +72,11 @@ class Statistics:
             raise ArtifactError(f"{path}: no whole scores file ({error}); make it anew with: minitron importance RECIPE") from None
 
 
-def measured_keys(arch: Architecture) -> set[Key]:
+def measured_keys(arch: Architecture, *, kept: KeptSums = "all") -> set[Key]:
     """What a pass over a model of this shape leaves."""
+    if kept == "default":
+        axes = (*DEFAULT_AXES, *(EXPERT_AXES if arch.experts else FFN_AXES[:1]), INFLUENCE)
+        return {(layer, axis) for layer in range(arch.layers) for axis in axes}
     axes = (*AXES, *(EXPERT_AXES if arch.experts else FFN_AXES), INFLUENCE)
     return {(layer, axis) for layer in range(arch.layers) for axis in axes} | {(arch.layers - 1, FINAL_NORM)}
 
@@ -92,8 +98,12 @@ def _key(name: str) -> Key:
 def over_samples(sums: Tensor, samples: int, *, sequence: str, batch: str) -> Tensor:
     """[units] fp64 score: first over tokens (already in the sums), then over samples; roots come last (P1 section 2.2).
 
-    batch: "mean" Σa/N, "l2" sqrt(Σa²), "variance" Σa²/N − (Σa/N)².
+    Raises ArtifactError where the pass kept the default aggregation's alone. batch: "mean" Σa/N, "l2" sqrt(Σa²), "variance" Σa²/N − (Σa/N)².
     """
+    if len(sums) <= AGGREGATES.index(sequence):
+        raise ArtifactError(
+            f"the scores hold no sums for sequence={sequence}; make them anew with: minitron importance RECIPE importance.sums=all"
+        )
     total, squares = sums[AGGREGATES.index(sequence)]
     if batch == "mean":
         return total / samples

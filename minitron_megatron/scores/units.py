@@ -41,7 +41,7 @@ class UnitScores:
 def activation_scores(statistics: Statistics, ranking: Ranking = DEFAULT_RANKING) -> UnitScores:
     """Scores from activations (P1 section 2.2), by whatever ranking out of one file; layers by BI.
 
-    Raises ArtifactError for a file of before a criterion was measured.
+    Raises ArtifactError for a file in which a criterion was not measured.
     """
     arch, criteria = statistics.arch, ranking.criteria
 
@@ -73,7 +73,8 @@ def activation_scores(statistics: Statistics, ranking: Ranking = DEFAULT_RANKING
 def _measured(statistics: Statistics, layer: int, seen: str) -> Tensor:
     if (layer, seen) not in statistics.sums:
         raise ArtifactError(
-            f"the scores file is of an older version and lacks {seen} of layer {layer} of this model; make it anew with: minitron importance RECIPE"
+            f"the scores file is of an older version, or of importance.sums=default, and lacks {seen} of layer {layer} of this model; "
+            "make it anew with: minitron importance RECIPE importance.sums=all"
         )
     return statistics.sums[layer, seen]
 

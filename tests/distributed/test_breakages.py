@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -90,12 +90,13 @@ def a_stages_alpha() -> Iterator[None]:
 def a_square_before_the_sum_is_complete() -> Iterator[None]:
     """Under sequence parallelism each rank squares its own part of a sample, and the squares are added."""
 
-    def add(self: BlockSums, key: Key, token_sums_3BC: Tensor, tokens: int, sample_ids: list[int]) -> None:
-        aggregates_3BC = aggregate_tokens(token_sums_3BC.double(), tokens)
-        moments_32BC = torch.stack([aggregates_3BC, aggregates_3BC.square()], dim=1)
-        if key[1] in SEQUENCE_SHARDED:
-            dist.all_reduce(moments_32BC, group=parallel_state.get_tensor_model_parallel_group())
-        self._add(key, moments_32BC.movedim(2, 0), sample_ids)
+    def add(self: BlockSums, token_sums: Mapping[Key, Tensor], tokens: int, sample_ids: list[int]) -> None:
+        for key, token_sums_3BC in token_sums.items():
+            aggregates_3BC = aggregate_tokens(token_sums_3BC.double(), tokens)
+            moments_32BC = torch.stack([aggregates_3BC, aggregates_3BC.square()], dim=1)
+            if key[1] in SEQUENCE_SHARDED:
+                dist.all_reduce(moments_32BC, group=parallel_state.get_tensor_model_parallel_group())
+            self._add((key,), [token_sums_3BC.shape[-1]], moments_32BC.movedim(2, 0), sample_ids)
 
     with mock.patch.object(importance_stage, "complete_over_sequence", lambda found, layout: None), mock.patch.object(BlockSums, "add", add):
         yield

@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace as replace_field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from minitron_megatron.config.criteria import DEFAULT_RANKING, Criteria, Ranking
+from minitron_megatron.config.importance import ImportanceAggregation
 from minitron_megatron.config.parallel import Parallel
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.data.samples import packed_samples
+from minitron_megatron.errors import ArtifactError
 from minitron_megatron.importance import stage as importance
 from minitron_megatron.parallel.world import World
 from minitron_megatron.prune.plan import make_plan, top
 from minitron_megatron.scores.margins import load_margins, unit_margins
-from minitron_megatron.scores.statistics import Statistics
+from minitron_megatron.scores.statistics import Statistics, measured_keys
 from minitron_megatron.scores.units import UnitScores, activation_scores
 
 from .conftest import Identical, Record
@@ -45,10 +48,10 @@ def measure(
     *,
     micro_batch: int = 1,
     precision: str = "fp32",
-    samples: int = CALIBRATION,
+    **importance: Any,
 ) -> Sums:
     recipe = recipe_for(house, parallel, precision, micro_batch=micro_batch)
-    recipe = recipe.model_copy(update={"importance": recipe.importance.model_copy(update={"samples": samples})})
+    recipe = recipe.model_copy(update={"importance": recipe.importance.model_copy(update=importance)})
     folder.mkdir()
     pool.run(run_importance, recipe, folder, processes=parallel.processes)
     return Statistics.load(folder / "scores.safetensors").sums
@@ -154,6 +157,22 @@ def test_the_size_of_a_micro_batch_does_not_matter_even_when_the_last_one_is_sma
 def test_a_data_parallel_rank_without_samples_takes_part(pool: Pool, house: Path, tmp_path: Path) -> None:
     """10 samples are one block, which one rank owns."""
     assert same_bits(*(measure(pool, house, tmp_path / layout_name(at), at, samples=10) for at in (DP2, ONE)))
+
+
+@pytest.mark.parametrize("parallel", [ONE, TP2_PP2], ids=layout_name)
+def test_the_default_sums_give_the_default_scores_and_no_others(
+    pool: Pool, house: Path, one_process: Sums, tmp_path: Path, measured: Record, parallel: Parallel
+) -> None:
+    found = measure(pool, house, tmp_path / "scores", parallel, sums="default")
+    assert found.keys() == measured_keys(SOURCE, kept="default")
+    expected = {key: value[:1] if value.dim() == 3 else value for key, value in one_process.items() if key in found}
+    assert measured("default importance sums", layout_name(parallel), worst(found, expected)) <= FP32
+    for ranking in (Ranking(ImportanceAggregation(sequence="l2")), Ranking(criteria=P1), Ranking(criteria=Criteria(channels="all_norms"))):
+        with pytest.raises(ArtifactError, match=r"importance\.sums=all"):
+            scores_of(found, ranking)
+    ours, theirs = scores_of(found, DEFAULT_RANKING), scores_of(one_process, DEFAULT_RANKING)
+    assert max(relative_difference(torch.stack(getattr(ours, axis)), torch.stack(getattr(theirs, axis))) for axis in ("ffn", "heads")) <= FP32
+    assert relative_difference(ours.channels, theirs.channels) <= FP32
 
 
 def scores_of(sums: Sums, ranking: Ranking) -> UnitScores:

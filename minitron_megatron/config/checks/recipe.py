@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from minitron_megatron.arch.architecture import Architecture, nearest_multiples
-from minitron_megatron.config.checks.criteria import criteria_problems
+from minitron_megatron.config.checks.criteria import criteria_problems, sums_problems
 from minitron_megatron.config.checks.depth import block_size_problems, depth_problems
 from minitron_megatron.config.checks.export import export_problems
 from minitron_megatron.config.checks.layout import layout_problems, list_problems, shape_problems, teacher_problems
@@ -41,7 +41,7 @@ def check_recipe(recipe: Recipe, source: Architecture, planned: Planned | None =
     problems += text_problems(recipe, source)
     if recipe.prune.scores_file and recipe.prune.scores != "activation":
         problems.append(f"prune.scores_file holds activation scores, but prune.scores={recipe.prune.scores}; leave one of them out")
-    problems += criteria_problems(recipe.prune, source)
+    problems += criteria_problems(recipe.prune, source) + sums_problems(recipe.importance, recipe.prune)
     problems += training_problems(recipe.training)
     problems += export_problems(recipe, source)
     if problems:

@@ -267,3 +267,15 @@ def test_criteria_that_a_model_cannot_be_ranked_by_are_refused(problems: Callabl
     ]
     check_recipe(load_recipe(recipe_file(), ["prune.criteria.ffn=before_activation"]), MODEL)
     check_recipe(load_recipe(recipe_file(), ["prune.aggregations.experts.batch=mean", "prune.criteria.heads=per_token_norm"]), EXPERTS)
+
+
+def test_sums_that_prune_ranks_by_and_the_importance_pass_does_not_keep_are_refused(problems: Callable[..., list[str]], recipe_file: Recipes) -> None:
+    for asked, told in (
+        (["prune.criteria.heads=behind_projection"], "prune.criteria.heads=behind_projection"),
+        (["prune.aggregation.sequence=l2"], "sequence=l2"),
+        (["prune.aggregations.ffn.sequence=variance"], "sequence=variance"),
+    ):
+        problem = f"importance.sums=default does not measure what prune ranks by ({told}); set importance.sums=all"
+        assert problems("importance.sums=default", *asked) == [problem]
+        check_recipe(load_recipe(recipe_file(), ["importance.sums=default", "prune.scores=magnitude", *asked]), MODEL)
+    check_recipe(load_recipe(recipe_file(), ["importance.sums=default", "prune.aggregation.batch=mean"]), MODEL)

@@ -39,8 +39,8 @@ def test_a_segment_has_as_many_blocks_for_each_rank_and_at_least_what_was_asked(
 def test_a_dummy_leaves_no_trace_in_the_sums() -> None:
     def add(sums: BlockSums, ids: list[int]) -> BlockSums:
         values = torch.arange(1.0, 25.0).view(3, 2, 4)[:, : len(ids)]
-        sums.add((0, "ffn"), values, 7, ids)
-        sums.add_influence((0, "influence"), torch.tensor([3.0, 100.0])[: len(ids)], 7, ids)
+        sums.add({(0, "ffn"): values}, 7, ids)
+        sums.add_influence({(0, "influence"): torch.tensor([3.0, 100.0])[: len(ids)]}, 7, ids)
         return sums
 
     plain, padded = add(BlockSums(), [5]), add(BlockSums(), [5, FILLING])

@@ -18,8 +18,8 @@ from minitron_megatron.config.criteria import Aggregations, Criteria, Ranking
 from minitron_megatron.config.importance import ImportanceAggregation
 from minitron_megatron.errors import ArtifactError
 from minitron_megatron.importance.accumulate import BlockSums
-from minitron_megatron.importance.hooks import token_sums
 from minitron_megatron.importance.reduce import fold
+from minitron_megatron.importance.token_sums import token_sums
 from minitron_megatron.scores.statistics import INFLUENCE, Statistics, over_samples
 from minitron_megatron.scores.units import UnitScores, activation_scores, block_influence, head_scores, magnitude_scores, random_scores
 
@@ -69,9 +69,9 @@ def statistics() -> Statistics:
             x = activations(layer, axis)
             for start in range(0, SAMPLES, 2):
                 ids = list(range(start, min(start + 2, SAMPLES)))
-                sums.add((layer, axis), token_sums(x[ids].transpose(0, 1)), TOKENS, ids)
+                sums.add({(layer, axis): token_sums(x[ids].transpose(0, 1))}, TOKENS, ids)
         cosines = torch.linspace(-1, 1, SAMPLES) / (layer + 1)
-        sums.add_influence((layer, "influence"), cosines * TOKENS, TOKENS, list(range(SAMPLES)))
+        sums.add_influence({(layer, "influence"): cosines * TOKENS}, TOKENS, list(range(SAMPLES)))
     return Statistics(ARCH, SAMPLES, fold({}, sums.blocks), {"model": "x"})
 
 
@@ -129,10 +129,10 @@ def test_the_two_scores_of_a_head_rank_differently() -> None:
     turns, steady = torch.eye(4).repeat(2, 1), torch.full((8, 4), 0.3)  # [tokens, channels]
     sums, x = BlockSums(), torch.cat([turns, steady], dim=-1)[:, None]
     for axis, seen in (("heads", x), ("head_norms", x.unflatten(-1, (2, 4)).norm(dim=-1))):
-        sums.add((0, axis), token_sums(seen), 8, [0])
+        sums.add({(0, axis): token_sums(seen)}, 8, [0])
     for axis, width in {"ffn": 10, "attention_norm": 6, "mlp_norm": 6}.items():
-        sums.add((0, axis), token_sums(torch.zeros(8, 1, width)), 8, [0])
-    sums.add_influence((0, INFLUENCE), torch.zeros(1), 8, [0])
+        sums.add({(0, axis): token_sums(torch.zeros(8, 1, width))}, 8, [0])
+    sums.add_influence({(0, INFLUENCE): torch.zeros(1)}, 8, [0])
     statistics = Statistics(arch, 1, fold({}, sums.blocks))
     by_channel, by_token = activation_scores(statistics).heads[0], activation_scores(statistics, Ranking(criteria=P1_HEADS)).heads[0]
     torch.testing.assert_close(by_channel, torch.tensor([0.5, 0.6]).double())  # 4 channels of a mean of 1/4, and of 0.3

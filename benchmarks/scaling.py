@@ -48,7 +48,7 @@ def run(module: str, only: str) -> list[tuple[Curve, list[Point]]]:
     from minitron_megatron.launcher import worker_environment
 
     # streams: each large tensor has pages of its own, which a peak then sees come and go
-    environment = {**os.environ, **worker_environment(1, streams=True)}
+    environment = {**os.environ, **worker_environment(1, streams=True), "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, __file__, "--measure", module, "--only", only]
     told = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout.splitlines()
     curves = {name(curve): curve for curve in curves_of(module)}
@@ -62,11 +62,13 @@ def measure_module(module: str, only: str) -> None:
     activate("cpu")
     from growth.points import measure
 
+    lines = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print goes to the console, the lines to whoever asked
     for curve in curves_of(module):
         if only in name(curve):
             points = measure(curve)
-            print(json.dumps([name(curve), [vars(point) for point in points]]), flush=True)
-            print(*row(curve, points), sep=" | ", file=sys.stderr, flush=True)
+            print(json.dumps([name(curve), [vars(point) for point in points]]), file=lines, flush=True)
+            print(*row(curve, points), sep=" | ", flush=True)
 
 
 def curves_of(module: str) -> list[Curve]:

@@ -35,7 +35,7 @@ WHY_PAIRS = "ranking.json tells every pair of finalists; each of them has cost m
 
 def planned(size: int, folder: Path, *, quantity: str) -> Work:
     """Scores of all units to a plan, with its margins, half of each axis kept."""
-    arch = LARGE.resized(**{quantity: size}) if quantity != "layers" else NARROW.resized(layers=size)
+    arch = NARROW.resized(**{quantity: size})
     scores = random_scores(arch, 0)
     return lambda: make_plan(scores, arch, arch.resized(**{axis: getattr(arch, axis) // 2 for axis in ("layers", "hidden", "ffn", "heads")}))
 

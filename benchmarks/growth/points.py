@@ -13,7 +13,7 @@ from pathlib import Path
 
 from growth.curve import Curve, Point
 
-SECONDS_A_POINT = 0.8
+SECONDS_A_POINT = 0.5
 """Runs are repeated until they have taken so long, or MOST_RUNS times."""
 MOST_RUNS = 7
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from growth.curve import Curve, Point
+from growth.curve import Curve, Point, fit_memory
 from matplotlib.axes import Axes
 
 from minitron_megatron.results.svg import ACCENT, GRID, KEPT, MUTED, new_figure, standalone, style, to_svg
@@ -33,8 +33,8 @@ def _panel(axes: Axes, curve: Curve, points: Sequence[Point]) -> None:
     axes.set_yscale("log")
     axes.plot(sizes, [size / sizes[0] for size in sizes], color=GRID, linewidth=2.4, label="linear")
     axes.plot(sizes, [point.seconds / points[0].seconds for point in points], color=KEPT, marker="o", markersize=2.5, linewidth=1.2, label="time")
-    if points[0].megabytes:
-        memory = [max(point.megabytes, 1e-3) / points[0].megabytes for point in points]
+    if fit_memory(points) and points[0].megabytes:
+        memory = [point.megabytes / points[0].megabytes for point in points]
         axes.plot(sizes, memory, color=ACCENT, marker="s", markersize=2.2, linewidth=1.0, label="memory")
     axes.set_title(curve.work, fontsize=7, pad=3)
     axes.set_xlabel(curve.quantity, fontsize=6.5, labelpad=1)

@@ -80,7 +80,7 @@ def packed(size: int, folder: Path, *, rule: Rule) -> Work:
 
 def chat(size: int, folder: Path, *, quantity: str) -> Work:
     """Conversations encoded with their weights, by a template that does not mark its answers."""
-    conversations, turns = (size, 4) if quantity == "conversations" else (8, size)
+    conversations, turns = (size, 4) if quantity == "conversations" else (2, size)
     text = " ".join(WORDS)
     pair = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
     encoder = ChatEncoder(_tokenizer(folder / "tokenizer"), ChatTemplate(folder, TEMPLATE, {}), "uint16")
@@ -91,7 +91,7 @@ def chat(size: int, folder: Path, *, quantity: str) -> Work:
 
 CURVES = [
     Curve("data", "documents", (1000, 2000, 4000, 8000, 16000), partial(tokenized, quantity="documents")),
-    Curve("data", "words of a document", (1000, 4000, 16000, 64000), partial(tokenized, quantity="words")),
+    Curve("data", "words of a document", (500, 2000, 8000, 32000), partial(tokenized, quantity="words")),
     Curve("order of samples", "documents", (5000, 20000, 80000, 320000), ordered),
     Curve("packing, best fit", "texts", (10000, 30000, 100000, 300000), partial(packed, rule="best_fit")),
     Curve("packing, sequential", "texts", (10000, 30000, 100000, 300000), partial(packed, rule="sequential")),

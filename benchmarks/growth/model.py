@@ -116,8 +116,9 @@ def _model_and_text(size: int, quantity: str) -> tuple[Architecture, int, int]:
 
 
 def write_random(folder: Path, arch: Architecture) -> None:
-    def draw(row: TensorRow) -> torch.Tensor:
-        return torch.randn(row.shape(arch)).mul_(0.02)
+    def draw(row: TensorRow, rows: range | None = None) -> torch.Tensor:
+        shape = row.shape(arch)
+        return torch.randn(len(rows) if rows is not None else shape[0], *shape[1:]).mul_(0.02)
 
     write_torch_dist(folder, tensor_table(arch), arch, dtype=lambda row: torch.float32, read=draw)
 

@@ -32,8 +32,12 @@ class Zeros:
     def __init__(self, arch: Architecture) -> None:
         self._arch = arch
 
-    def read(self, row: TensorRow) -> torch.Tensor:
-        return torch.zeros(row.shape(self._arch))
+    def dtype(self, row: TensorRow) -> torch.dtype:
+        return torch.float32
+
+    def read(self, row: TensorRow, rows: range | None = None) -> torch.Tensor:
+        shape = row.shape(self._arch)
+        return torch.zeros(len(rows) if rows is not None else shape[0], *shape[1:])
 
 
 def _folder(path: Path, arch: Architecture, files: int) -> Path:

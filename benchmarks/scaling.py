@@ -31,6 +31,9 @@ def main() -> None:
     if asked.measure:
         measure_module(asked.measure, asked.only)
         return
+    from minitron_megatron.platform import activate
+
+    activate("cpu")  # ahead of megatron, which the curves import
     only = WORKS.get(asked.only, "" if asked.only in PARTS else asked.only)
     modules = [PARTS[asked.only]] if asked.only in PARTS else list(dict.fromkeys(PARTS.values()))
     found = [item for module in modules for item in run(module, only)]

@@ -106,6 +106,10 @@ class Architecture:
         """[L] the width of every layer's FFN, or of each of its experts."""
         return self.ffn_per_layer or (self.ffn,) * self.layers
 
+    def ffn_width(self, layer: int) -> int:
+        """ffn_widths[layer], without the list of all layers: tables ask for every tensor of every layer."""
+        return self.ffn_per_layer[layer] if self.ffn_per_layer else self.ffn
+
     def resized(self, *, ffn: int | Sequence[int] | None = None, **sizes: int) -> Architecture:
         """The same family with other sizes, for example resized(ffn=1024, layers=26); ffn may be a width for each layer."""
         if ffn is None:

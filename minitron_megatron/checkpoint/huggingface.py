@@ -98,12 +98,14 @@ def write_huggingface(folder: Path, source: Any, arch: Architecture, *, shard_by
 
 def _shards(source: Any, arch: Architecture, shard_bytes: int) -> Iterator[dict[str, Tensor]]:
     shard: dict[str, Tensor] = {}
+    held = 0
     for row in tensor_table(arch):
         tensors = [part.contiguous() for part in unpack(row, source.read(row), arch)]
-        size = sum(tensor.nbytes for tensor in (*shard.values(), *tensors))
-        if shard and size > shard_bytes:
+        size = sum(tensor.nbytes for tensor in tensors)
+        if shard and held + size > shard_bytes:
             yield shard
-            shard = {}
+            shard, held = {}, 0
+        held += size
         # a clone where parts share storage: safetensors refuses tensors that do
         shard.update(zip(row.hf_names, (part.clone() if len(tensors) > 1 else part for part in tensors), strict=True))
     yield shard

@@ -46,7 +46,7 @@ class TensorRow:
 
 def axis_size(axis: str, arch: Architecture, layer: int | None = None) -> int:
     """layer: where layers differ in it."""
-    ffn = arch.ffn if layer is None else arch.ffn_widths[layer]
+    ffn = arch.ffn if layer is None else arch.ffn_width(layer)
     return {
         "V": arch.vocab,
         "D": arch.hidden,

@@ -21,6 +21,7 @@ from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.checkpoint.digest import combined_digest, tensor_digest
 from minitron_megatron.checkpoint.safe_metadata import SafeFileSystemReader
 from minitron_megatron.checkpoint.save_stream import Place, save_stream
+from minitron_megatron.checkpoint.slices import StoredSlices
 from minitron_megatron.checkpoint.tensors import TensorRow, tensor_table
 from minitron_megatron.errors import CheckpointError
 
@@ -53,6 +54,7 @@ class TorchDistReader:
         except Exception as error:  # a damaged pickle may raise anything
             raise CheckpointError(f"{folder}: its .metadata cannot be read ({_first_line(error)}); make the checkpoint anew") from None
         self._files.set_up_storage_reader(self._metadata, is_coordinator=True)
+        self._slices = StoredSlices()
         self.tensors: Mapping[str, TensorStorageMetadata] = {
             key: entry for key, entry in self._metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)
         }
@@ -63,7 +65,7 @@ class TorchDistReader:
         offsets = offsets or (0,) * len(entry.size)
         target = torch.empty(sizes or tuple(entry.size), dtype=entry.properties.dtype)
         chunk = ChunkStorageMetadata(torch.Size(offsets), target.size())
-        items = create_read_items_for_chunk_list(key, entry, [chunk])
+        items = create_read_items_for_chunk_list(key, self._slices.around(key, entry, chunk), [chunk])
         try:
             self._files.read_data(LoadPlan(items), _IntoTarget(target)).wait()
         except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:

@@ -38,7 +38,10 @@ def distillation_work(student: Architecture, *teachers: Architecture) -> EndWork
 
 def layer_works(arch: Architecture) -> tuple[float, ...]:
     """[L] the work of each layer in that unit; empty where all are equal."""
-    return tuple(cost / layer_cost(arch) for cost in layer_costs(arch)) if arch.ffn_per_layer else ()
+    if not arch.ffn_per_layer:
+        return ()
+    unit = layer_cost(arch)
+    return tuple(cost / unit for cost in layer_costs(arch))
 
 
 def split_layers(layers: int, stages: int, rule: Rule = "cost", ends: EndWork = EndWork(), works: Sequence[float] = ()) -> tuple[int, ...]:

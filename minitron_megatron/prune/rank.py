@@ -5,6 +5,7 @@ Legend: L layers, F ffn, H query heads, G key/value groups, P heads of a group.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -60,8 +61,8 @@ def widths_of_budget(scores: Sequence[Tensor], neurons: int, multiple: int) -> l
     wanted, held = neurons // multiple, sum(map(len, blocks))
     if not len(scores) <= wanted <= held:
         raise PlanError(f"prune.ffn_by=global: {neurons} neurons in blocks of {multiple} do not fit {len(scores)} layers that hold {held} blocks")
-    chosen = [layer for _, _, layer in _in_order(blocks)[:wanted]]
-    return [chosen.count(layer) * multiple for layer in range(len(scores))]
+    chosen = Counter(layer for _, _, layer in _in_order(blocks)[:wanted])
+    return [chosen[layer] * multiple for layer in range(len(scores))]
 
 
 def budget_margin(scores: Sequence[Tensor], neurons: int, multiple: int) -> float | None:

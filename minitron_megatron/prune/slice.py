@@ -40,7 +40,7 @@ def kept_indices(axis: str, row: TensorRow, plan: PrunePlan) -> Tensor | None:
 
 
 def _neurons(axis: str, row: TensorRow, layer: int, plan: PrunePlan) -> Tensor | None:
-    width = plan.source.ffn_widths[layer]
+    width = plan.source.ffn_width(layer)
     kept = plan.ffn[layer] if row.expert is None else plan.expert_ffn[layer][row.expert]
     if len(kept) == width:
         return None

@@ -7,7 +7,8 @@ bits where every part after the first is one whole block, and differ by fp64 rou
 
 from __future__ import annotations
 
-from itertools import combinations
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def merge_files(files: list[Path], output: Path) -> Statistics:
     Raises ArtifactError, before anything is written, for parts that do not belong together and for an output that exists.
     """
     paths = [file / SCORES_FILE if file.is_dir() else file for file in files]
-    repeated = {str(path) for path in paths if paths.count(path) > 1}
+    repeated = {str(path) for path, count in Counter(paths).items() if count > 1}
     if repeated:
         raise ArtifactError(f"{', '.join(sorted(repeated))} is named twice; name every scores file once")
     merged = merge({str(path): Statistics.load(path) for path in paths})
@@ -51,9 +52,8 @@ def merge(parts: dict[str, Statistics]) -> Statistics:
             raise ArtifactError(
                 f"{name} holds {part.samples} of {asked} samples, its pass was interrupted; finish it with: minitron importance RECIPE"
             )
-    for (name, one), (other_name, other) in combinations(parts.items(), 2):
-        _refuse_strangers(name, one, other_name, other)
-        _refuse_shared_samples(name, one, other_name, other)
+    _refuse_strangers(parts)
+    _refuse_shared_samples(parts)
     ordered = sorted(parts.values(), key=lambda part: [_order(item) for item in part.origin["parts"]])
     first, *others = ordered
     sums = dict(first.sums)
@@ -63,23 +63,26 @@ def merge(parts: dict[str, Statistics]) -> Statistics:
     return Statistics(first.arch, sum(part.samples for part in ordered), sums, {**first.origin, "parts": measured})
 
 
-def _refuse_strangers(name: str, one: Statistics, other_name: str, other: Statistics) -> None:
-    ours, theirs = _measured_how(one), _measured_how(other)
-    for what, value in ours.items():
-        if value != theirs[what]:
-            told = f" ({value} and {theirs[what]})" if isinstance(value, (str, int)) else ""
-            raise ArtifactError(f"{name} and {other_name} differ in {what}{told}; only scores measured alike can be merged")
+def _refuse_strangers(parts: dict[str, Statistics]) -> None:
+    """All against the first: what is equal to it is equal to each other."""
+    (name, ours), *others = ((name, _measured_how(part)) for name, part in parts.items())
+    for other_name, theirs in others:
+        for what, value in ours.items():
+            if value != theirs[what]:
+                told = f" ({value} and {theirs[what]})" if isinstance(value, (str, int)) else ""
+                raise ArtifactError(f"{name} and {other_name} differ in {what}{told}; only scores measured alike can be merged")
 
 
-def _refuse_shared_samples(name: str, one: Statistics, other_name: str, other: Statistics) -> None:
-    for ours in one.origin["parts"]:
-        for theirs in other.origin["parts"]:
-            first, behind = max(ours["first_sample"], theirs["first_sample"]), min(_behind(ours), _behind(theirs))
-            if (ours["data"], ours["seed"]) == (theirs["data"], theirs["seed"]) and first < behind:
-                raise ArtifactError(
-                    f"{name} and {other_name} both hold samples {first} to {behind - 1} of the same data and seed {ours['seed']}; "
-                    "measure other samples with importance.skip_samples, or leave one file out"
-                )
+def _refuse_shared_samples(parts: dict[str, Statistics]) -> None:
+    """In the order of their first samples, where the first two that overlap are neighbours."""
+    ordered = sorted(((name, item) for name, part in parts.items() for item in part.origin["parts"]), key=lambda named: _order(named[1]))
+    for (name, ours), (other_name, theirs) in pairwise(ordered):
+        first, behind = theirs["first_sample"], min(_behind(ours), _behind(theirs))
+        if (ours["data"], ours["seed"]) == (theirs["data"], theirs["seed"]) and first < behind:
+            raise ArtifactError(
+                f"{name} and {other_name} both hold samples {first} to {behind - 1} of the same data and seed {ours['seed']}; "
+                "measure other samples with importance.skip_samples, or leave one file out"
+            )
 
 
 def _measured_how(statistics: Statistics) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from minitron_megatron.arch.architecture import Architecture, kv_cache_bytes_per_token, nonembedding_parameter_count, parameter_count
 from minitron_megatron.config.checks.layout import layout_problems, list_problems
@@ -83,7 +84,7 @@ class Survey:
     impossible: int
     """Combinations of sizes that are no model of the family."""
 
-    @property
+    @cached_property
     def survivors(self) -> list[Candidate]:
         return [candidate for candidate in self.candidates if not candidate.removed_by]
 

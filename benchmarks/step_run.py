@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from step_plain import TeacherAlone, Trained, cross_entropy, plain_model, trained
-from step_shapes import LAYOUTS, OURS, PEER, SETTINGS, STUDENT, STUDENT_ALONE, TEACHER, TEACHER_ALONE, WITH_PEER
+from step_points import of_distillation, of_trained, simulated
+from step_shapes import LAYOUTS, OURS, PEER, SETTINGS, STUDENT, STUDENT_ALONE, TEACHER, TEACHER_ALONE, WHOLE_TEACHER, WITH_PEER
 
 from minitron_megatron.checkpoint.sharded import load_model
 from minitron_megatron.checkpoint.torch_dist import MegatronSource
@@ -22,7 +23,7 @@ from minitron_megatron.data.shared import shared_samples
 from minitron_megatron.distill.teacher import load_teacher
 from minitron_megatron.distill.teachers import Teachers
 from minitron_megatron.model.build import build_model
-from minitron_megatron.parallel.layout import global_layout, teacher_layout
+from minitron_megatron.parallel.layout import Layout, global_layout, teacher_layout
 from minitron_megatron.parallel.split import EndWork, distillation_work, hidden_state_work, logits_work
 from minitron_megatron.parallel.world import World
 from minitron_megatron.training.loop import TrainingLoop
@@ -40,48 +41,54 @@ class Run:
     def __init__(self, name: str, folder: Path, world: World) -> None:
         parallel = LAYOUTS[name]
         self.folder, self.world, self.layout = folder, world, global_layout(parallel, world)
-        own = TeacherParallel(tensor=parallel.tensor, pipeline=parallel.pipeline)
-        self.frozen_layout = teacher_layout(own, world, self.layout)
+        self.frozen_layout = teacher_layout(TeacherParallel(tensor=parallel.tensor, pipeline=parallel.pipeline), world, self.layout)
         self.samples = shared_samples(world, folder / "train", samples=1000, sequence_length=SETTINGS.sequence_length, seed=1, cache=folder / "cache")
         self.losses: dict[str, float] = {}
-        self.loop = self._loop()
+        self.loop = self._loop(self.frozen_layout)
         self.steps: dict[str, Callable[[], Any]] = {
-            OURS: self._ours(),
+            OURS: self._ours(OURS, self.loop),
             TEACHER_ALONE: self._teacher_alone(),
             STUDENT_ALONE: self._training(STUDENT_ALONE, trained(self._plain("student", ENDS["student"]), SETTINGS, cross_entropy)),
         }
+        self.points = {OURS: partial(of_distillation, self.loop, self._batches(0)[0])}
         if name == WITH_PEER:
             from step_peer import peers_step  # last: nothing that it may change is there for the others
 
+            whole = self._loop(teacher_layout(TeacherParallel(), world, self.layout))
+            self.steps[WHOLE_TEACHER] = self._ours(WHOLE_TEACHER, whole)
+            self.points[WHOLE_TEACHER] = partial(of_distillation, whole, self._batches(0)[0])
+
             # the split of ours: one stage has both models' work of a micro-batch there, too
             models = self._plain("student", ENDS["both"]), self._plain("teacher", hidden_state_work(TEACHER))
-            self.steps[PEER] = self._training(PEER, peers_step(*models, SETTINGS))
+            peer = peers_step(*models, SETTINGS)
+            self.steps[PEER] = self._training(PEER, peer)
+            self.points[PEER] = partial(of_trained, peer, self._batches(0)[0], STUDENT.hidden + TEACHER.hidden)
 
     def findings(self) -> dict[str, Any]:
-        """Mean loss of each first step, over the same samples with the same weights."""
-        return {"losses": self.losses}
+        """Mean loss of each first step, over the same samples with the same weights; the simulated step from the measured passes."""
+        return {"losses": self.losses, "simulated": {name: simulated(measure(), self.layout) for name, measure in self.points.items()}}
 
-    def _loop(self) -> TrainingLoop:
+    def _loop(self, frozen: Layout) -> TrainingLoop:
         where, world = self.folder / "teacher", self.world
         source = MegatronSource(where, TEACHER)
-        teacher = load_teacher(source, where, self.frozen_layout, self.layout, world.platform, torch.float32, budget_bytes=1e9)
+        teacher = load_teacher(source, where, frozen, self.layout, world.platform, torch.float32, budget_bytes=1e9)
         ends = ENDS["both"]
         model = build_model(STUDENT, self.layout, world.platform, torch.float32, output_layer=DistillationOutputLayer, ends=ends, trainable=True)
         load_model(model, self.folder / "student")
         student = make_student(model, SETTINGS, Training())
         return TrainingLoop("distill", SETTINGS, self.layout, world, Teachers([teacher]), student, self.samples, self.samples)
 
-    def _ours(self) -> Callable[[], None]:
+    def _ours(self, name: str, loop: TrainingLoop) -> Callable[[], None]:
         """A step as the loop takes it: its samples read, its losses added up and logged."""
-        steps, loop = count(), self.loop
+        steps = count()
         log = MetricsLog(self.folder / "log", finished_steps=0, wandb=None, run_name="step") if self.world.is_main else None
 
         def step() -> None:
             record = loop._step(next(steps))
             if log:
                 log.write(record)
-            self.losses.setdefault(OURS, record["forward_kl"])
-            self.losses.setdefault("cross-entropy of ours", record["cross_entropy"])
+            self.losses.setdefault(name, record["forward_kl"])
+            self.losses.setdefault(f"{name}: cross-entropy", record["cross_entropy"])
 
         return step
 
@@ -105,7 +112,7 @@ class Run:
 
     def _plain(self, kind: str, ends: EndWork) -> Any:
         arch, layout = (TEACHER, self.frozen_layout) if kind == "teacher" else (STUDENT, self.layout)
-        return plain_model(arch, replace(layout), self.world.platform, self.folder / kind, ends)
+        return plain_model(arch, layout, self.world.platform, self.folder / kind, ends)
 
     def _batches(self, first: int) -> list[Batch]:
         groups = micro_batches(first, global_batch=SETTINGS.global_batch, micro_batch=SETTINGS.micro_batch)

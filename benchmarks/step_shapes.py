@@ -8,8 +8,8 @@ from minitron_megatron.config.parallel import Parallel
 
 TEACHER = Architecture("llama", 16, 512, 8, 4, 64, 1536, 32768, False, 512, 1e-5, 10000.0)
 STUDENT = TEACHER.resized(hidden=384, ffn=1152)
-MICRO_BATCHES, ROUNDS = 4, 7
-SETTINGS = Distill(steps=1000, sequence_length=256, global_batch=MICRO_BATCHES, micro_batch=1)
+MICRO_BATCHES, ROUNDS = 4, 1
+SETTINGS = Distill(steps=1000, sequence_length=192, global_batch=MICRO_BATCHES, micro_batch=1)
 LAYOUTS = {
     "one process": Parallel(),
     "PP=2": Parallel(pipeline=2, teacher="student"),
@@ -19,3 +19,5 @@ LAYOUTS = {
 """Teacher and student in the same one: the baselines have no other."""
 WITH_PEER = "PP=2"
 OURS, TEACHER_ALONE, STUDENT_ALONE, PEER = "distillation step", "teacher with output layer", "student with cross-entropy", "ModelOpt"
+WHOLE_TEACHER = "distillation step, teacher whole on each rank"
+"""What parallel.teacher=auto chooses where its weights fit; at WITH_PEER's layout."""

@@ -15,8 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from step_shapes import ROUNDS
 
-from minitron_megatron.platform import activate
-from minitron_megatron.platform import retarget
+from minitron_megatron.platform import activate, retarget
 
 
 def main(name: str, folder: Path) -> None:

@@ -168,8 +168,9 @@ class StagesOfLayout(PipelineParallelLayerLayout):
 def _pipeline_layout(arch: Architecture, layout: Layout, ends: EndWork) -> StagesOfLayout | None:
     if layout.pipeline == 1:
         return None
-    split = split_layers(arch.layers, layout.pipeline * layout.virtual, layout.split_rule, ends, layer_works(arch))
-    stages = [["decoder"] * layers for layers in split]
-    stages[0].insert(0, "embedding")
-    stages[-1].append("loss")
-    return StagesOfLayout(stages, layout)
+    stages = layout.pipeline * layout.virtual
+    split = split_layers(arch.layers, stages, layout.split_rule, ends, layer_works(arch), ranks=layout.pipeline)
+    parts = [["decoder"] * layers for layers in split]
+    parts[0].insert(0, "embedding")
+    parts[-1].append("loss")
+    return StagesOfLayout(parts, layout)

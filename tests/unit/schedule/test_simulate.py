@@ -55,12 +55,8 @@ def test_the_interleaved_order_is_megatrons(ranks: int, virtual: int) -> None:
     timeline = simulate(even(ranks, virtual), 2 * ranks, "teacher_pipelined")
     table = get_schedule_table(2 * ranks, virtual, ranks)
     for rank in range(ranks):
-        taken = {
-            kind: [
-                (which.micro_batch, which.chunk) for which in sorted(timeline, key=lambda which: timeline[which].start) if which[:2] == (kind, rank)
-            ]
-            for kind in ("forward", "backward")
-        }
+        in_time = sorted((which for which in timeline if which.rank == rank), key=lambda which: timeline[which].start)
+        taken = {kind: [(which.micro_batch, which.chunk) for which in in_time if which.kind == kind] for kind in ("forward", "backward")}
         assert taken == {"forward": table, "backward": [(number, virtual - 1 - chunk) for number, chunk in table]}
 
 
@@ -117,5 +113,5 @@ def test_passes_that_wait_for_each_other_are_told_instead_of_waited_for(monkeypa
         return [*found, Pass("backward", 1, wanted.micro_batch)] if wanted[:2] == ("forward", 0) else found
 
     monkeypatch.setattr(simulator, "_needed", wrong)
-    with pytest.raises(RuntimeError, match="every rank waits for another one: .*'forward', 0, 0, 0"):
+    with pytest.raises(RuntimeError, match=r"every rank waits for another one: .*'forward', 0, 0, 0"):
         simulate(even(2), 2, "teacher_pipelined")

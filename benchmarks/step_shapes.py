@@ -8,7 +8,7 @@ from minitron_megatron.config.parallel import Parallel
 
 TEACHER = Architecture("llama", 16, 512, 8, 4, 64, 1536, 32768, False, 512, 1e-5, 10000.0)
 STUDENT = TEACHER.resized(hidden=384, ffn=1152)
-MICRO_BATCHES, ROUNDS = 4, 1
+MICRO_BATCHES, ROUNDS = 4, 5
 SETTINGS = Distill(steps=1000, sequence_length=192, global_batch=MICRO_BATCHES, micro_batch=1)
 LAYOUTS = {
     "one process": Parallel(),

@@ -2,7 +2,7 @@
 
 Claims: at most 1.05 × (teacher forward with its output layer alone + student step with plain cross-entropy alone), in one process, PP=2,
 PP=2 × VPP=2 and TP=2; at PP=2 at most ModelOpt's time. fp32, random weights, the same for all; the processes of a layout are started
-once, and what is compared takes turns in them.
+once, and what is compared takes turns in them. `step_overhead.py LAYOUT…` measures some of the layouts and writes no result.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         prepare(folder)
-        report({name: measured(name, parallel.processes, folder) for name, parallel in LAYOUTS.items() if name in (sys.argv[1:] or LAYOUTS)})
+        wanted = sys.argv[1:] or list(LAYOUTS)
+        report({name: measured(name, LAYOUTS[name].processes, folder) for name in wanted})
 
 
 def prepare(folder: Path) -> None:
@@ -102,7 +103,10 @@ def report(found: dict[str, dict[str, Any]]) -> None:
         "|---|---|--:|--:|--:|",
         *points,
     ]
-    write_result("step_overhead", "A distillation step against its parts, and against ModelOpt's", "\n".join(text), figures)
+    if sys.argv[1:]:
+        print("\n".join(text), json.dumps(figures), sep="\n")
+    else:
+        write_result("step_overhead", "A distillation step against its parts, and against ModelOpt's", "\n".join(text), figures)
 
 
 def agree(name: str, losses: dict[str, float]) -> None:

@@ -85,7 +85,8 @@ def report(found: dict[str, dict[str, Any]]) -> None:
         against = f"{peer:.2f} s | {over['over_modelopt']:.3f}" if peer else "– | –"
         seconds = " | ".join(f"{taken[what]:.2f} s" for what in (OURS, TEACHER_ALONE, STUDENT_ALONE))
         rows.append(f"| {name} | {seconds} | {over['over_parts']:.3f} | {against} |")
-        for what, expected in values["simulated"].items():
+        for what, point in values["simulated"].items():
+            expected = point["seconds"]
             points.append(f"| {name} | {what} | {expected:.2f} s | {taken[what]:.2f} s | {taken[what] / expected:.2f} |")
     shapes = f"{TEACHER.layers} layers, hidden {TEACHER.hidden} → {STUDENT.hidden}, ffn {TEACHER.ffn} → {STUDENT.ffn}, V {TEACHER.vocab:,}"
     text = [

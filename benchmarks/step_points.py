@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -46,8 +46,8 @@ class SomeStates:
         return [self.target]
 
 
-def simulated(passes: Passes, layout: Layout) -> float:
-    """Seconds of a step over all ranks of the pipeline; behind it the slowest rank's optimizer."""
+def simulated(passes: Passes, layout: Layout) -> dict[str, Any]:
+    """Seconds of a step over all ranks of the pipeline, behind it the slowest rank's optimizer; and the passes that it is made of."""
     found: list[Any] = [None] * layout.pipeline
     dist.all_gather_object(found, passes, group=layout.groups.pp)
     works = StageWorks(
@@ -55,7 +55,8 @@ def simulated(passes: Passes, layout: Layout) -> float:
         tuple(rank.forward[chunk] for chunk in range(layout.virtual) for rank in found),
         tuple(rank.backward[chunk] for chunk in range(layout.virtual) for rank in found),
     )
-    return step_time(simulate(works, MICRO_BATCHES, passes.order)) + max(rank.optimizer for rank in found)
+    seconds = step_time(simulate(works, MICRO_BATCHES, passes.order)) + max(rank.optimizer for rank in found)
+    return {"seconds": seconds, "order": passes.order, "optimizer": passes.optimizer, **asdict(works)}
 
 
 def of_distillation(loop: TrainingLoop, batch: Batch) -> Passes:

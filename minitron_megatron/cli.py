@@ -236,7 +236,7 @@ def plan(
     for step, source, target in checked:
         if step.recipe.search:
             target = surviving(step.recipe, step.recipe.search, source).largest
-        console.print(schedule_table(schedule_rows(step.recipe, source, target), step.recipe.parallel.pipeline))
+        console.print(schedule_table(schedule_rows(step.recipe, source, target), step.recipe.parallel))
         if schedule:
             file = schedule.with_stem(f"{schedule.stem}_{step.name}") if step.name else schedule
             ranks, drawn = write_picture(step.recipe, source, target, file)

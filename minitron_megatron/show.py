@@ -43,7 +43,8 @@ def show_recipe(recipe: Recipe, source: Architecture, target: Architecture, cons
     console.print(architecture_table(source, target, recipe.distill.sequence_length))
     for note in trimming_notes(recipe, source, target):
         console.print(note)
-    stages, rule = recipe.parallel.pipeline * recipe.parallel.virtual, recipe.parallel.layers_per_stage
+    ranks, rule = recipe.parallel.pipeline, recipe.parallel.layers_per_stage
+    stages = ranks * recipe.parallel.virtual
     if stages > 1:
         works = {
             "importance": (source, hidden_state_work(source)),
@@ -53,7 +54,7 @@ def show_recipe(recipe: Recipe, source: Architecture, target: Architecture, cons
         }
         works = {stage: work for stage, work in works.items() if getattr(recipe, stage)}
         splits = ", ".join(
-            f"{stage} {' + '.join(map(str, split_layers(arch.layers, stages, rule, ends, layer_works(arch))))}"
+            f"{stage} {' + '.join(map(str, split_layers(arch.layers, stages, rule, ends, layer_works(arch), ranks=ranks)))}"
             for stage, (arch, ends) in works.items()
         )
         console.print(f"Layers per pipeline stage ({rule}): {splits}")

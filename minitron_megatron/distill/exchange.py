@@ -59,6 +59,8 @@ class Exchange:
     def __init__(self, teacher: Layout, student: Layout, group: dist.ProcessGroup, device: torch.device) -> None:
         self.teacher, self.student = teacher, student
         self._group, self._device, self._rank = group, device, group.rank()
+        self._leaving: list[tuple[dist.Work, torch.Tensor]] = []
+        """Sends under way, and what they send."""
         self.bytes_sent = 0
         self.bytes_kept = 0
         """Of states, or parts of them, that were on the right rank already."""
@@ -67,8 +69,10 @@ class Exchange:
         """Empties the store of what this rank's teacher made into the store of what its student wants; every process calls this.
 
         A round takes as many micro-batches as the layout with more data-parallel ranks works on at a time, so that memory holds
-        one round of states twice at most.
+        one round of states twice at most. What this rank sends may still be on its way when this returns: a rank that only gives goes on
+        with its student while the others are at their teacher.
         """
+        self._wait_for_sends()
         together = max(self.teacher.data, self.student.data)
         for first in range(0, len(groups), together):
             numbers = range(first, min(first + together, len(groups)))
@@ -100,10 +104,24 @@ class Exchange:
             arrived = self._post(moves, key, list(self.pieces(route, number, shape.sequence)), made, shape)
             if arrived is not None:
                 arriving.append((key, arrived))
-        for work in dist.batch_isend_irecv(moves) if moves else ():
-            work.wait()
+        self._start(moves)
         for key, held in arriving:
             wanted.put(key, held)
+
+    def _start(self, moves: list[dist.P2POp]) -> None:
+        """Waits for what arrives. NCCL has one work for all moves, and its wait holds up no host."""
+        works = dist.batch_isend_irecv(moves) if moves else []
+        for number, work in enumerate(works):
+            if len(works) == len(moves) and moves[number].op is dist.isend:
+                self._leaving.append((work, moves[number].tensor))
+            else:
+                work.wait()
+
+    def _wait_for_sends(self) -> None:
+        """Those of the step before, all through by its end; gloo says so only where it is waited for."""
+        for work, _ in self._leaving:
+            work.wait()
+        self._leaving = []
 
     def _keep(self, key: StateKey, route: Route, number: int, made: HandoverStore, wanted: HandoverStore) -> None:
         """The same storage, under the student's name for it."""

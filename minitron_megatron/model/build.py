@@ -104,8 +104,9 @@ def transformer_config(
     """Architecture × Layout → megatron's config; what depends on the machine comes from the platform."""
     flags = megatron_flags(platform)
     if layout.virtual > 1:
-        # batched sends and receives make the gradients of two stages with a virtual pipeline silently wrong
-        flags["batch_p2p_comm"] = False
+        # batched sends and receives make the gradients of two stages with a virtual pipeline silently wrong; and ranks that wait for each
+        # send stand in step with each other pass by pass, which a last stage with the loss in its forward pass makes slow
+        flags |= {"batch_p2p_comm": False, "overlap_p2p_comm": True}
     if arch.ffn_per_layer:
         flags |= {"ffn_per_layer": arch.ffn_per_layer, "heterogeneous_block_specs": True}
     return (LayerWidthsConfig if arch.ffn_per_layer else TransformerConfig)(
@@ -168,8 +169,9 @@ class StagesOfLayout(PipelineParallelLayerLayout):
 def _pipeline_layout(arch: Architecture, layout: Layout, ends: EndWork) -> StagesOfLayout | None:
     if layout.pipeline == 1:
         return None
-    split = split_layers(arch.layers, layout.pipeline * layout.virtual, layout.split_rule, ends, layer_works(arch))
-    stages = [["decoder"] * layers for layers in split]
-    stages[0].insert(0, "embedding")
-    stages[-1].append("loss")
-    return StagesOfLayout(stages, layout)
+    stages = layout.pipeline * layout.virtual
+    split = split_layers(arch.layers, stages, layout.split_rule, ends, layer_works(arch), ranks=layout.pipeline)
+    parts = [["decoder"] * layers for layers in split]
+    parts[0].insert(0, "embedding")
+    parts[-1].append("loss")
+    return StagesOfLayout(parts, layout)

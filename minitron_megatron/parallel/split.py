@@ -44,11 +44,15 @@ def layer_works(arch: Architecture) -> tuple[float, ...]:
     return tuple(cost / unit for cost in layer_costs(arch))
 
 
-def split_layers(layers: int, stages: int, rule: Rule = "cost", ends: EndWork = EndWork(), works: Sequence[float] = ()) -> tuple[int, ...]:
+def split_layers(
+    layers: int, stages: int, rule: Rule = "cost", ends: EndWork = EndWork(), works: Sequence[float] = (), *, ranks: int = 0
+) -> tuple[int, ...]:
     """Layers of each pipeline stage in the order of the model's depth; with a virtual pipeline, of each virtual stage.
 
     "even": equal numbers, the remainder on the first stages. "cost": the largest work of a stage is as small as possible, the work of
-    both ends counted, and each layer's by works where they differ (layer_works).
+    both ends counted, and each layer's by works where they differ (layer_works). ranks: to which the stages are dealt round, by default one
+    each; where each has several, it is the largest work of a rank, and only then that of a stage (of equal layers; works that differ are dealt
+    to stages as if each stood alone).
     A list is for models of as many layers as it deals out; others, such as the unpruned one, are split by cost.
     A pruned depth rarely divides, so no rule asks that it does.
     Raises LayoutError for more stages than layers and for a list of another number of stages.
@@ -61,7 +65,9 @@ def split_layers(layers: int, stages: int, rule: Rule = "cost", ends: EndWork = 
         return tuple(rule)
     if rule == "even":
         return _even(layers, stages)
-    return _balanced_unequal(works, stages, ends) if works else _balanced(layers, stages, ends)
+    if works:
+        return _balanced_unequal(works, stages, ends)
+    return _balanced_ranks(layers, stages, ranks, ends) if 1 < ranks < stages else _balanced(layers, stages, ends)
 
 
 def _even(layers: int, stages: int) -> tuple[int, ...]:
@@ -81,8 +87,26 @@ def _balanced(layers: int, stages: int, ends: EndWork) -> tuple[int, ...]:
     return min(candidates, key=lambda split: (_largest_work(split, ends), max(split) - min(split), -split[-1]))
 
 
+def _balanced_ranks(layers: int, stages: int, ranks: int, ends: EndWork) -> tuple[int, ...]:
+    """A last stage with more work than a rank's fair share leaves the other stages of its rank with less, which rules for stages alone cannot
+    see: tries every size of the last stage and of the others of its rank together; what is left is even over the other ranks."""
+    virtual = stages // ranks
+    candidates = []
+    for last in range(1, layers):
+        for beside in range(virtual - 1, layers - last - (ranks - 1) * virtual + 1):
+            of_ranks = [_even(part, virtual) for part in _even(layers - last - beside, ranks - 1)[::-1]]  # the embedding is on the first
+            of_ranks.append((*_even(beside, virtual - 1), last))
+            candidates.append(tuple(of_ranks[stage % ranks][stage // ranks] for stage in range(stages)))
+    return min(candidates, key=lambda split: (_largest_rank(split, ranks, ends), _largest_work(split, ends), max(split) - min(split), -split[-1]))
+
+
+def _largest_rank(split: tuple[int, ...], ranks: int, ends: EndWork) -> float:
+    work = [float(sum(split[rank::ranks])) for rank in range(ranks)]
+    return max(work[0] + ends.first, work[-1] + ends.last, *work[1:-1])
+
+
 def _largest_work(split: tuple[int, ...], ends: EndWork) -> float:
-    return max(split[0] + ends.first, split[-1] + ends.last, *split[1:2])
+    return max(split[0] + ends.first, split[-1] + ends.last, *split[1:-1])
 
 
 def _balanced_unequal(works: Sequence[float], stages: int, ends: EndWork) -> tuple[int, ...]:

@@ -181,8 +181,16 @@ class TrainingLoop:
         return self._over_processes(logged, hidden)
 
     def _loader(self, dataset: TokenDataset) -> Load:
-        """Sample ids → batch on the device; teacher and student of a step share those that both want."""
-        return cache(lambda ids: collate(dataset, ids).to(self.world.platform.device))
+        """Sample ids → batch on the device; teacher and student of a step share those that both want.
+
+        Its sample ids stay on the host: states are put away and found by them at every micro-batch, which must not wait for the device.
+        """
+
+        def load(ids: tuple[int, ...]) -> Batch:
+            batch = collate(dataset, ids)
+            return replace(batch.to(self.world.platform.device), sample_ids_B=batch.sample_ids_B)
+
+        return cache(load)
 
     def _over_processes(self, logged: list[dict[str, Tensor]], hidden: HiddenTraining | None = None) -> Sums:
         """Adds up what the processes logged."""

@@ -206,8 +206,9 @@ def check(found: FirstStep, reference: FirstStep, record: Record, layout: str) -
 
 def wanted_states(case: Case, pair: Pair) -> int:
     """By hand: how many states of a sample travel; the final one, and each of the teacher's once for every stage that compares it."""
-    stages, ends = case.parallel.pipeline * case.parallel.virtual, distillation_work(pair.student, pair.teacher)
-    stage_of_layer = [stage for stage, layers in enumerate(split_layers(pair.student.layers, stages, "cost", ends)) for _ in range(layers)]
+    ranks, ends = case.parallel.pipeline, distillation_work(pair.student, pair.teacher)
+    split = split_layers(pair.student.layers, ranks * case.parallel.virtual, "cost", ends, ranks=ranks)
+    stage_of_layer = [stage for stage, layers in enumerate(split) for _ in range(layers)]
     return len({(teacher, stage_of_layer[student]) for teacher, student in PAIRS}) + len(["embedding", "final"])
 
 

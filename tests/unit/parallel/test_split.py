@@ -36,6 +36,20 @@ def test_the_cost_rule_finds_the_smallest_slowest_stage(layers: int, stages: int
     assert slowest(found, ends) == min(slowest(split, ends) for split in every_split(layers, stages))
 
 
+@pytest.mark.parametrize("last", [0, 0.3, 1.5, 3.2, 6.9, 10])
+@pytest.mark.parametrize(("layers", "ranks", "virtual"), [(4, 2, 2), (13, 2, 2), (9, 2, 3), (13, 3, 2), (12, 4, 2), (10, 2, 4)])
+def test_with_virtual_stages_the_cost_rule_finds_the_smallest_slowest_rank(layers: int, ranks: int, virtual: int, last: float) -> None:
+    """The work of a rank is that of all its stages: a heavy last stage leaves the others of its rank with less."""
+
+    def slowest_rank(split: tuple[int, ...]) -> float:
+        work = [float(sum(split[rank::ranks])) for rank in range(ranks)]
+        return max(work[0] + 0.01, *work[1:-1], work[-1] + last)
+
+    found = split_layers(layers, ranks * virtual, "cost", EndWork(0.01, last), ranks=ranks)
+    assert (sum(found), len(found), min(found) >= 1) == (layers, ranks * virtual, True)
+    assert slowest_rank(found) == pytest.approx(min(slowest_rank(split) for split in every_split(layers, ranks * virtual)))
+
+
 @pytest.mark.parametrize("ends", [EndWork(), EndWork(0.3, 0.7), EndWork(1.9, 0), EndWork(2.2, 6.1)])
 @pytest.mark.parametrize("stages", [1, 2, 3, 5, 9])
 def test_the_cost_rule_weighs_layers_of_different_widths(stages: int, ends: EndWork) -> None:

@@ -6,9 +6,8 @@ state, and a checkpoint no longer loads: before the first step there is no count
 state that is made for loading has none (`KeyError: 'step'`), and what is restored is one tensor shared by all parameters,
 which each of them then adds 1 to.
 
-The update is torch's fused one, a single pass over weights, gradients and moments where the plain one makes eight. Its whole vectors have
-the plain one's bits; what is left behind the last of them it rounds otherwise, and bits would depend on where a tensor is cut: there the plain
-one is called.
+The update is torch's fused one, a single pass over weights, gradients and moments where the plain one makes eight. What is left behind the last
+whole vector of a tensor the fused one rounds otherwise, so that bits would depend on where a tensor is cut: here it is filled up to a vector.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
@@ -29,7 +29,7 @@ VECTOR_ELEMENTS = 16
 
 
 class GroupAdamW(Optimizer):
-    """torch's AdamW, to the bit, with FusedAdam's state: `step` in the group; exp_avg and exp_avg_sq of each parameter.
+    """torch's fused AdamW, to the bit, with FusedAdam's state: `step` in the group; exp_avg and exp_avg_sq of each parameter.
 
     No subclass of torch.optim.AdamW, whose __setstate__ asks every parameter's state for its step.
     """
@@ -65,10 +65,12 @@ class GroupAdamW(Optimizer):
         if not with_grad:
             return
         finished = group.get("step", 0)
-        tensors = [(parameter, parameter.grad, *self._moments(parameter)) for parameter in with_grad]
-        for fused, part in ((True, _whole_vectors), (False, _rest)):
-            parts = [[part(tensor.detach().view(-1)) for tensor in of_parameter] for of_parameter in tensors]
-            _update([part for part in parts if part[0].numel()], group, finished, fused=fused)
+        flat = [
+            [tensor.detach().view(-1) for tensor in (parameter, parameter.grad, *self._moments(parameter)) if tensor is not None]
+            for parameter in with_grad
+        ]
+        _update([[_whole_vectors(tensor) for tensor in tensors] for tensors in flat], group, finished)
+        _update_filled_up([[_rest(tensor) for tensor in tensors] for tensors in flat], group, finished)
         group["step"] = finished + 1
 
     def _moments(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,8 +89,9 @@ def _rest(flat: Tensor) -> Tensor:
     return flat[flat.numel() // VECTOR_ELEMENTS * VECTOR_ELEMENTS :]
 
 
-def _update(parts: list[list[Tensor]], group: dict[str, Any], finished: int, *, fused: bool) -> None:
+def _update(parts: list[list[Tensor]], group: dict[str, Any], finished: int) -> None:
     """parts: weights, gradients, first and second moments, each flat."""
+    parts = [part for part in parts if part[0].numel()]
     if not parts:
         return
     weights, gradients, first_moments, second_moments = (list(tensors) for tensors in zip(*parts, strict=True))
@@ -100,8 +103,7 @@ def _update(parts: list[list[Tensor]], group: dict[str, Any], finished: int, *, 
         second_moments,
         [],
         [torch.tensor(float(finished)) for _ in weights],  # torch adds 1 to each before it uses it
-        fused=fused,
-        foreach=False,
+        fused=True,
         amsgrad=False,
         beta1=beta1,
         beta2=beta2,
@@ -110,6 +112,16 @@ def _update(parts: list[list[Tensor]], group: dict[str, Any], finished: int, *, 
         eps=group["eps"],
         maximize=False,
     )
+
+
+def _update_filled_up(rests: list[list[Tensor]], group: dict[str, Any], finished: int) -> None:
+    """The same for less than a vector of each."""
+    rests = [tensors for tensors in rests if tensors[0].numel()]
+    filled = [[F.pad(tensor, (0, VECTOR_ELEMENTS - tensor.numel())) for tensor in tensors] for tensors in rests]
+    _update(filled, group, finished)
+    for tensors, results in zip(rests, filled, strict=True):
+        for tensor, result in zip(tensors, results, strict=True):
+            tensor.copy_(result[: tensor.numel()])
 
 
 def use_in_optimizer(module: ModuleType) -> None:

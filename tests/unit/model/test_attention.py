@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from minitron_megatron.model.modules import CausalAttention
+from minitron_megatron.platform.short_attention import LONGEST
 
 CHANNELS = 16
 
@@ -62,8 +63,14 @@ def run(module: Any, parts: list[Tensor], mask: Tensor | None, gradient: Tensor)
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(9, 3), (4, 4), (4, 1)])
-@pytest.mark.parametrize("sequence", [5, 128, 600])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])  # of the largest value; bf16 has 2⁻⁸
+@pytest.mark.parametrize(
+    ("sequence", "dtype", "tolerance"),
+    [
+        *((sequence, torch.float32, 1e-5) for sequence in (5, 128, 600)),
+        *((sequence, torch.bfloat16, 1e-2) for sequence in (5, 128, LONGEST)),  # of the largest value: 2⁻⁸ twice or three times
+        (LONGEST + 40, torch.bfloat16, 2e-2),  # torch's own kernel, which adds blocks up
+    ],
+)
 @pytest.mark.usefixtures("megatrons_state")
 def test_values_and_gradients_are_megatrons(heads: int, groups: int, sequence: int, dtype: torch.dtype, tolerance: float) -> None:
     config = config_of(heads, groups)

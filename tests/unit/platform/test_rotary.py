@@ -27,7 +27,7 @@ def turned(x: Tensor, freqs: Tensor, sign: int = 1) -> Tensor:
     return torch.cat([product.real, product.imag, x[..., 2 * half :].double()], dim=-1)
 
 
-def unreachable(*_: Any) -> Tensor:
+def unreachable(*_: Any, **__: Any) -> Tensor:
     raise AssertionError("the stock function was called")
 
 

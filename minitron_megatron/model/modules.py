@@ -18,6 +18,8 @@ from torch.nn import functional as F
 
 from minitron_megatron.arch.families import Family
 from minitron_megatron.model.experts import layer_spec
+from minitron_megatron.platform.rms_norm import rms_norm
+from minitron_megatron.platform.short_attention import is_short, short_attention
 
 
 def family_settings(family: Family) -> dict[str, Any]:
@@ -42,7 +44,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x and result: [..., hidden_size]."""
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class LayerNorm1p(nn.Module):
@@ -70,7 +72,7 @@ def norm_of(config: TransformerConfig) -> type[nn.Module]:
 
 
 class CausalAttention(nn.Module):
-    """Core attention through torch's scaled_dot_product_attention: no [S, S] scores in memory."""
+    """Core attention through torch's scaled_dot_product_attention, which keeps no [S, S] scores; short sequences in bf16 on a CPU go another way."""
 
     def __init__(self, config: TransformerConfig, *_: Any, softmax_scale: float | None = None, **__: Any) -> None:
         super().__init__()
@@ -81,6 +83,8 @@ class CausalAttention(nn.Module):
 
         Where keys of earlier tokens are cached there is one query, which sees them all.
         """
+        if is_short(query_SBhK, key_SBgK):
+            return short_attention(query_SBhK, key_SBgK, value_SBgK, self.softmax_scale)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBhK, key_SBgK, value_SBgK))
         grouped = query.shape[1] != key.shape[1]
         causal = query.shape[2] == key.shape[2]

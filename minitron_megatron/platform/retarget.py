@@ -24,7 +24,7 @@ from types import CodeType, ModuleType
 from typing import Any
 
 from minitron_megatron.errors import PlatformError
-from minitron_megatron.platform import group_adam
+from minitron_megatron.platform import group_adam, rotary
 
 STAND_IN_MODULE = "minitron_megatron.platform.cuda_for_cpu"
 STAND_IN_NAME = "__cuda_for_cpu__"  # ends in underscores too: inside a class body it is not mangled
@@ -191,9 +191,10 @@ def _hook_identity() -> bytes:
 
 
 def _amendments() -> dict[str, Callable[[ModuleType], None]]:
-    """Faults of megatron.core that no rewrite of names mends, mended right after the module's own code has run."""
+    """What no rewrite of names mends, faults of megatron.core and what is slow on a CPU, mended right after the module's own code has run."""
     return {
         "megatron.core.transformer.moe.moe_utils": _amend_moe_utils,
+        "megatron.core.models.common.embeddings.rope_utils": rotary.use_in_rope_utils,
         "megatron.core.optimizer": group_adam.use_in_optimizer,
         "megatron.core.optimizer.distrib_optimizer": group_adam.use_in_distributed_optimizer,
     }

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minitron_megatron.training.losses.chunk import chunk_losses
 from minitron_megatron.training.losses.settings import LossSettings
-from minitron_megatron.training.losses.target import TokenLabels, WeightedTarget
+from minitron_megatron.training.losses.target import StoredTarget, Target, TokenLabels, WeightedTarget
 from minitron_megatron.training.losses.terms import Shard
 
 
@@ -48,7 +48,7 @@ class FusedDistillationLoss(torch.autograd.Function):
         hidden_ND: Tensor,
         weight_vD: Tensor,
         labels: TokenLabels,
-        targets: Sequence[WeightedTarget],
+        targets: Sequence[Target],
         settings: LossSettings,
         rows: int,
         group: dist.ProcessGroup,
@@ -63,7 +63,7 @@ class FusedDistillationLoss(torch.autograd.Function):
         for start in range(0, hidden_ND.shape[0], settings.chunk_tokens):
             chunk = slice(start, start + settings.chunk_tokens)
             of_chunk = TokenLabels(labels.labels_N[chunk], labels.token_weights_N[chunk])
-            parts = [WeightedTarget(target.hidden_NE[chunk], target.weight_vE[:rows], target.weight) for target in targets]
+            parts = [target.of_chunk(chunk, rows) for target in targets]
             grad_nv = _chunk(sums, hidden_ND[chunk], weight_vD[:rows], of_chunk, parts, settings, shard, needs_grad)
             if grad_hidden is not None and grad_weight is not None and grad_nv is not None:
                 torch.mm(grad_nv, weight_vD[:rows], out=grad_hidden[chunk])
@@ -84,7 +84,7 @@ def fused_distillation_loss(
     hidden_ND: Tensor,
     weight_vD: Tensor,
     labels: TokenLabels,
-    targets: Sequence[WeightedTarget],
+    targets: Sequence[Target],
     settings: LossSettings,
     *,
     rows: int,
@@ -112,17 +112,22 @@ def _chunk(
     hidden_nD: Tensor,
     weight_vD: Tensor,
     labels: TokenLabels,
-    targets: Sequence[WeightedTarget],
+    targets: Sequence[Target],
     settings: LossSettings,
     shard: Shard,
     needs_grad: bool,
 ) -> Tensor | None:
     """Adds the chunk's losses to sums; returns the gradient of its raw logits [n, v] in the weight's type."""
     raw_nv = (hidden_nD @ weight_vD.t()).float()
-    teachers = (((target.hidden_NE @ target.weight_vE.t()).float().div_(settings.temperature), target.weight) for target in targets)
-    values, gradient_nv = chunk_losses(raw_nv, labels.labels_N, teachers, settings, shard, needs_grad=needs_grad)
+    live, stored = [target for target in targets if isinstance(target, WeightedTarget)], _stored(targets)
+    teachers = (((target.hidden_NE @ target.weight_vE.t()).float().div_(settings.temperature), target.weight) for target in live)
+    values, gradient_nv = chunk_losses(raw_nv, labels.labels_N, teachers, settings, shard, needs_grad=needs_grad, stored=stored)
     sums += torch.stack([(values[name] * labels.token_weights_N).sum() for name in settings.names])
     return None if gradient_nv is None else gradient_nv.mul_(labels.token_weights_N[:, None]).to(weight_vD.dtype)
+
+
+def _stored(targets: Sequence[Target]) -> list[StoredTarget]:
+    return [target for target in targets if not isinstance(target, WeightedTarget)]
 
 
 def _add_product(grad_weight_vD: Tensor, grad_nv: Tensor, hidden_nD: Tensor) -> None:

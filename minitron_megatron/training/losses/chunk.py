@@ -17,6 +17,7 @@ from torch import Tensor
 from minitron_megatron.model.divergence import Softmax, crossed_sums, forward_kl, label_logits, log_normaliser, shard_sums
 from minitron_megatron.parallel.collectives import gather_first
 from minitron_megatron.training.losses.settings import TOP_K, LossSettings
+from minitron_megatron.training.losses.target import StoredTarget
 from minitron_megatron.training.losses.terms import TERMS, Shard, Term
 from minitron_megatron.training.losses.top_k import top_k_term
 
@@ -45,12 +46,19 @@ class _Student(NamedTuple):
 
 
 def chunk_losses(
-    raw_nv: Tensor, labels_n: Tensor, teachers: Iterable[tuple[Tensor, float]], settings: LossSettings, shard: Shard, *, needs_grad: bool
+    raw_nv: Tensor,
+    labels_n: Tensor,
+    teachers: Iterable[tuple[Tensor, float]],
+    settings: LossSettings,
+    shard: Shard,
+    *,
+    needs_grad: bool,
+    stored: Sequence[StoredTarget] = (),
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """[n] of each loss of settings.names, equal on every rank, and the gradient of the weighted losses [n, v].
 
     raw_nv: the student's logits of this rank's real rows, fp32. teachers: logits at the temperature, which are used up, and the weight of each;
-    taken one after another.
+    taken one after another. stored: of teachers that make no logits, of this chunk.
     """
     student_nv = raw_nv / settings.temperature if settings.temperature != 1 else raw_nv
     own = _student_sums(raw_nv, student_nv, label_logits(raw_nv, labels_n, first_row=shard.first_row))
@@ -63,6 +71,10 @@ def chunk_losses(
         _hold_against(found, student.at_temperature, teacher_nv, first, dict(zip(terms, others, strict=True)), settings, shard, share)
         del teacher_nv  # before the next one's are made
     student = student or _student(student_nv, *_gather([own], shard))
+    for target in stored:
+        loss, share = target.loss(student.at_temperature, shard), target.weight
+        found.add(target.name, settings.temperature**2 * share * loss.value_n)
+        found.add_gradient(settings.objective[target.name] * share * settings.temperature, loss.gradient)
     found.add("cross_entropy", student.raw_log_norm_n - student.label_logit_n)
     log_norm_n = student.raw_log_norm_n
     found.add_gradient(settings.objective.get("cross_entropy", 0.0), lambda: _cross_entropy_gradient(raw_nv, log_norm_n, labels_n - shard.first_row))

@@ -219,7 +219,7 @@ def test_a_stored_sample_is_the_same_under_tensor_parallelism_and_estimates_the_
     (one_files, one), (two_files, two) = found
     # counts are the same but where a draw lies on a border within rounding: then a file is not
     assert sum(one_files[name] != two_files[name] for name in one_files) <= 8
-    first, _ = apart(two + [two[1]], one + [one[1]], "forward_kl_sampled", "forward_kl_sampled")
+    first, _ = apart([*two, two[1]], [*one, one[1]], "forward_kl_sampled", "forward_kl_sampled")
     assert measured("stored sample: first step", name_of(TP2_SP), first) <= 1e-4
 
 

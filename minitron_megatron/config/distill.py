@@ -47,12 +47,25 @@ class TrainingRun(Section):
     keep_checkpoints: Annotated[int, UNSHAPING] = Field(2, ge=1, description="newest checkpoints kept while training")
     validate_every_steps: int = Field(100, ge=1)
     validation_samples: int = Field(32, ge=1)
-    loss_chunk_tokens: int = Field(256, ge=1, description="tokens whose logits exist at one time")
+    loss_memory_mib: int = Field(
+        256, ge=1, description="for the logits of a chunk of tokens, of teacher and student, and of a second chunk under tensor parallelism"
+    )
+    loss_chunk_tokens: int | None = Field(
+        None, ge=1, description="tokens whose logits exist at one time, in place of what loss_memory_mib has room for"
+    )
     seed: int = Field(1234, ge=0, description="order of the training samples")
     wandb: Annotated[Wandb | None, UNSHAPING] = None
 
 
-MAY_CHANGE_IN_A_RUN = ("steps", "global_batch", "micro_batch", "loss_chunk_tokens", "validate_every_steps", "validation_samples")
+MAY_CHANGE_IN_A_RUN = (
+    "steps",
+    "global_batch",
+    "micro_batch",
+    "loss_memory_mib",
+    "loss_chunk_tokens",
+    "validate_every_steps",
+    "validation_samples",
+)
 """What people change when a job is moved to other machines or made longer; samples are counted one by one."""
 
 

@@ -7,14 +7,17 @@ delivered only in backward, multiplied by the incoming gradient: the schedule sc
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minitron_megatron.training.losses.chunk import chunk_losses
+from minitron_megatron.training.losses.chunk import Chunk, Logits, UnderWay, begin, finish
+from minitron_megatron.training.losses.memory import tokens_of_a_chunk
 from minitron_megatron.training.losses.settings import LossSettings
 from minitron_megatron.training.losses.target import StoredTarget, Target, TokenLabels, WeightedTarget
 from minitron_megatron.training.losses.terms import Shard
@@ -39,6 +42,14 @@ class GradientBuffer:
         self._taken = self._taken and buffer is not self._buffer
 
 
+class Gradients(NamedTuple):
+    """Of the sum of losses."""
+
+    hidden_ND: Tensor
+    weight_vD: Tensor
+    """fp32, padded rows at 0."""
+
+
 class FusedDistillationLoss(torch.autograd.Function):
     """(hidden [N, D], weight [v, D]) → sum of weighted token losses; see fused_distillation_loss."""
 
@@ -56,18 +67,10 @@ class FusedDistillationLoss(torch.autograd.Function):
         needs_grad: bool,
     ) -> tuple[Tensor, Tensor]:
         """The losses and, while a chunk's logits exist, the gradients that backward delivers."""
-        grad_hidden = torch.zeros_like(hidden_ND) if needs_grad else None  # zeros: every weight may be 0 at this step
-        grad_weight = buffer.take(weight_vD) if needs_grad else None
-        sums = torch.zeros(len(settings.names), device=hidden_ND.device)
-        shard = Shard(group.rank() * weight_vD.shape[0], group)
-        for start in range(0, hidden_ND.shape[0], settings.chunk_tokens):
-            chunk = slice(start, start + settings.chunk_tokens)
-            of_chunk = TokenLabels(labels.labels_N[chunk], labels.token_weights_N[chunk])
-            parts = [target.of_chunk(chunk, rows) for target in targets]
-            grad_nv = _chunk(sums, hidden_ND[chunk], weight_vD[:rows], of_chunk, parts, settings, shard, needs_grad)
-            if grad_hidden is not None and grad_weight is not None and grad_nv is not None:
-                torch.mm(grad_nv, weight_vD[:rows], out=grad_hidden[chunk])
-                _add_product(grad_weight[:rows], grad_nv, hidden_ND[chunk])
+        gradients = Gradients(torch.zeros_like(hidden_ND), buffer.take(weight_vD)) if needs_grad else None
+        batch = _MicroBatch(hidden_ND, weight_vD, labels, targets, settings, rows, Shard(group.rank() * weight_vD.shape[0], group), gradients)
+        sums = batch.run()
+        grad_hidden, grad_weight = gradients or (None, None)
         ctx.weight, ctx.grad_hidden, ctx.grad_weight, ctx.buffer = weight_vD, grad_hidden, grad_weight, buffer
         ctx.mark_non_differentiable(sums)
         return settings.total(dict(zip(settings.names, sums.clone().unbind(), strict=True))).clone(), sums
@@ -107,27 +110,81 @@ def fused_distillation_loss(
     return total, {name: value.clone() for name, value in zip(settings.names, sums.unbind(), strict=True)}
 
 
-def _chunk(
-    sums: Tensor,
-    hidden_nD: Tensor,
-    weight_vD: Tensor,
-    labels: TokenLabels,
-    targets: Sequence[Target],
-    settings: LossSettings,
-    shard: Shard,
-    needs_grad: bool,
-) -> Tensor | None:
-    """Adds the chunk's losses to sums; returns the gradient of its raw logits [n, v] in the weight's type."""
-    raw_nv = (hidden_nD @ weight_vD.t()).float()
-    live, stored = [target for target in targets if isinstance(target, WeightedTarget)], _stored(targets)
-    teachers = (((target.hidden_NE @ target.weight_vE.t()).float().div_(settings.temperature), target.weight) for target in live)
-    values, gradient_nv = chunk_losses(raw_nv, labels.labels_N, teachers, settings, shard, needs_grad=needs_grad, stored=stored)
-    sums += torch.stack([(values[name] * labels.token_weights_N).sum() for name in settings.names])
-    return None if gradient_nv is None else gradient_nv.mul_(labels.token_weights_N[:, None]).to(weight_vD.dtype)
+@dataclass
+class _MicroBatch:
+    """One pass over a micro-batch, chunk by chunk."""
+
+    hidden_ND: Tensor
+    weight_vD: Tensor
+    labels: TokenLabels
+    targets: Sequence[Target]
+    settings: LossSettings
+    rows: int
+    shard: Shard
+    gradients: Gradients | None
+
+    @property
+    def live(self) -> list[WeightedTarget]:
+        """Teachers whose logits are made."""
+        return [target for target in self.targets if isinstance(target, WeightedTarget)]
+
+    @property
+    def stored(self) -> list[StoredTarget]:
+        return [target for target in self.targets if not isinstance(target, WeightedTarget)]
+
+    def run(self) -> Tensor:
+        """[losses] sums of settings.names.
+
+        With several ranks a chunk's numbers travel while the next one's logits are computed, so that two are in memory; they are
+        finished in order, with the same result to the bit.
+        """
+        sums = torch.zeros(len(self.settings.names), device=self.hidden_ND.device)
+        in_flight = chunks_in_flight(self.shard.group)
+        size = self._chunk_tokens(in_flight)
+        spaces = [self._space(size) for _ in range(in_flight)]
+        under_way: deque[tuple[slice, UnderWay]] = deque()
+        for number, start in enumerate(range(0, self.hidden_ND.shape[0], size)):
+            tokens = slice(start, min(start + size, self.hidden_ND.shape[0]))
+            under_way.append((tokens, begin(self._chunk(tokens, spaces[number % len(spaces)]), self.settings, self.shard)))
+            if len(under_way) == len(spaces):
+                sums += self._finish(*under_way.popleft())
+        while under_way:
+            sums += self._finish(*under_way.popleft())
+        return sums
+
+    def _chunk_tokens(self, in_flight: int) -> int:
+        rows, of_a_logit = self.weight_vD.shape[0], self.weight_vD.element_size()
+        teachers, device = len(self.live), self.hidden_ND.device
+        return tokens_of_a_chunk(self.settings, rows=rows, bytes_of_a_logit=of_a_logit, teachers=teachers, in_flight=in_flight, device=device)
+
+    def _space(self, tokens: int) -> Logits:
+        """For the logits of a chunk; fresh pages for each chunk would cost as much as a pass over it."""
+        shape = (min(tokens, self.hidden_ND.shape[0]), self.rows)
+        return Logits(self.weight_vD.new_empty(shape), tuple(target.weight_vE.new_empty(shape) for target in self.live))
+
+    def _chunk(self, tokens: slice, space: Logits) -> Chunk:
+        """The logits of both models."""
+        logits = space.of(slice(0, tokens.stop - tokens.start))
+        torch.mm(self.hidden_ND[tokens], self.weight_vD[: self.rows].t(), out=logits.student_nv)
+        for target, teacher_nv in zip(self.live, logits.teachers_nv, strict=True):
+            torch.mm(target.hidden_NE[tokens], target.weight_vE[: self.rows].t(), out=teacher_nv)
+        stored = tuple(target.of_tokens(tokens) for target in self.stored)
+        return Chunk(logits, self.labels.labels_N[tokens], self.labels.token_weights_N[tokens], stored)
+
+    def _finish(self, tokens: slice, under_way: UnderWay) -> Tensor:
+        """The chunk's losses; its gradients are added."""
+        shares = [target.weight for target in self.live]
+        sums = finish(under_way, shares, self.settings, self.shard, needs_grad=self.gradients is not None)
+        if self.gradients is not None:
+            grad_nv = under_way.chunk.logits.student_nv
+            torch.mm(grad_nv, self.weight_vD[: self.rows], out=self.gradients.hidden_ND[tokens])
+            _add_product(self.gradients.weight_vD[: self.rows], grad_nv, self.hidden_ND[tokens])
+        return sums
 
 
-def _stored(targets: Sequence[Target]) -> list[StoredTarget]:
-    return [target for target in targets if not isinstance(target, WeightedTarget)]
+def chunks_in_flight(group: dist.ProcessGroup) -> int:
+    """Two where there is something to wait for."""
+    return 1 if group.size() == 1 else 2
 
 
 def _add_product(grad_weight_vD: Tensor, grad_nv: Tensor, hidden_nD: Tensor) -> None:
@@ -144,7 +201,7 @@ def _deliver(weight: Any, grad_weight: Tensor) -> Tensor:
     None instead of the dummy would break overlap_grad_reduce, whose hooks fire on the parameter's gradient.
     """
     if getattr(weight, "main_grad", None) is None:
-        return grad_weight.to(weight.dtype).clone()
+        return grad_weight.to(weight.dtype, copy=True)
     weight.main_grad.add_(grad_weight)
     weight.grad_added_to_main_grad = True
     make = torch.zeros_like if getattr(weight, "zero_out_wgrad", False) else torch.empty_like

@@ -216,7 +216,7 @@ class TrainingLoop:
 
     def _changeable(self) -> dict[str, Any]:
         """What may be another at the next start of the same run."""
-        named = ("steps", "global_batch", "micro_batch", "loss_chunk_tokens")
+        named = ("steps", "global_batch", "micro_batch", "loss_memory_mib", "loss_chunk_tokens")
         return {"layout": self.layout.describe(), **{name: getattr(self.settings, name) for name in named}}
 
     def _is_due(self, finished: int, every: int) -> bool:

@@ -1,30 +1,66 @@
 """The losses of a chunk of tokens and the gradient of its logits, over a vocabulary sharded by tensor parallelism.
 
-Legend: n tokens of a chunk, v this rank's rows of the vocabulary, r tensor ranks.
-Each rank reduces its shard to some numbers a token, one all-gather a teacher carries them (the student's come with the first
-teacher's), and log-sum-exp weights combine them. Jensen–Shannon and top-K need one more. One teacher's logits exist at a time.
+Legend: n tokens of a chunk, or of a block of it, v this rank's rows of the vocabulary, r tensor ranks, k numbers that a shard is reduced to.
+`begin` reduces this rank's shard to some numbers a token and sends them off; one all-gather carries them for all losses and teachers.
+`finish` combines them with log-sum-exp weights and puts the gradient where the student's logits were; Jensen–Shannon and top-K reduce
+once more there. The others go through a chunk in blocks that stay in a CPU's cache, or as a compiled kernel on CUDA: one read and one write.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from minitron_megatron.model.divergence import Softmax, crossed_sums, forward_kl, label_logits, log_normaliser, shard_sums
-from minitron_megatron.parallel.collectives import gather_first
+from minitron_megatron.parallel.collectives import Gathering, begin_gather_first
+from minitron_megatron.platform.kernels import block_bytes, elementwise
 from minitron_megatron.training.losses.settings import TOP_K, LossSettings
 from minitron_megatron.training.losses.target import StoredTarget
 from minitron_megatron.training.losses.terms import TERMS, Shard, Term
 from minitron_megatron.training.losses.top_k import top_k_term
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Logits(NamedTuple):
+    """Raw ones of a chunk, of this rank's real rows, in the weights' type; used up."""
+
+    student_nv: Tensor
+    teachers_nv: tuple[Tensor, ...]
+
+    def of(self, tokens: slice) -> Logits:
+        return Logits(self.student_nv[tokens], tuple(teacher_nv[tokens] for teacher_nv in self.teachers_nv))
+
+
+class Chunk(NamedTuple):
+    """What belongs to the tokens of a chunk."""
+
+    logits: Logits
+    labels_n: Tensor
+    token_weights_n: Tensor
+    stored: tuple[StoredTarget, ...] = ()
+
+    def of(self, tokens: slice) -> Chunk:
+        return Chunk(self.logits.of(tokens), self.labels_n[tokens], self.token_weights_n[tokens], tuple(item.of_tokens(tokens) for item in self.stored))
+
+
+class UnderWay(NamedTuple):
+    """A chunk whose sums are being gathered."""
+
+    chunk: Chunk
+    sums: Gathering
+    widths: list[int]
+    """How many numbers a token each part has: the student's, then for each teacher those of the KL and of each term."""
+
 
 @dataclass
-class _Sums:
-    """What a chunk's losses add up to."""
+class _Found:
+    """What the losses of a block add up to."""
 
     needs_grad: bool
     values: dict[str, Tensor] = field(default_factory=dict)
@@ -34,8 +70,9 @@ class _Sums:
         self.values[name] = self.values[name] + value_n if name in self.values else value_n
 
     def add_gradient(self, weight: float | Tensor, gradient: Callable[[], Tensor]) -> None:
-        if self.needs_grad and not (isinstance(weight, int | float) and weight == 0):
-            part_nv = gradient().mul_(weight)
+        is_number = isinstance(weight, int | float)
+        if self.needs_grad and not (is_number and weight == 0):
+            part_nv = gradient() if is_number and weight == 1 else gradient().mul_(weight)
             self.gradient_nv = part_nv if self.gradient_nv is None else self.gradient_nv.add_(part_nv)
 
 
@@ -45,40 +82,83 @@ class _Student(NamedTuple):
     label_logit_n: Tensor
 
 
-def chunk_losses(
-    raw_nv: Tensor,
-    labels_n: Tensor,
-    teachers: Iterable[tuple[Tensor, float]],
-    settings: LossSettings,
-    shard: Shard,
-    *,
-    needs_grad: bool,
-    stored: Sequence[StoredTarget] = (),
-) -> tuple[dict[str, Tensor], Tensor | None]:
-    """[n] of each loss of settings.names, equal on every rank, and the gradient of the weighted losses [n, v].
+def begin(chunk: Chunk, settings: LossSettings, shard: Shard) -> UnderWay:
+    """The chunk's first half."""
+    sums = _carried_out(_sums, chunk, settings)
+    parts = [sums(chunk.of(block), settings, shard) for block in _blocks(chunk, settings)]
+    sums_nk = torch.cat([torch.cat(of_block, dim=-1) for of_block in parts])
+    return UnderWay(chunk, begin_gather_first(sums_nk, shard.group), [part.shape[-1] for part in parts[0]])
 
-    raw_nv: the student's logits of this rank's real rows, fp32. teachers: logits at the temperature, which are used up, and the weight of each;
-    taken one after another. stored: of teachers that make no logits, of this chunk.
+
+def finish(under_way: UnderWay, shares: Sequence[float], settings: LossSettings, shard: Shard, *, needs_grad: bool) -> Tensor:
+    """[losses] the sums over tokens of settings.names, weighted by token, equal on every rank. shares: the weight of each teacher.
+
+    With needs_grad the student's logits become the gradient of the weighted losses.
     """
-    student_nv = raw_nv / settings.temperature if settings.temperature != 1 else raw_nv
-    own = _student_sums(raw_nv, student_nv, label_logits(raw_nv, labels_n, first_row=shard.first_row))
-    terms, found, student = _terms(settings), _Sums(needs_grad), None
-    for teacher_nv, share in teachers:
-        crossed = [crossed_sums(student_nv, teacher_nv), *(term.sums(student_nv, teacher_nv, shard) for term in terms.values())]
-        first, *others = _gather([own, *crossed] if student is None else crossed, shard)
-        if student is None:
-            student, (first, *others) = _student(student_nv, first), others
-        _hold_against(found, student.at_temperature, teacher_nv, first, dict(zip(terms, others, strict=True)), settings, shard, share)
-        del teacher_nv  # before the next one's are made
-    student = student or _student(student_nv, *_gather([own], shard))
-    for target in stored:
-        loss, share = target.loss(student.at_temperature, shard), target.weight
-        found.add(target.name, settings.temperature**2 * share * loss.value_n)
-        found.add_gradient(settings.objective[target.name] * share * settings.temperature, loss.gradient)
+    chunk, sums_rnk = under_way.chunk, under_way.sums.wait()
+    losses, values = _carried_out(_losses, chunk, settings), []
+    for block in _blocks(chunk, settings):
+        parts = sums_rnk[:, block].split(under_way.widths, dim=-1)
+        values.append(losses(chunk.of(block), parts, shares, settings, shard, needs_grad))
+    return (torch.cat(values, dim=-1) * chunk.token_weights_n).sum(-1)
+
+
+def _carried_out(function: Callable[P, R], chunk: Chunk, settings: LossSettings) -> Callable[P, R]:
+    """As the device likes it; where a loss talks to other ranks in the middle, as it is."""
+    return function if settings.takes_chunks_whole else elementwise(function, chunk.labels_n.device)
+
+
+def _blocks(chunk: Chunk, settings: LossSettings) -> Iterator[slice]:
+    """Of tokens; all at once where a loss has a reduction of its own, in which every rank takes part once a chunk."""
+    tokens, rows = chunk.logits.student_nv.shape
+    block = None if settings.takes_chunks_whole else block_bytes(chunk.labels_n.device)
+    step = tokens if block is None else max(1, block // (4 * rows))
+    return (slice(start, min(start + step, tokens)) for start in range(0, tokens, step))
+
+
+def _sums(block: Chunk, settings: LossSettings, shard: Shard) -> list[Tensor]:
+    """This shard's numbers: [n, k] of the student, then for each teacher those of the KL and of each term."""
+    raw_nv = block.logits.student_nv.float()
+    student_nv = _at(raw_nv, settings.temperature)
+    parts = [_student_sums(raw_nv, student_nv, label_logits(raw_nv, block.labels_n, first_row=shard.first_row))]
+    for logits_nv in block.logits.teachers_nv:
+        teacher_nv = _at(logits_nv.float(), settings.temperature)
+        parts += [crossed_sums(student_nv, teacher_nv), *(term.sums(student_nv, teacher_nv, shard) for term in _terms(settings).values())]
+    return parts
+
+
+def _losses(block: Chunk, sums: Sequence[Tensor], shares: Sequence[float], settings: LossSettings, shard: Shard, needs_grad: bool) -> Tensor:
+    """[losses, n] of settings.names, before the weights of the tokens. sums: [r, n, k] in the order of _sums."""
+    raw_nv = block.logits.student_nv.float()
+    student_nv = _at(raw_nv, settings.temperature)
+    found, student, names, rest = _Found(needs_grad), _student(student_nv, sums[0]), list(_terms(settings)), list(sums[1:])
+    for logits_nv, share in zip(block.logits.teachers_nv, shares, strict=True):
+        crossed, others, rest = rest[0], rest[1 : 1 + len(names)], rest[1 + len(names) :]
+        teacher_nv = _at(logits_nv.float(), settings.temperature)
+        _hold_against(found, student.at_temperature, teacher_nv, crossed, dict(zip(names, others, strict=True)), settings, shard, share)
+    for target in block.stored:
+        loss, weight = target.loss(student.at_temperature, shard), settings.objective[target.name] * target.weight
+        found.add(target.name, settings.temperature**2 * target.weight * loss.value_n)
+        found.add_gradient(weight * settings.temperature, loss.gradient)
     found.add("cross_entropy", student.raw_log_norm_n - student.label_logit_n)
-    log_norm_n = student.raw_log_norm_n
-    found.add_gradient(settings.objective.get("cross_entropy", 0.0), lambda: _cross_entropy_gradient(raw_nv, log_norm_n, labels_n - shard.first_row))
-    return found.values, found.gradient_nv
+    log_norm_n, row_n = student.raw_log_norm_n, block.labels_n - shard.first_row
+    found.add_gradient(settings.objective.get("cross_entropy", 0.0), lambda: _cross_entropy_gradient(raw_nv, log_norm_n, row_n))
+    if needs_grad:
+        _put_gradient(found.gradient_nv, block)
+    return torch.stack([found.values[name] for name in settings.names])
+
+
+def _put_gradient(gradient_nv: Tensor | None, block: Chunk) -> None:
+    """Where the student's logits were, in the weights' type; there is none where every loss weighs nothing at this step."""
+    if gradient_nv is None:
+        block.logits.student_nv.zero_()
+    else:
+        block.logits.student_nv.copy_(gradient_nv.mul_(block.token_weights_n[:, None]))
+
+
+def _at(raw_nv: Tensor, temperature: float) -> Tensor:
+    """The logits themselves where they need not change."""
+    return raw_nv if temperature == 1 else raw_nv / temperature
 
 
 def _terms(settings: LossSettings) -> dict[str, Term]:
@@ -88,7 +168,7 @@ def _terms(settings: LossSettings) -> dict[str, Term]:
 
 
 def _hold_against(
-    found: _Sums,
+    found: _Found,
     student: Softmax,
     teacher_nv: Tensor,
     crossed_rn3: Tensor,
@@ -106,12 +186,6 @@ def _hold_against(
         found.add_gradient(settings.objective[name] * share * temperature ** (power - 1), loss.gradient)
     found.add("forward_kl", temperature**2 * share * kl_n)
     found.add_gradient(settings.objective.get("forward_kl", 0.0) * share * temperature, lambda: _kl_gradient(student, teacher))
-
-
-def _gather(parts: Sequence[Tensor], shard: Shard) -> list[Tensor]:
-    """Each [n, k] → [r, n, k]; one all-gather for all of them."""
-    gathered = gather_first(torch.cat(list(parts), dim=-1), shard.group)
-    return list(gathered.split([part.shape[-1] for part in parts], dim=-1))
 
 
 def _student_sums(raw_nv: Tensor, student_nv: Tensor, label_logit_n: Tensor) -> Tensor:
@@ -137,6 +211,4 @@ def _cross_entropy_gradient(raw_nv: Tensor, log_norm_n: Tensor, row_n: Tensor) -
     """softmax − one-hot of the labels that lie in this shard."""
     gradient = (raw_nv - log_norm_n[:, None]).exp_()
     inside = (row_n >= 0) & (row_n < raw_nv.shape[-1])
-    tokens = inside.nonzero()[:, 0]
-    gradient[tokens, row_n[tokens]] -= 1
-    return gradient
+    return gradient.scatter_add_(-1, row_n.clamp(0, raw_nv.shape[-1] - 1)[:, None], -inside[:, None].to(gradient.dtype))

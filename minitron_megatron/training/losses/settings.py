@@ -12,6 +12,8 @@ TOP_K = "forward_kl_top_k"
 SAMPLED = "forward_kl_sampled"
 OF_STORED = {"top_k": TOP_K, "sample": SAMPLED}
 """What forward KL is called against each kind of stored outputs."""
+REDUCE_TWICE = {TOP_K, SAMPLED, "jensen_shannon"}
+"""Losses with a second all-gather a chunk."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,10 @@ class LossSettings:
     weights: Mapping[str, float | Tensor] = field(default_factory=lambda: {"forward_kl": 1.0})
     """A tensor [] on the device, or a number."""
     temperature: float = 1.0
-    chunk_tokens: int = 256
+    chunk_tokens: int | None = None
+    """Tokens whose logits exist at one time; None: as many as memory_bytes has room for."""
+    memory_bytes: int = 256 << 20
+    """For the logits of the chunks under way and what is computed from them; the weight's gradient comes on top."""
     top_k: int | None = None
     """Forward KL is trained on over the teacher's K likeliest tokens and one class for all others; over the whole vocabulary it is logged."""
     stored: str = ""
@@ -40,6 +45,11 @@ class LossSettings:
         """The losses that are summed, in order: KL and cross-entropy for the log whatever is trained on, then the others that are."""
         always = ("forward_kl", "cross_entropy") if self.has_teacher and not self.stored else ("cross_entropy",)
         return tuple(dict.fromkeys((*always, *self.objective)))
+
+    @property
+    def takes_chunks_whole(self) -> bool:
+        """Whether a loss reduces over the ranks once more, in the middle, so that a chunk cannot be gone through block by block."""
+        return not REDUCE_TWICE.isdisjoint(self.objective)
 
     def total(self, sums: Mapping[str, Any], *, without: tuple[str, ...] = ()) -> Any:
         """The weighted sum of losses by name: numbers or tensors []; 0 where none is left."""

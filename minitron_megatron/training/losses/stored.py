@@ -28,8 +28,8 @@ class StoredTopK:
     weight: float = 1.0
     name: str = TOP_K
 
-    def of_chunk(self, chunk: slice, rows: int) -> StoredTopK:
-        return replace(self, ids_NK=self.ids_NK[chunk], log_probs_NK=self.log_probs_NK[chunk], log_tail_N=self.log_tail_N[chunk])
+    def of_tokens(self, tokens: slice) -> StoredTopK:
+        return replace(self, ids_NK=self.ids_NK[tokens], log_probs_NK=self.log_probs_NK[tokens], log_tail_N=self.log_tail_N[tokens])
 
     def loss(self, student: Softmax, shard: Shard) -> Loss:
         return top_k_kl(student, self.classes(), shard)
@@ -54,8 +54,8 @@ class StoredSample:
     weight: float = 1.0
     name: str = SAMPLED
 
-    def of_chunk(self, chunk: slice, rows: int) -> StoredSample:
-        return replace(self, ids_NU=self.ids_NU[chunk], shares_NU=self.shares_NU[chunk], entropy_N=self.entropy_N[chunk])
+    def of_tokens(self, tokens: slice) -> StoredSample:
+        return replace(self, ids_NU=self.ids_NU[tokens], shares_NU=self.shares_NU[tokens], entropy_N=self.entropy_N[tokens])
 
     def loss(self, student: Softmax, shard: Shard) -> Loss:
         """−Σ w ln p − H(q), an unbiased estimate of KL(q ‖ p) in nats, which may be below 0; gradient p − w. One all-reduce of a number a token."""

@@ -36,10 +36,6 @@ class WeightedTarget:
     weight_vE: Tensor
     weight: float = 1.0
 
-    def of_chunk(self, chunk: slice, rows: int) -> WeightedTarget:
-        """rows: real rows of this rank's shard."""
-        return WeightedTarget(self.hidden_NE[chunk], self.weight_vE[:rows], self.weight)
-
 
 class StoredTarget(Protocol):
     """A teacher of whom a file holds something of each token: no logits of it are made."""
@@ -51,7 +47,7 @@ class StoredTarget(Protocol):
     @property
     def weight(self) -> float: ...
 
-    def of_chunk(self, chunk: slice, rows: int) -> StoredTarget: ...
+    def of_tokens(self, tokens: slice) -> StoredTarget: ...
 
     def loss(self, student: Softmax, shard: Shard) -> Loss:
         """Of a chunk; the student's logits are at the stored temperature."""

@@ -278,9 +278,9 @@ def test_a_chunk_costs_one_all_gather_and_jensen_shannon_and_top_k_one_more(
     settings: LossSettings, gathers: int, case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[Tensor] = []
-    for module in (chunk, terms, top_k):
-        real = module.gather_first
-        monkeypatch.setattr(module, "gather_first", lambda x, group, real=real: calls.append(x) or real(x, group))
+    for module, name in ((chunk, "begin_gather_first"), (terms, "gather_first"), (top_k, "gather_first")):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda x, group, real=real: calls.append(x) or real(x, group))
     case.settings, case.targets = settings, case.targets if settings.has_teacher else []
     case.loss()
     assert len(calls) == gathers * 5  # 23 = 4 × 5 + 3

@@ -1,0 +1,268 @@
+"""Time and peak memory of the KD loss with both output matmuls, forward and backward, beside ModelOpt's LogitsKLLoss on the same tensors.
+
+Ours is the output layer that the training loop calls. One process with two threads, then two tensor ranks with one each.
+Memory: growth of the process's resident peak over what it held with the weights and hidden states, each side in a fresh process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+from common import write_result
+from peer import DISTILLATION, ROOT, in_peer_environment
+
+TOKENS, VOCABULARY, STUDENT, TEACHER, RUNS = int(os.environ.get("KD_TOKENS", 4096)), 128_256, 512, 768, 5
+FEW_TOKENS = 512
+"""For what is checked and not timed: bf16, and the top-K gradients."""
+TOP_K = 100
+
+
+def main() -> None:
+    if sys.argv[1:]:
+        return measure(*sys.argv[1:])
+    in_peer_environment()
+    figures: dict[str, Any] = {}
+    for processes in (1, 2):
+        found = run("time", processes)
+        peaks = {side: run("memory", processes, side)["peak_mb"] for side in ("ours", "peer")}
+        figures[f"tp{processes}"] = found | {"peak_mb": peaks, "peak_ratio": peaks["ours"] / peaks["peer"]}
+    figures["top_k_gradient"] = top_k_gradients()
+    write_result("kd_loss", "The fused KD loss beside ModelOpt's", text(figures), figures)
+
+
+def text(figures: dict[str, Any]) -> str:
+    rows = []
+    for name in ("tp1", "tp2"):
+        x = figures[name]
+        for side in ("ours", "peer"):
+            rows.append(f"| {name.upper()} | {side} | {x['seconds'][side]:.2f} s | {x['peak_mb'][side]:,.0f} MB |")
+        rows.append(f"| {name.upper()} | **ratio** | **{x['time_ratio']:.2f}** | **{x['peak_ratio']:.3f}** |")
+    apart = [f"- {name.upper()}, {dtype}: " + told(figures[name]["apart"][dtype]) for name in ("tp1", "tp2") for dtype in ("float32", "bfloat16")]
+    return "\n".join(
+        [
+            f"{TOKENS:,} tokens, {VOCABULARY:,} tokens in the vocabulary, hidden {TEACHER} (teacher) and {STUDENT}, fp32; forward and backward with both "
+            f"output matmuls; medians of {RUNS} alternating runs, the slowest rank's; the largest rank's peak. Peer: nvidia-modelopt {DISTILLATION}.",
+            "",
+            "| layout | | time | peak memory |",
+            "|---|---|--:|--:|",
+            *rows,
+            "",
+            f"Differences between the two, relative (gradients: norms); bf16 on {FEW_TOKENS} tokens:",
+            "",
+            *apart,
+            "",
+            f"Gradient of the student's hidden states under TP=2 over that of one process, forward KL to the {TOP_K} likeliest tokens: "
+            f"ours {figures['top_k_gradient']['ours']:.6f}, the peer's TopKLogitsKLLoss {figures['top_k_gradient']['peer']:.6f}. Exact is 1.",
+        ]
+    )
+
+
+def told(apart: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.1e}" for name, value in apart.items())
+
+
+def top_k_gradients() -> dict[str, float]:
+    """Each side's gradient of the hidden states under TP=2 over its own under one process: the norm's ratio."""
+    found = [run("top_k", processes) for processes in (1, 2)]
+    return {side: found[1][side] / found[0][side] for side in ("ours", "peer")}
+
+
+def run(what: str, processes: int, *arguments: str) -> dict[str, Any]:
+    """Fresh processes in the environment that the launcher gives to workers; the slowest, or largest, rank's figures."""
+    from minitron_megatron.launcher import worker_environment
+
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, **worker_environment(processes), "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, __file__, what, folder, str(processes)]
+        started = [subprocess.Popen([*command, str(rank), *arguments], env=environment, stdout=subprocess.PIPE) for rank in range(processes)]
+        told = [process.communicate()[0] for process in started]
+    if any(process.returncode for process in started):
+        raise RuntimeError(f"{what} in {processes} processes failed")
+    found = [json.loads(line.splitlines()[-1]) for line in told]
+    print(what, processes, *arguments, found[0], flush=True)
+    return max(found, key=lambda x: x.get("peak_mb", 0)) if what == "memory" else found[0]
+
+
+class Case(NamedTuple):
+    """One rank's tensors; hidden states are whole."""
+
+    layer: Any
+    """The student's DistillationOutputLayer; called without labels it is megatron's ColumnParallelLinear."""
+    hidden: Any
+    teacher_hidden: Any
+    teacher_weight: Any
+    labels: Any
+    config: Any
+    group: Any
+
+
+def measure(what: str, folder: str, processes: str, rank: str, *arguments: str) -> None:
+    """One process of one run: prints its figures."""
+    from minitron_megatron.platform import activate, retarget
+
+    platform = activate("cpu")
+    retarget.install(("modelopt.torch",))
+    import torch.distributed as dist
+
+    from minitron_megatron.config.parallel import Parallel
+    from minitron_megatron.parallel.layout import global_layout
+    from minitron_megatron.parallel.world import World
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=int(rank), world_size=int(processes))
+    group = global_layout(Parallel(tensor=int(processes)), World(platform, int(rank), int(processes))).groups.tp
+    import modelopt.torch.distill.plugins.megatron  # noqa: F401 - before anything is measured
+
+    print(json.dumps({"time": times, "memory": peak_memory, "top_k": top_k_norms}[what](group, *arguments)))
+    dist.destroy_process_group()
+
+
+def times(group: Any) -> dict[str, Any]:
+    """Medians of alternating runs, and how far apart values and gradients are."""
+    import torch
+
+    case = make_case(group, TOKENS, torch.float32)
+    apart = {"float32": differences(case), "bfloat16": differences(make_case(group, FEW_TOKENS, torch.bfloat16))}
+    seconds: dict[str, list[float]] = {"ours": [], "peer": []}
+    for _ in range(RUNS):
+        for side, step in SIDES.items():
+            seconds[side].append(slowest(timed(step, case), group))
+    medians = {side: median(found) for side, found in seconds.items()}
+    return {"seconds": medians, "time_ratio": medians["ours"] / medians["peer"], "runs": seconds, "apart": apart}
+
+
+def timed(step: Callable[[Case], Any], case: Case) -> float:
+    import torch.distributed as dist
+
+    forget_gradients(case)
+    dist.barrier()
+    started = time.monotonic()
+    step(case)
+    return time.monotonic() - started
+
+
+def slowest(seconds: float, group: Any) -> float:
+    import torch
+    import torch.distributed as dist
+
+    found = torch.tensor([seconds])
+    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
+    return float(found)
+
+
+def peak_memory(group: Any, side: str) -> dict[str, float]:
+    import torch
+    import torch.distributed as dist
+
+    from prune_memory import reset_peak, resident
+
+    case = make_case(group, TOKENS, torch.float32)
+    dist.barrier()
+    before = reset_peak()
+    SIDES[side](case)
+    return {"peak_mb": (resident("VmHWM") - before) / 1e6}
+
+
+def differences(case: Case) -> dict[str, float]:
+    """Ours against the peer's: the loss, and the norms of what is between the gradients over that of the gradients."""
+    losses, gradients = {}, {}
+    for side, step in SIDES.items():
+        forget_gradients(case)
+        losses[side] = step(case)
+        gradients[side] = (case.hidden.grad, case.layer.weight.grad)
+    apart = {"loss": abs(losses["ours"] - losses["peer"]) / abs(losses["peer"])}
+    for name, ours, theirs in zip(("hidden gradient", "weight gradient"), gradients["ours"], gradients["peer"], strict=True):
+        apart[name] = float((ours.float() - theirs.float()).norm() / theirs.float().norm())
+    return apart
+
+
+def top_k_norms(group: Any) -> dict[str, float]:
+    """Norm of the hidden states' gradient of each side's top-K loss. Ours has one class for all other tokens, the peer's has none."""
+    import torch
+    from modelopt.torch.distill.plugins.megatron import TopKLogitsKLLoss
+
+    case, norms = make_case(group, FEW_TOKENS, torch.float32), {}
+    for side in ("ours", "peer"):
+        forget_gradients(case)
+        ours(case, top_k=TOP_K) if side == "ours" else peer(case, TopKLogitsKLLoss(case.config, top_k=TOP_K))
+        norms[side] = float(case.hidden.grad.norm())
+    return norms
+
+
+def ours(case: Case, *, top_k: int | None = None) -> float:
+    """As training/student.py calls it: the sum of the tokens' forward KL."""
+    from minitron_megatron.training.losses.settings import LossSettings
+    from minitron_megatron.training.losses.target import WeightedTarget
+
+    target = WeightedTarget(case.teacher_hidden.flatten(0, 1), case.teacher_weight)
+    rows = case.layer.weight.shape[0]
+    total, _ = case.layer(case.hidden, labels=case.labels, targets=[target], settings=LossSettings(top_k=top_k), rows=rows)
+    total.backward()
+    return float(total)
+
+
+def peer(case: Case, loss: Any = None) -> float:
+    """The loss class on the logits of both; its ranks' parts are summed as Megatron-LM's loss_func does."""
+    import torch
+    import torch.distributed as dist
+    from modelopt.torch.distill.plugins.megatron import LogitsKLLoss
+
+    with torch.no_grad():
+        teacher_logits = case.teacher_hidden @ case.teacher_weight.t()
+    logits, _ = case.layer(case.hidden)
+    losses_BS, tp_reduce, _ = (loss or LogitsKLLoss(case.config))(logits, teacher_logits)
+    del logits, teacher_logits
+    total = losses_BS.sum()
+    total.backward()
+    value = total.detach()
+    if tp_reduce:
+        dist.all_reduce(value, group=case.group)
+    return float(value)
+
+
+SIDES = {"ours": ours, "peer": peer}
+
+
+def forget_gradients(case: Case) -> None:
+    case.hidden.grad = case.layer.weight.grad = None
+
+
+def make_case(group: Any, tokens: int, dtype: Any) -> Case:
+    """Logits with a standard deviation of 3 for the teacher; the student's are partly the teacher's."""
+    import torch
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from minitron_megatron.training.losses.target import TokenLabels
+    from minitron_megatron.training.output_layer import DistillationOutputLayer
+
+    generator = torch.Generator().manual_seed(5)
+    rows = VOCABULARY // group.size()
+    teacher_weight = torch.empty(VOCABULARY, TEACHER).normal_(0, 3 / TEACHER**0.5, generator=generator)
+    teacher_weight = teacher_weight[group.rank() * rows :][:rows].to(dtype, copy=True)
+    teacher_hidden = torch.randn(tokens, 1, TEACHER, generator=generator)
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=STUDENT,
+        num_attention_heads=8,
+        tensor_model_parallel_size=group.size(),
+        params_dtype=dtype,
+        use_cpu_initialization=True,
+    )
+    layer = DistillationOutputLayer(STUDENT, VOCABULARY, config=config, init_method=lambda weight: None, bias=False, tp_group=group)
+    with torch.no_grad():
+        layer.weight.copy_(teacher_weight[:, :STUDENT])
+    hidden = (teacher_hidden[..., :STUDENT] + torch.randn(tokens, 1, STUDENT, generator=generator) / 2).to(dtype).requires_grad_()
+    labels = TokenLabels(torch.randint(VOCABULARY, (tokens,), generator=generator), torch.ones(tokens))
+    return Case(layer, hidden, teacher_hidden.to(dtype), teacher_weight, labels, config, group)
+
+
+if __name__ == "__main__":
+    main()

@@ -46,7 +46,8 @@ class Chunk(NamedTuple):
     stored: tuple[StoredTarget, ...] = ()
 
     def of(self, tokens: slice) -> Chunk:
-        return Chunk(self.logits.of(tokens), self.labels_n[tokens], self.token_weights_n[tokens], tuple(item.of_tokens(tokens) for item in self.stored))
+        stored = tuple(target.of_tokens(tokens) for target in self.stored)
+        return Chunk(self.logits.of(tokens), self.labels_n[tokens], self.token_weights_n[tokens], stored)
 
 
 class UnderWay(NamedTuple):

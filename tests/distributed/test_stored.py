@@ -98,7 +98,7 @@ def broken_at(call: int, written: list[str]) -> Iterator[None]:
     def watched(path: Path, records: Any) -> None:
         if len(written) == call:
             raise KeyboardInterrupt
-        written.append(path.stem)
+        written.append(f"{path.parent.name}/{path.name}")
         original(path, records)
 
     stage.write_block = watched
@@ -141,7 +141,7 @@ def test_a_flipped_byte_is_found_and_its_block_alone_is_made_anew(pool: Pool, wr
     path.unlink()
     assert finished(STAGES["teacher-logits"], asked(runs)) is None
     [names] = pool.run(blocks_written, runs, processes=1)
-    assert names == [path.stem] and files_of(runs) == files_of(written)
+    assert names == [f"train/{path.name}"] and files_of(runs) == files_of(written)
 
 
 def blocks_written(world: World, runs: Path) -> list[str]:
@@ -176,9 +176,9 @@ def test_all_tokens_but_one_stored_in_fp32_teach_as_the_live_teacher_does(pool: 
     expected = trained(pool, live, asked(live, read=False))
     first, later = apart(found, expected, "forward_kl_top_k", "forward_kl")
     assert "forward_kl" not in found[1]
-    # fp32: two sums in other orders, and the stored numbers' own rounding; later what Adam makes of that
-    assert measured("stored against live: first step", "one", first) <= 2e-5
-    assert measured("stored against live: later steps", "one", later) <= 1e-3
+    # fp32: sums in other orders and the stored numbers' own rounding; later what Adam makes of that
+    assert measured("stored against live: first step", "one", first) <= 1e-6
+    assert measured("stored against live: later steps", "one", later) <= 1e-5
 
 
 @pytest.mark.parametrize("parallel", [DP2, TP2_SP, PP2], ids=name_of)
@@ -189,8 +189,8 @@ def test_stored_top_k_teaches_as_live_top_k_does_under_other_layouts_and_micro_b
     found = trained(pool, runs, asked(runs, parallel, micro_batch=1))
     first, later = apart(found, live_top_5, "forward_kl_top_k", "forward_kl_top_k")
     # log-probabilities of 11 significant bits
-    assert measured("stored top-k against live top-k: first step", name_of(parallel), first) <= 2e-3
-    assert measured("stored top-k against live top-k: later steps", name_of(parallel), later) <= 5e-3
+    assert measured("stored top-k against live top-k: first step", name_of(parallel), first) <= 5e-4
+    assert measured("stored top-k against live top-k: later steps", name_of(parallel), later) <= 1e-3
     assert "forward_kl" not in found[1]  # the KL over the whole vocabulary is not known
 
 

@@ -1,11 +1,14 @@
 """Time and peak memory of the KD loss with both output matmuls, forward and backward, beside ModelOpt's LogitsKLLoss on the same tensors.
 
 Ours is the output layer that the training loop calls. One process with two threads, then two tensor ranks with one each.
-Memory: growth of the process's resident peak over what it held with the weights and hidden states, each side in a fresh process.
+Memory: growth of the process's resident peak over what it held with the weights and hidden states, in the first run of each side.
+The allocator is the system's, as it comes; --allocator launcher: with the settings that our launcher gives to workers, under which
+memory comes back from the heap without page faults, for the peer as well.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -13,44 +16,52 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+import kd_loss_cuda
 from common import write_result
 from peer import DISTILLATION, ROOT, in_peer_environment
 
-TOKENS, VOCABULARY, STUDENT, TEACHER, RUNS = int(os.environ.get("KD_TOKENS", 4096)), 128_256, 512, 768, 5
+TOKENS, VOCABULARY, STUDENT, TEACHER, RUNS = 4096, 128_256, 512, 768, 5
 FEW_TOKENS = 512
 """For what is checked and not timed: bf16, and the top-K gradients."""
 TOP_K = 100
 
 
 def main() -> None:
-    if sys.argv[1:]:
-        return measure(*sys.argv[1:])
+    if sys.argv[1:2] == ["rank"]:
+        return measure(*sys.argv[2:])
+    asked = arguments()
+    if asked.device == "cuda":
+        return kd_loss_cuda.main()
     in_peer_environment()
-    figures: dict[str, Any] = {}
-    for processes in (1, 2):
-        found = run("time", processes)
-        peaks = {side: run("memory", processes, side)["peak_mb"] for side in ("ours", "peer")}
-        figures[f"tp{processes}"] = found | {"peak_mb": peaks, "peak_ratio": peaks["ours"] / peaks["peer"]}
-    figures["top_k_gradient"] = top_k_gradients()
-    write_result("kd_loss", "The fused KD loss beside ModelOpt's", text(figures), figures)
+    figures: dict[str, Any] = {f"tp{size}": run("compare", size, asked.allocator, str(asked.runs)) for size in asked.tensor}
+    figures["top_k_gradient"] = top_k_gradients(asked.allocator)
+    name = "kd_loss" if asked.allocator == "system" else f"kd_loss_{asked.allocator}"
+    write_result(name, "The fused KD loss beside ModelOpt's", text(figures, asked), figures)
 
 
-def text(figures: dict[str, Any]) -> str:
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tensor", type=int, nargs="+", default=[1, 2], help="tensor ranks")
+    parser.add_argument("--runs", type=int, default=RUNS)
+    parser.add_argument("--allocator", choices=["system", "launcher"], default="system")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    return parser.parse_args()
+
+
+def text(figures: dict[str, Any], asked: argparse.Namespace) -> str:
+    layouts = {name: x for name, x in figures.items() if name.startswith("tp")}
     rows = []
-    for name in ("tp1", "tp2"):
-        x = figures[name]
-        for side in ("ours", "peer"):
-            rows.append(f"| {name.upper()} | {side} | {x['seconds'][side]:.2f} s | {x['peak_mb'][side]:,.0f} MB |")
+    for name, x in layouts.items():
+        rows += [f"| {name.upper()} | {side} | {x['seconds'][side]:.2f} s | {x['peak_mb'][side]:,.0f} MB |" for side in SIDES]
         rows.append(f"| {name.upper()} | **ratio** | **{x['time_ratio']:.2f}** | **{x['peak_ratio']:.3f}** |")
-    apart = [f"- {name.upper()}, {dtype}: " + told(figures[name]["apart"][dtype]) for name in ("tp1", "tp2") for dtype in ("float32", "bfloat16")]
     return "\n".join(
         [
-            f"{TOKENS:,} tokens, {VOCABULARY:,} tokens in the vocabulary, hidden {TEACHER} (teacher) and {STUDENT}, fp32; forward and backward with both "
-            f"output matmuls; medians of {RUNS} alternating runs, the slowest rank's; the largest rank's peak. Peer: nvidia-modelopt {DISTILLATION}.",
+            f"{TOKENS:,} tokens, {VOCABULARY:,} tokens in the vocabulary, hidden {TEACHER} (teacher) and {STUDENT}, fp32; forward and backward "
+            f"with both output matmuls; medians of {asked.runs} alternating runs, the slowest rank's; the largest rank's peak in the first run. "
+            f"Allocator: {asked.allocator}. Peer: nvidia-modelopt {DISTILLATION}.",
             "",
             "| layout | | time | peak memory |",
             "|---|---|--:|--:|",
@@ -58,7 +69,7 @@ def text(figures: dict[str, Any]) -> str:
             "",
             f"Differences between the two, relative (gradients: norms); bf16 on {FEW_TOKENS} tokens:",
             "",
-            *apart,
+            *(f"- {name.upper()}, {dtype}: {told(x['apart'][dtype])}" for name, x in layouts.items() for dtype in x["apart"]),
             "",
             f"Gradient of the student's hidden states under TP=2 over that of one process, forward KL to the {TOP_K} likeliest tokens: "
             f"ours {figures['top_k_gradient']['ours']:.6f}, the peer's TopKLogitsKLLoss {figures['top_k_gradient']['peer']:.6f}. Exact is 1.",
@@ -70,26 +81,32 @@ def told(apart: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.1e}" for name, value in apart.items())
 
 
-def top_k_gradients() -> dict[str, float]:
+def top_k_gradients(allocator: str) -> dict[str, float]:
     """Each side's gradient of the hidden states under TP=2 over its own under one process: the norm's ratio."""
-    found = [run("top_k", processes) for processes in (1, 2)]
-    return {side: found[1][side] / found[0][side] for side in ("ours", "peer")}
+    found = [run("top_k", processes, allocator) for processes in (1, 2)]
+    return {side: found[1][side] / found[0][side] for side in SIDES}
 
 
-def run(what: str, processes: int, *arguments: str) -> dict[str, Any]:
-    """Fresh processes in the environment that the launcher gives to workers; the slowest, or largest, rank's figures."""
-    from minitron_megatron.launcher import worker_environment
-
+def run(what: str, processes: int, allocator: str, *given: str) -> dict[str, Any]:
+    """Fresh processes; rank 0's figures, which are those of all ranks."""
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, **worker_environment(processes), "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, __file__, what, folder, str(processes)]
-        started = [subprocess.Popen([*command, str(rank), *arguments], env=environment, stdout=subprocess.PIPE) for rank in range(processes)]
+        command = [sys.executable, "-W", "ignore", __file__, "rank", what, folder, str(processes)]
+        environment = {**os.environ, **of_worker(processes, allocator), "PYTHONPATH": str(ROOT)}
+        started = [subprocess.Popen([*command, str(rank), *given], env=environment, stdout=subprocess.PIPE) for rank in range(processes)]
         told = [process.communicate()[0] for process in started]
     if any(process.returncode for process in started):
         raise RuntimeError(f"{what} in {processes} processes failed")
-    found = [json.loads(line.splitlines()[-1]) for line in told]
-    print(what, processes, *arguments, found[0], flush=True)
-    return max(found, key=lambda x: x.get("peak_mb", 0)) if what == "memory" else found[0]
+    found: dict[str, Any] = json.loads(told[0].splitlines()[-1])
+    print(what, f"TP={processes}", found, flush=True)
+    return found
+
+
+def of_worker(processes: int, allocator: str) -> dict[str, str]:
+    """The launcher's settings, all of them or those of threads alone."""
+    from minitron_megatron.launcher import worker_environment
+
+    settings = worker_environment(processes)
+    return {name: value for name, value in settings.items() if allocator == "launcher" or name.startswith(("OMP", "GOMP"))}
 
 
 class Case(NamedTuple):
@@ -105,7 +122,7 @@ class Case(NamedTuple):
     group: Any
 
 
-def measure(what: str, folder: str, processes: str, rank: str, *arguments: str) -> None:
+def measure(what: str, folder: str, processes: str, rank: str, *given: str) -> None:
     """One process of one run: prints its figures."""
     from minitron_megatron.platform import activate, retarget
 
@@ -121,22 +138,25 @@ def measure(what: str, folder: str, processes: str, rank: str, *arguments: str) 
     group = global_layout(Parallel(tensor=int(processes)), World(platform, int(rank), int(processes))).groups.tp
     import modelopt.torch.distill.plugins.megatron  # noqa: F401 - before anything is measured
 
-    print(json.dumps({"time": times, "memory": peak_memory, "top_k": top_k_norms}[what](group, *arguments)))
+    print(json.dumps({"compare": compare, "top_k": top_k_norms}[what](group, *given)))
     dist.destroy_process_group()
 
 
-def times(group: Any) -> dict[str, Any]:
-    """Medians of alternating runs, and how far apart values and gradients are."""
+def compare(group: Any, runs: str) -> dict[str, Any]:
+    """Peaks of the first runs, medians of the alternating ones behind them, and how far apart values and gradients are."""
     import torch
 
     case = make_case(group, TOKENS, torch.float32)
-    apart = {"float32": differences(case), "bfloat16": differences(make_case(group, FEW_TOKENS, torch.bfloat16))}
-    seconds: dict[str, list[float]] = {"ours": [], "peer": []}
-    for _ in range(RUNS):
+    peaks: dict[str, float] = {}
+    apart = {"float32": differences(case, peaks), "bfloat16": differences(make_case(group, FEW_TOKENS, torch.bfloat16))}
+    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+    for _ in range(int(runs)):
         for side, step in SIDES.items():
-            seconds[side].append(slowest(timed(step, case), group))
+            seconds[side].append(largest(timed(step, case), group))
     medians = {side: median(found) for side, found in seconds.items()}
-    return {"seconds": medians, "time_ratio": medians["ours"] / medians["peer"], "runs": seconds, "apart": apart}
+    peaks = {side: largest(peak, group) for side, peak in peaks.items()}
+    ratios = {"time_ratio": medians["ours"] / medians["peer"], "peak_ratio": peaks["ours"] / peaks["peer"]}
+    return {**ratios, "seconds": medians, "peak_mb": peaks, "runs": seconds, "apart": apart}
 
 
 def timed(step: Callable[[Case], Any], case: Case) -> float:
@@ -149,38 +169,31 @@ def timed(step: Callable[[Case], Any], case: Case) -> float:
     return time.monotonic() - started
 
 
-def slowest(seconds: float, group: Any) -> float:
+def largest(value: float, group: Any) -> float:
+    """Of all ranks."""
     import torch
     import torch.distributed as dist
 
-    found = torch.tensor([seconds])
+    found = torch.tensor([value])
     dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
     return float(found)
 
 
-def peak_memory(group: Any, side: str) -> dict[str, float]:
-    import torch
-    import torch.distributed as dist
-
+def differences(case: Case, peaks: dict[str, float] | None = None) -> dict[str, float]:
+    """Ours against the peer's: the loss, and the norms of what is between the gradients over those of the gradients; peaks get each side's, in MB."""
     from prune_memory import reset_peak, resident
 
-    case = make_case(group, TOKENS, torch.float32)
-    dist.barrier()
-    before = reset_peak()
-    SIDES[side](case)
-    return {"peak_mb": (resident("VmHWM") - before) / 1e6}
-
-
-def differences(case: Case) -> dict[str, float]:
-    """Ours against the peer's: the loss, and the norms of what is between the gradients over that of the gradients."""
     losses, gradients = {}, {}
     for side, step in SIDES.items():
         forget_gradients(case)
+        before = reset_peak()
         losses[side] = step(case)
+        if peaks is not None:
+            peaks[side] = (resident("VmHWM") - before) / 1e6
         gradients[side] = (case.hidden.grad, case.layer.weight.grad)
     apart = {"loss": abs(losses["ours"] - losses["peer"]) / abs(losses["peer"])}
-    for name, ours, theirs in zip(("hidden gradient", "weight gradient"), gradients["ours"], gradients["peer"], strict=True):
-        apart[name] = float((ours.float() - theirs.float()).norm() / theirs.float().norm())
+    for name, own, theirs in zip(("hidden gradient", "weight gradient"), gradients["ours"], gradients["peer"], strict=True):
+        apart[name] = float((own.float() - theirs.float()).norm() / theirs.float().norm())
     return apart
 
 
@@ -206,7 +219,7 @@ def ours(case: Case, *, top_k: int | None = None) -> float:
     rows = case.layer.weight.shape[0]
     total, _ = case.layer(case.hidden, labels=case.labels, targets=[target], settings=LossSettings(top_k=top_k), rows=rows)
     total.backward()
-    return float(total)
+    return float(total.detach())
 
 
 def peer(case: Case, loss: Any = None) -> float:

@@ -48,7 +48,7 @@ class TrainingRun(Section):
     validate_every_steps: int = Field(100, ge=1)
     validation_samples: int = Field(32, ge=1)
     loss_memory_mib: int = Field(
-        256, ge=1, description="for the logits of a chunk of tokens, of teacher and student, and of a second chunk under tensor parallelism"
+        512, ge=1, description="for the logits of a chunk of tokens, of teacher and student, and of a second chunk under tensor parallelism"
     )
     loss_chunk_tokens: int | None = Field(
         None, ge=1, description="tokens whose logits exist at one time, in place of what loss_memory_mib has room for"

@@ -11,7 +11,7 @@ import torch
 P = ParamSpec("P")
 R = TypeVar("R")
 
-CPU_BLOCK_BYTES = 4 << 20
+CPU_BLOCK_BYTES = 8 << 20
 """A handful of intermediate results of this size fit into the third-level cache of a CPU."""
 
 

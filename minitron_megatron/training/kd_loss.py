@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minitron_megatron.training.losses.chunk import Chunk, Logits, UnderWay, begin, finish
+from minitron_megatron.training.losses.chunk import UnderWay, begin, finish
+from minitron_megatron.training.losses.logits import Chunk, Logits
 from minitron_megatron.training.losses.memory import tokens_of_a_chunk
 from minitron_megatron.training.losses.settings import LossSettings
 from minitron_megatron.training.losses.target import StoredTarget, Target, TokenLabels, WeightedTarget

@@ -101,10 +101,10 @@ def make_student(model: StageModel, settings: TrainingRun, training: Training | 
 
 def loss_settings(settings: TrainingRun, weights: LossWeights | None) -> LossSettings:
     """The recipe's losses against teachers, as they are at the first step; cross-entropy alone for what has none."""
-    chunks = {"chunk_tokens": settings.loss_chunk_tokens, "memory_bytes": settings.loss_memory_mib << 20}
+    chunk_tokens, memory_bytes = settings.loss_chunk_tokens, settings.loss_memory_mib << 20
     if not isinstance(settings, Distill) or weights is None:
-        return LossSettings({"cross_entropy": 1.0}, **chunks, has_teacher=False)
-    return LossSettings(weights.at(0), settings.temperature, **chunks, top_k=settings.top_k)
+        return LossSettings({"cross_entropy": 1.0}, chunk_tokens=chunk_tokens, memory_bytes=memory_bytes, has_teacher=False)
+    return LossSettings(weights.at(0), settings.temperature, chunk_tokens, memory_bytes, settings.top_k)
 
 
 def _finalize(hidden: HiddenTraining | None, wrapped: list[nn.Module], *arguments: Any, **keywords: Any) -> None:

@@ -5,8 +5,10 @@ Legend: N tokens, V vocabulary, v a rank's rows, D student's hidden, E a teacher
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from minitron_megatron.config.parallel import Parallel
 from minitron_megatron.model.gpt import padded_vocab
 from minitron_megatron.parallel.layout import global_layout
 from minitron_megatron.parallel.world import World
+from minitron_megatron.training import kd_loss
 from minitron_megatron.training.kd_loss import fused_distillation_loss
 from minitron_megatron.training.losses.settings import LossSettings
 from minitron_megatron.training.losses.target import TokenLabels, WeightedTarget
@@ -26,7 +29,7 @@ from .first_step import Pair, plain_first_step, run_first_step
 from .first_step import settings as of_distill
 from .pool import Pool
 from .test_first_step import check
-from .tiny import DP2, LLAMA, PP2, PP2_EVEN, QWEN2_TIED, TP2_SP, VOCAB, layout_name, name_of, relative_difference, write_random
+from .tiny import DP2, LLAMA, PP2, PP2_EVEN, QWEN2_TIED, TP2_SP, VOCAB, WIDE, layout_name, name_of, relative_difference, write_random
 
 N, D, E = 19, 12, 20
 ALL = {"forward_kl": 0.7, "reverse_kl": 0.3, "jensen_shannon": 1.3, "mse": 0.2, "cosine": 3.0, "cross_entropy": 0.4}
@@ -121,12 +124,39 @@ def test_losses_and_gradients_are_those_of_whole_logits_on_any_number_of_tensor_
         assert measured("every loss of the output layer: gradients", f"tp{tensor}", max(hidden, weight)) <= 1e-5, name
 
 
+def overlapped_and_not(world: World) -> tuple[list[str], list[bool]]:
+    """The order of the halves of three chunks, and whether each case's results are those of one chunk at a time."""
+    order: list[str] = []
+    halves = {name: getattr(kd_loss, name) for name in ("begin", "finish")}
+
+    def written_down(name: str) -> Any:
+        return lambda *args, **keywords: (order.append(name), halves[name](*args, **keywords))[1]
+
+    with patch.multiple(kd_loss, **{name: written_down(name) for name in halves}):
+        overlapped = fused(world, 2)
+    with patch.object(kd_loss, "chunks_in_flight", lambda group: 1):
+        plain = fused(world, 2)
+    same = [torch.equal(a, b) for name in CASES for a, b in zip(flat(overlapped[name]), flat(plain[name]), strict=True)]
+    return order[: len(order) // len(CASES)], same
+
+
+def flat(found: Found) -> list[Tensor]:
+    return [found.total, *found.sums.values(), found.grad_hidden, found.grad_weight]
+
+
+def test_a_chunk_is_gathered_while_the_next_one_is_made_and_no_bit_changes(pool: Pool) -> None:
+    for order, same in pool.run(overlapped_and_not, processes=2):
+        assert order == ["begin", "begin", "finish", "begin", "finish", "finish"]  # 19 tokens = 8 + 8 + 3
+        assert len(same) > 4 * len(CASES) and all(same)
+
+
 MIXES = {
     "kinds": of_distill(loss={"reverse_kl": 0.7, "jensen_shannon": 0.6, "cross_entropy": 0.2}, temperature=2.0),
     "distances": of_distill(loss={"cosine": 3.0, "mse": 0.1}),
     "top 5": of_distill(loss={"forward_kl": 0.8, "cross_entropy": 0.2}, top_k=5),
 }
-SHAPES = {"llama": LLAMA, "tied": QWEN2_TIED}
+SHAPES = {"llama": LLAMA, "tied": QWEN2_TIED, "wide tied": replace(WIDE, tied_embeddings=True)}
+TP4_SP = Parallel(tensor=4, sequence=True)
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +177,8 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
         ("distances", "llama", TP2_SP),
         ("top 5", "tied", TP2_SP),
         ("top 5", "llama", PP2),
+        ("top 5", "wide tied", TP4_SP),
+        ("kinds", "wide tied", TP4_SP),
         *(pytest.param(mix, "llama", DP2, marks=pytest.mark.slow) for mix in MIXES),
     ],
     ids=name_of,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,36 +18,11 @@ from torch import Tensor
 from minitron_megatron.model.divergence import Softmax, crossed_sums, forward_kl, label_logits, log_normaliser, shard_sums
 from minitron_megatron.parallel.collectives import Gathering, begin_gather_first
 from minitron_megatron.platform.kernels import block_bytes, elementwise
+from minitron_megatron.training.losses import in_place
+from minitron_megatron.training.losses.logits import Chunk
 from minitron_megatron.training.losses.settings import TOP_K, LossSettings
-from minitron_megatron.training.losses.target import StoredTarget
-from minitron_megatron.training.losses.terms import TERMS, Shard, Term
+from minitron_megatron.training.losses.terms import TERMS, Shard, Term, probabilities
 from minitron_megatron.training.losses.top_k import top_k_term
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-class Logits(NamedTuple):
-    """Raw ones of a chunk, of this rank's real rows, in the weights' type; used up."""
-
-    student_nv: Tensor
-    teachers_nv: tuple[Tensor, ...]
-
-    def of(self, tokens: slice) -> Logits:
-        return Logits(self.student_nv[tokens], tuple(teacher_nv[tokens] for teacher_nv in self.teachers_nv))
-
-
-class Chunk(NamedTuple):
-    """What belongs to the tokens of a chunk."""
-
-    logits: Logits
-    labels_n: Tensor
-    token_weights_n: Tensor
-    stored: tuple[StoredTarget, ...] = ()
-
-    def of(self, tokens: slice) -> Chunk:
-        stored = tuple(target.of_tokens(tokens) for target in self.stored)
-        return Chunk(self.logits.of(tokens), self.labels_n[tokens], self.token_weights_n[tokens], stored)
 
 
 class UnderWay(NamedTuple):
@@ -85,7 +60,7 @@ class _Student(NamedTuple):
 
 def begin(chunk: Chunk, settings: LossSettings, shard: Shard) -> UnderWay:
     """The chunk's first half."""
-    sums = _carried_out(_sums, chunk, settings)
+    sums, _ = _halves(chunk, settings)
     parts = [sums(chunk.of(block), settings, shard) for block in _blocks(chunk, settings)]
     sums_nk = torch.cat([torch.cat(of_block, dim=-1) for of_block in parts])
     return UnderWay(chunk, begin_gather_first(sums_nk, shard.group), [part.shape[-1] for part in parts[0]])
@@ -97,16 +72,21 @@ def finish(under_way: UnderWay, shares: Sequence[float], settings: LossSettings,
     With needs_grad the student's logits become the gradient of the weighted losses.
     """
     chunk, sums_rnk = under_way.chunk, under_way.sums.wait()
-    losses, values = _carried_out(_losses, chunk, settings), []
+    (_, losses), values = _halves(chunk, settings), []
     for block in _blocks(chunk, settings):
         parts = sums_rnk[:, block].split(under_way.widths, dim=-1)
         values.append(losses(chunk.of(block), parts, shares, settings, shard, needs_grad))
     return (torch.cat(values, dim=-1) * chunk.token_weights_n).sum(-1)
 
 
-def _carried_out(function: Callable[P, R], chunk: Chunk, settings: LossSettings) -> Callable[P, R]:
-    """As the device likes it; where a loss talks to other ranks in the middle, as it is."""
-    return function if settings.takes_chunks_whole else elementwise(function, chunk.labels_n.device)
+def _halves(chunk: Chunk, settings: LossSettings) -> tuple[Callable[..., list[Tensor]], Callable[..., Tensor]]:
+    """What is done with a block before and after the gather, as the device likes it; where a loss talks to other ranks in the middle, as it is."""
+    if in_place.serves(chunk, settings):
+        return in_place.sums, in_place.losses
+    if settings.takes_chunks_whole:
+        return _sums, _losses
+    device = chunk.labels_n.device
+    return elementwise(_sums, device), elementwise(_losses, device)
 
 
 def _blocks(chunk: Chunk, settings: LossSettings) -> Iterator[slice]:
@@ -203,9 +183,8 @@ def _student(student_nv: Tensor, sums_rnk: Tensor) -> _Student:
 
 
 def _kl_gradient(student: Softmax, teacher: Softmax) -> Tensor:
-    """softmax(student) − softmax(teacher); the teacher's logits are used up."""
-    gradient = (student.logits_nv - student.log_norm_n[:, None]).exp_()
-    return gradient.sub_(teacher.logits_nv.sub_(teacher.log_norm_n[:, None]).exp_())
+    """softmax(student) − softmax(teacher)"""
+    return probabilities(student).sub_(probabilities(teacher))
 
 
 def _cross_entropy_gradient(raw_nv: Tensor, log_norm_n: Tensor, row_n: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ class LossSettings:
     temperature: float = 1.0
     chunk_tokens: int | None = None
     """Tokens whose logits exist at one time; None: as many as memory_bytes has room for."""
-    memory_bytes: int = 256 << 20
+    memory_bytes: int = 512 << 20
     """For the logits of the chunks under way and what is computed from them; the weight's gradient comes on top."""
     top_k: int | None = None
     """Forward KL is trained on over the teacher's K likeliest tokens and one class for all others; over the whole vocabulary it is logged."""

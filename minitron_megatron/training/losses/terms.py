@@ -45,6 +45,10 @@ class Term(NamedTuple):
     power: int = 2
 
 
+def probabilities(softmax: Softmax) -> Tensor:
+    return (softmax.logits_nv - softmax.log_norm_n[:, None]).exp_()
+
+
 def reverse_kl_sums(student_nv: Tensor, teacher_nv: Tensor, shard: Shard) -> Tensor:
     """[n, 1] Σ exp(s − peak) · (s − t)"""
     weights_nv = (student_nv - student_nv.amax(-1, keepdim=True)).exp_()
@@ -78,12 +82,12 @@ def jensen_shannon(student: Softmax, teacher: Softmax, sums_rnk: Tensor, shard: 
     log_m = torch.logaddexp(log_p, log_q).sub_(math.log(2))
     above_q = log_q.exp().mul_(log_q.sub_(log_m)).sum(-1)
     above_p = log_p.sub_(log_m)  # ln p − ln m from here on; p itself comes from the logits again
-    sums_n2 = torch.stack([above_q, _probabilities(student).mul_(above_p).sum(-1)], dim=-1)
+    sums_n2 = torch.stack([above_q, probabilities(student).mul_(above_p).sum(-1)], dim=-1)
     from_teacher_n, from_student_n = gather_first(sums_n2, shard.group).sum(0).unbind(-1)
 
     def gradient() -> Tensor:
         """½ p · (ln p − ln m − KL(p ‖ m))"""
-        return above_p.sub_(from_student_n[:, None]).mul_(_probabilities(student)).mul_(0.5)
+        return above_p.sub_(from_student_n[:, None]).mul_(probabilities(student)).mul_(0.5)
 
     return Loss((from_teacher_n + from_student_n) / 2, gradient)
 
@@ -121,10 +125,6 @@ def cosine(student: Softmax, teacher: Softmax, sums_rnk: Tensor, shard: Shard) -
         return along_nv.sub_(teacher.logits_nv / (size_s * size_t)[:, None])
 
     return Loss(1 - cosine_n, gradient)
-
-
-def _probabilities(softmax: Softmax) -> Tensor:
-    return (softmax.logits_nv - softmax.log_norm_n[:, None]).exp_()
 
 
 TERMS = {

@@ -82,7 +82,7 @@ def distilled(**changes: object) -> Recipe:
     return recipe.model_copy(update={"distill": recipe.distill.model_copy(update=changes)})
 
 
-@pytest.mark.parametrize("change", [{"global_batch": 8}, {"steps": 9}, {"micro_batch": 2}, {"validate_every_steps": 3}])
+@pytest.mark.parametrize("change", [{"global_batch": 8}, {"steps": 9}, {"micro_batch": 2}, {"validate_every_steps": 3}, {"loss_memory_mib": 9}])
 def test_what_may_change_between_two_starts_is_the_same_run_under_another_id(change: dict[str, object]) -> None:
     stage, before, after = STAGES["distill"], distilled(), distilled(**change)
     assert run_id(stage, before, {}) == run_id(stage, after, {})

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minitron_megatron.model.divergence import Softmax, shard_sums
 from minitron_megatron.training.kd_loss import fused_distillation_loss
-from minitron_megatron.training.losses import chunk, terms, top_k
+from minitron_megatron.training.losses import chunk, in_place, terms, top_k
 from minitron_megatron.training.losses.settings import LossSettings
 from minitron_megatron.training.losses.target import TokenLabels, WeightedTarget
 from minitron_megatron.training.losses.terms import Shard
@@ -284,6 +284,21 @@ def test_a_chunk_costs_one_all_gather_and_jensen_shannon_and_top_k_one_more(
     case.settings, case.targets = settings, case.targets if settings.has_teacher else []
     case.loss()
     assert len(calls) == gathers * 5  # 23 = 4 × 5 + 3
+
+
+@pytest.mark.parametrize("weight", [0.7, 0.0, torch.tensor(0.7)], ids=["number", "nought", "tensor"])
+def test_forward_kl_in_place_is_forward_kl_by_the_way_of_all_losses(weight: float | Tensor, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums, loss and gradients; the gradient is made of the same exponentials, rounded once more."""
+    case.settings, case.targets = replace(case.settings, weights={"forward_kl": weight}), [replace(case.targets[0], weight=0.9)]
+    served: list[bool] = []
+    found = []
+    for real in (in_place.serves, lambda block, settings: False):
+        monkeypatch.setattr(in_place, "serves", lambda block, settings, real=real: served.append(real(block, settings)) or served[-1])
+        total, sums = case.loss()
+        found.append([total, *sums.values(), *torch.autograd.grad(total, (case.hidden, case.weight))])
+    assert any(served) and not all(served)
+    for here, there in zip(*found, strict=True):
+        torch.testing.assert_close(here, there, rtol=1e-5, atol=1e-6)
 
 
 def test_the_jensen_shannon_divergence_is_symmetric_and_at_most_ln_2(case: Case) -> None:

@@ -1,0 +1,26 @@
+"""Element-wise work is left as it is on a CPU, and compiled once for each function on CUDA."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from minitron_megatron.platform.kernels import block_bytes, elementwise
+
+
+def doubled(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+def test_a_cpu_runs_the_function_itself_block_by_block() -> None:
+    cpu = torch.device("cpu")
+    assert elementwise(doubled, cpu) is doubled
+    assert block_bytes(cpu) is not None
+
+
+def test_on_cuda_the_function_is_compiled_once_and_takes_all_at_once() -> None:
+    cuda = torch.device("cuda")
+    compiled = elementwise(doubled, cuda)
+    assert compiled is elementwise(doubled, cuda) is not doubled
+    assert torch.equal(compiled(torch.ones(3)), torch.full((3,), 2.0))  # dynamo is off in this process: it runs as it is
+    assert block_bytes(cuda) is None

@@ -63,6 +63,14 @@ STAGES = {
         Stage("correct", "correct.stage", ("import", "data", "chat"), ("correct",), True, continues=_may_change("correct"), asked_by="correct"),
         Stage("labels", "labels.stage", ("import", "data", "teachers", "correct"), ("labels",), True, asked_by="labels"),
         Stage(
+            "teacher-logits",
+            "teacher_logits.stage",
+            ("import", "data", "chat", "labels", "teachers", "correct"),
+            ("teacher_logits", "distilled_text"),
+            True,
+            asked_by="teacher_logits",
+        ),
+        Stage(
             "search",
             "search.stage",
             ("import", "data", "chat", "importance", "teachers", "correct", "labels"),
@@ -77,7 +85,7 @@ STAGES = {
         Stage(
             "distill",
             "distill.stage",
-            ("import", "data", "chat", "labels", "prune", "teachers", "correct"),
+            ("import", "data", "chat", "labels", "prune", "teachers", "correct", "teacher-logits"),
             ("distill", "teacher_weights", "correct_beside"),
             True,
             continues=_may_change("distill"),
@@ -165,7 +173,9 @@ def stage_inputs(stage: Stage, recipe: Recipe) -> tuple[str, ...]:
 
 def _spared(stage: Stage, recipe: Recipe) -> tuple[str, ...]:
     scores = ("importance",) if stage.name in ("search", "prune") and not recipe.prune.reads_importance else ()
-    chats = ("chat",) if stage.name in ("correct", "search", "distill") and recipe.distill.text != "chat" else ()
+    chats = ("chat",) if stage.name in ("correct", "teacher-logits", "search", "distill") and recipe.distill.text != "chat" else ()
+    if stage.name == "distill":
+        return (*chats, *(("teachers", "correct") if recipe.distill.teacher_outputs == "stored" else ("teacher-logits",)))
     if scores or chats:
         return (*scores, *chats)
     if stage.name == "depth" and recipe.depth is not None:
@@ -197,7 +207,13 @@ def finished(stage: Stage, recipe: Recipe) -> Artifact | None:
     known = {name: found for name, found in inputs.items() if found is not None}
     if artifact is None or len(known) < len(inputs) or artifact.id != stage_id(stage, recipe, known):
         return None
-    return artifact
+    return artifact if covers(stage, recipe, artifact) else None
+
+
+def covers(stage: Stage, recipe: Recipe, artifact: Artifact) -> bool:
+    """Whether an artifact of the right id holds all that the recipe reads of it: some stages add to what they have published."""
+    module = _module(stage)
+    return bool(module.covers(recipe, artifact)) if hasattr(module, "covers") else True
 
 
 def run_stage(stage: Stage, recipe: Recipe, recipe_path: str, world: World) -> Artifact | None:

@@ -91,6 +91,12 @@ STAGE_HELP = {
         "train and train-weights .bin and .idx",
         "labels.samples=4096 labels.new_tokens=128",
     ),
+    "teacher-logits": StageHelp(
+        "Store what the teacher thinks of each token; with distill.teacher_outputs=stored a distillation reads it in the teacher's place.",
+        "train/ and heldout/ (blocks of consecutive samples, compressed and checksummed)",
+        "teacher_logits.k=64 distill.teacher_outputs=stored",
+        " · Part of the chain where the recipe has a section `teacher_logits`",
+    ),
     "search": StageHelp(
         "Find the architecture: enumerate a space, filter by budgets, distil a shortlist shortly.",
         "architecture.json (what prune takes), ranking.json, table.md, pareto.svg, candidates.csv",

@@ -8,7 +8,19 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from minitron_megatron.artifact import Artifact, find_artifact, open_artifact
-from minitron_megatron.chain import STAGES, Stage, finished, is_asked, outside_files, require_asked, run_folder, stage_id, stage_inputs, stages_of
+from minitron_megatron.chain import (
+    STAGES,
+    Stage,
+    covers,
+    finished,
+    is_asked,
+    outside_files,
+    require_asked,
+    run_folder,
+    stage_id,
+    stage_inputs,
+    stages_of,
+)
 from minitron_megatron.config.family import Step, checked_steps
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.launcher import launch
@@ -75,7 +87,7 @@ def adopt(stage: Stage, recipe: Recipe, shared: Sequence[Path]) -> Artifact | No
     identity = stage_id(stage, recipe, known)
     for other in shared:
         artifact = find_artifact(other, stage.name)
-        if artifact and artifact.id == identity:
+        if artifact and artifact.id == identity and covers(stage, recipe, artifact):
             _link(artifact.path, folder / stage.name)
             return open_artifact(other, stage.name)
     return None

@@ -116,6 +116,9 @@ class Distill(TrainingRun):
     )
     temperature: float = Field(1.0, gt=0, description="of KL, reverse KL and Jensen–Shannon, which count its square")
     top_k: int | None = Field(None, ge=1, description="forward KL over the teacher's K likeliest tokens and one class for all others")
+    teacher_outputs: Annotated[Literal["live", "stored"], UNSHAPING] = Field(
+        "live", description="stored: read from the stage teacher-logits, no teacher is loaded (section teacher_logits)"
+    )  # unshaping: the artifacts that are read tell the two apart
     hidden: HiddenLoss | None = Field(None, description="compares hidden states as well; without it the logits alone")
     pause_after_steps: Annotated[int | None, UNSHAPING] = Field(
         None, ge=0, description="ends this start here, validated and saved but not published; a start without it goes on"

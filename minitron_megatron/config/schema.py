@@ -20,6 +20,7 @@ from minitron_megatron.config.prune import Prune
 from minitron_megatron.config.search import Search
 from minitron_megatron.config.section import Section
 from minitron_megatron.config.source import Data, Model
+from minitron_megatron.config.teacher_logits import DistilledText, TeacherLogits
 from minitron_megatron.config.teachers import Teachers, TeacherWeights
 
 
@@ -41,6 +42,7 @@ class Recipe(Section):
     prune: Prune
     teachers: Teachers | None = None
     correct: Correct | None = None
+    teacher_logits: TeacherLogits | None = None
     distill: Distill
     finetune: Finetune | None = None
     training: Training = Training()
@@ -55,6 +57,11 @@ class Recipe(Section):
     def correct_beside(self) -> CorrectionBeside | None:
         """Of a correction that runs while the distillation does."""
         return CorrectionBeside(run=self.correct.lasting()) if self.correct and self.correct.beside else None
+
+    @property
+    def distilled_text(self) -> DistilledText:
+        """What stored outputs of a teacher are of."""
+        return DistilledText(text=self.distill.text, sequence_length=self.distill.sequence_length, seed=self.distill.seed)
 
     def training_runs(self) -> dict[str, TrainingRun]:
         """The sections of stages that train."""

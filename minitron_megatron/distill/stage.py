@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from minitron_megatron.config.distill import Distill
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.distill.hidden.projection import without_projections
 from minitron_megatron.distill.hidden.training import HiddenTraining, add_hidden_losses
+from minitron_megatron.distill.stored import StoredTeachers, stored_teachers
 from minitron_megatron.distill.teachers import Teachers, load_teachers
 from minitron_megatron.model.gpt import StageModel
 from minitron_megatron.parallel.world import World
 from minitron_megatron.training import job
 from minitron_megatron.training.loop import TrainingLoop
+from minitron_megatron.training.losses.settings import OF_STORED
 from minitron_megatron.training.student import make_student
 
 SCRATCH = job.SCRATCH
@@ -30,12 +33,20 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
     settings, arch = recipe.distill, Architecture.from_dict(inputs["prune"].result["architecture"])
     distillation = job.Job("distill", settings, recipe, folder, world)
     before = distillation.begin(arch)
-    teachers = load_teachers(distillation, inputs, arch, before)
-    architectures = [teacher.architecture for teacher in teachers.members]
-    model = distillation.student(arch, inputs["prune"].path / "checkpoint", *architectures)
-    hidden = _hidden(settings, teachers, model, inputs["prune"])
-    student = make_student(model, settings, recipe.training, hidden)
     texts = distillation.texts(inputs, before, mask_boundaries=settings.mask_boundaries)
+    teachers: Teachers | StoredTeachers
+    if settings.teacher_outputs == "stored":
+        teachers = stored_teachers(recipe, inputs["teacher-logits"])
+        teachers.require(vocab=arch.vocab, training=texts[0], heldout=texts[1])
+        architectures = []
+    else:
+        teachers = load_teachers(distillation, inputs, arch, before)
+        architectures = [teacher.architecture for teacher in teachers.members]
+    model = distillation.student(arch, inputs["prune"].path / "checkpoint", *architectures)
+    hidden = None if isinstance(teachers, StoredTeachers) else _hidden(settings, teachers, model, inputs["prune"])
+    student = make_student(model, settings, recipe.training, hidden)
+    if isinstance(teachers, StoredTeachers):
+        student.loss_settings = replace(student.loss_settings, stored=teachers.form.kind)
     loop = TrainingLoop("distill", settings, distillation.layout, world, teachers, student, *texts, pause_after_steps=settings.pause_after_steps)
     last = loop.run(folder, recipe)
     if loop.last_step < settings.steps:
@@ -43,7 +54,8 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
             print(f"distill: paused after step {loop.progress.step} of {settings.steps}; the next start goes on from there", flush=True)
         return None
     distillation.publish_weights({name: without_projections(chunk) for name, chunk in model_state(model).items()})
-    told = f"kl {last['forward_kl']:.3f}, perplexity {last['perplexity']:.2f}"
+    kl = next(last[name] for name in ("forward_kl", *OF_STORED.values()) if name in last)
+    told = f"kl {kl:.3f}, perplexity {last['perplexity']:.2f}"
     return distillation.result(arch, loop, last, told, f" (teacher {teachers.describe()})")
 
 

@@ -48,16 +48,21 @@ class Kept:
     """None where the whole layer is dropped."""
 
 
+KLS = ("forward_kl", "forward_kl_top_k", "forward_kl_sampled")
+"""The last two of a teacher's stored outputs, where the first is not known."""
+
+
 def kl_curve(steps: Sequence[dict[str, Any]]) -> str:
     """KL to the teacher (nats/token) of each training step and at validation, over the learning rate in small."""
-    trained = [step for step in steps if "forward_kl" in step]
+    name = next((name for name in KLS if any(name in step for step in steps)), KLS[0])
+    trained = [step for step in steps if name in step]
     with style():
         figure = new_figure(3.2)
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
         if trained:
-            _noisy_line(upper, *_curve(trained, "forward_kl"), "training (per step, and smoothed)")
+            _noisy_line(upper, *_curve(trained, name), "training (per step, and smoothed)")
             lower.plot(*_curve(trained, "learning_rate"), color=MUTED, linewidth=1.3)
-        _validation_points(upper, steps, "forward_kl", CUT)
+        _validation_points(upper, steps, name, CUT)
         upper.set_ylabel("KL, nats/token")
         upper.set_ylim(bottom=0)
         legend_above(upper, 3)

@@ -20,7 +20,7 @@ from minitron_megatron.training.losses.chunk import UnderWay, begin, finish
 from minitron_megatron.training.losses.logits import Chunk, Logits
 from minitron_megatron.training.losses.memory import tokens_of_a_chunk
 from minitron_megatron.training.losses.settings import LossSettings
-from minitron_megatron.training.losses.target import TokenLabels, WeightedTarget
+from minitron_megatron.training.losses.target import StoredTarget, Target, TokenLabels, WeightedTarget
 from minitron_megatron.training.losses.terms import Shard
 
 
@@ -60,7 +60,7 @@ class FusedDistillationLoss(torch.autograd.Function):
         hidden_ND: Tensor,
         weight_vD: Tensor,
         labels: TokenLabels,
-        targets: Sequence[WeightedTarget],
+        targets: Sequence[Target],
         settings: LossSettings,
         rows: int,
         group: dist.ProcessGroup,
@@ -88,7 +88,7 @@ def fused_distillation_loss(
     hidden_ND: Tensor,
     weight_vD: Tensor,
     labels: TokenLabels,
-    targets: Sequence[WeightedTarget],
+    targets: Sequence[Target],
     settings: LossSettings,
     *,
     rows: int,
@@ -118,11 +118,20 @@ class _MicroBatch:
     hidden_ND: Tensor
     weight_vD: Tensor
     labels: TokenLabels
-    targets: Sequence[WeightedTarget]
+    targets: Sequence[Target]
     settings: LossSettings
     rows: int
     shard: Shard
     gradients: Gradients | None
+
+    @property
+    def live(self) -> list[WeightedTarget]:
+        """Teachers whose logits are made."""
+        return [target for target in self.targets if isinstance(target, WeightedTarget)]
+
+    @property
+    def stored(self) -> list[StoredTarget]:
+        return [target for target in self.targets if not isinstance(target, WeightedTarget)]
 
     def run(self) -> Tensor:
         """[losses] sums of settings.names.
@@ -146,25 +155,26 @@ class _MicroBatch:
 
     def _chunk_tokens(self, in_flight: int) -> int:
         rows, of_a_logit = self.weight_vD.shape[0], self.weight_vD.element_size()
-        teachers, device = len(self.targets), self.hidden_ND.device
+        teachers, device = len(self.live), self.hidden_ND.device
         return tokens_of_a_chunk(self.settings, rows=rows, bytes_of_a_logit=of_a_logit, teachers=teachers, in_flight=in_flight, device=device)
 
     def _space(self, tokens: int) -> Logits:
         """For the logits of a chunk; fresh pages for each chunk would cost as much as a pass over it."""
         shape = (min(tokens, self.hidden_ND.shape[0]), self.rows)
-        return Logits(self.weight_vD.new_empty(shape), tuple(target.weight_vE.new_empty(shape) for target in self.targets))
+        return Logits(self.weight_vD.new_empty(shape), tuple(target.weight_vE.new_empty(shape) for target in self.live))
 
     def _chunk(self, tokens: slice, space: Logits) -> Chunk:
         """The logits of both models."""
         logits = space.of(slice(0, tokens.stop - tokens.start))
         torch.mm(self.hidden_ND[tokens], self.weight_vD[: self.rows].t(), out=logits.student_nv)
-        for target, teacher_nv in zip(self.targets, logits.teachers_nv, strict=True):
+        for target, teacher_nv in zip(self.live, logits.teachers_nv, strict=True):
             torch.mm(target.hidden_NE[tokens], target.weight_vE[: self.rows].t(), out=teacher_nv)
-        return Chunk(logits, self.labels.labels_N[tokens], self.labels.token_weights_N[tokens])
+        stored = tuple(target.of_tokens(tokens) for target in self.stored)
+        return Chunk(logits, self.labels.labels_N[tokens], self.labels.token_weights_N[tokens], stored)
 
     def _finish(self, tokens: slice, under_way: UnderWay) -> Tensor:
         """The chunk's losses; its gradients are added."""
-        shares = [target.weight for target in self.targets]
+        shares = [target.weight for target in self.live]
         sums = finish(under_way, shares, self.settings, self.shard, needs_grad=self.gradients is not None)
         if self.gradients is not None:
             grad_nv = under_way.chunk.logits.student_nv

@@ -9,10 +9,18 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from minitron_megatron.config.distill import Wandb
+from minitron_megatron.training.losses.settings import OF_STORED
 
 WINDOWS = "validation.jsonl"
 NOT_PLOTTED = ("step", "steps", "validation", "seconds", "teacher")
-SHORT = {"forward_kl_top_k": "top-k kl", "reverse_kl": "reverse kl", "jensen_shannon": "js", "mse": "mse", "cosine": "cosine"}
+SHORT = {
+    "forward_kl_top_k": "top-k kl",
+    "forward_kl_sampled": "sampled kl",
+    "reverse_kl": "reverse kl",
+    "jensen_shannon": "js",
+    "mse": "mse",
+    "cosine": "cosine",
+}
 """Losses that are on the console where they are trained on; KL and cross-entropy always are."""
 
 
@@ -84,6 +92,7 @@ def console_line(stage: str, record: dict[str, Any], remaining_seconds: float) -
 
 def validation_line(step: int, values: dict[str, float]) -> str:
     kl = f"kl {values['forward_kl']:.3f} | " if "forward_kl" in values else ""
+    kl = kl or "".join(f"{SHORT[name]} {values[name]:.3f} | " for name in OF_STORED.values() if name in values)
     return f"validation at step {step} | {kl}perplexity {values['perplexity']:.2f}"
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minitron_megatron.training.kd_loss import GradientBuffer, fused_distillation_loss
 from minitron_megatron.training.losses.settings import LossSettings
-from minitron_megatron.training.losses.target import TokenLabels, WeightedTarget
+from minitron_megatron.training.losses.target import Target, TokenLabels
 
 
 class DistillationOutputLayer(ColumnParallelLinear):
@@ -31,7 +31,7 @@ class DistillationOutputLayer(ColumnParallelLinear):
         runtime_gather_output: bool | None = None,
         *,
         labels: TokenLabels | None = None,
-        targets: Sequence[WeightedTarget] = (),
+        targets: Sequence[Target] = (),
         settings: LossSettings | None = None,
         rows: int = 0,
     ) -> tuple[Any, ...]:

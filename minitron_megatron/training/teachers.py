@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from minitron_megatron.data.batches import Batch, MicroBatches
-from minitron_megatron.training.losses.target import WeightedTarget
+from minitron_megatron.training.losses.target import Target
 
 Load = Callable[[tuple[int, ...]], Batch]
 """Sample ids → batch on the device."""
@@ -21,7 +21,7 @@ Load = Callable[[tuple[int, ...]], Batch]
 class TeacherStates(Protocol):
     """What teachers made of one global batch, found by the sample ids of a micro-batch."""
 
-    def targets(self, batch: Batch) -> Sequence[WeightedTarget]:
+    def targets(self, batch: Batch) -> Sequence[Target]:
         """One for each teacher; handed out once."""
 
 
@@ -47,7 +47,7 @@ class NoTeachers:
     def states(self, groups: MicroBatches, load: Load, wanted: Sequence[Any] = ()) -> NoTeachers:
         return self
 
-    def targets(self, batch: Batch) -> Sequence[WeightedTarget]:
+    def targets(self, batch: Batch) -> Sequence[Target]:
         return ()
 
     def renew(self) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "minitron_megatron"
 NAME = PACKAGE.name
-STAGES = {"importance", "depth", "search", "prune", "correct", "distill", "finetune", "evaluate", "convert", "labels", "report"}
+STAGES = {"importance", "depth", "search", "prune", "correct", "distill", "finetune", "evaluate", "convert", "labels", "teacher_logits", "report"}
 # a room may import rooms of its own row and of the rows above it
 ROWS = [
     {"__init__"},
@@ -17,7 +17,7 @@ ROWS = [
     {"config", "arch"},
     {"platform", "parallel"},
     {"artifact", "progress"},
-    {"model", "checkpoint", "data", "scores", "results", "tasks"},
+    {"model", "checkpoint", "data", "scores", "stored", "results", "tasks"},
     {"training", "schedule"},
     STAGES,
     {"chain"},

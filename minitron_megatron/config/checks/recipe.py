@@ -10,6 +10,7 @@ from minitron_megatron.config.checks.layout import layout_problems, list_problem
 from minitron_megatron.config.checks.losses import vocabulary_problems
 from minitron_megatron.config.checks.search import search_problems
 from minitron_megatron.config.checks.target import target_architecture
+from minitron_megatron.config.checks.teacher_logits import stored_problems
 from minitron_megatron.config.checks.teachers import Planned, models_problems, stage_problems, teacher_architectures
 from minitron_megatron.config.checks.text import text_problems
 from minitron_megatron.config.checks.training import batch_problems, hidden_problems, training_problems
@@ -38,7 +39,7 @@ def check_recipe(recipe: Recipe, source: Architecture, planned: Planned | None =
     problems += stage_problems(recipe) + models_problems(recipe, source, planned)
     problems += _length_problems(recipe, source)
     problems += batch_problems(recipe) + vocabulary_problems(recipe.distill, source) + block_size_problems(recipe, source)
-    problems += text_problems(recipe, source)
+    problems += text_problems(recipe, source) + stored_problems(recipe, source)
     if recipe.prune.scores_file and recipe.prune.scores != "activation":
         problems.append(f"prune.scores_file holds activation scores, but prune.scores={recipe.prune.scores}; leave one of them out")
     problems += criteria_problems(recipe.prune, source) + sums_problems(recipe.importance, recipe.prune)

@@ -117,6 +117,10 @@ def _losses(block: Chunk, sums: Sequence[Tensor], shares: Sequence[float], setti
         crossed, others, rest = rest[0], rest[1 : 1 + len(names)], rest[1 + len(names) :]
         teacher_nv = _at(logits_nv.float(), settings.temperature)
         _hold_against(found, student.at_temperature, teacher_nv, crossed, dict(zip(names, others, strict=True)), settings, shard, share)
+    for target in block.stored:
+        loss, weight = target.loss(student.at_temperature, shard), settings.objective[target.name] * target.weight
+        found.add(target.name, settings.temperature**2 * target.weight * loss.value_n)
+        found.add_gradient(weight * settings.temperature, loss.gradient)
     found.add("cross_entropy", student.raw_log_norm_n - student.label_logit_n)
     log_norm_n, row_n = student.raw_log_norm_n, block.labels_n - shard.first_row
     found.add_gradient(settings.objective.get("cross_entropy", 0.0), lambda: _cross_entropy_gradient(raw_nv, log_norm_n, row_n))

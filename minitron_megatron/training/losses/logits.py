@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from minitron_megatron.training.losses.target import StoredTarget
+
 
 class Logits(NamedTuple):
     """Raw ones of a chunk, of this rank's real rows, in the weights' type; used up."""
@@ -26,6 +28,9 @@ class Chunk(NamedTuple):
     logits: Logits
     labels_n: Tensor
     token_weights_n: Tensor
+    stored: tuple[StoredTarget, ...] = ()
+    """What is known of teachers that make no logits."""
 
     def of(self, tokens: slice) -> Chunk:
-        return Chunk(self.logits.of(tokens), self.labels_n[tokens], self.token_weights_n[tokens])
+        stored = tuple(target.of_tokens(tokens) for target in self.stored)
+        return Chunk(self.logits.of(tokens), self.labels_n[tokens], self.token_weights_n[tokens], stored)

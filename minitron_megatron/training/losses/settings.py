@@ -9,7 +9,10 @@ from typing import Any
 from torch import Tensor
 
 TOP_K = "forward_kl_top_k"
-REDUCE_TWICE = {TOP_K, "jensen_shannon"}
+SAMPLED = "forward_kl_sampled"
+OF_STORED = {"top_k": TOP_K, "sample": SAMPLED}
+"""What forward KL is called against each kind of stored outputs."""
+REDUCE_TWICE = {TOP_K, SAMPLED, "jensen_shannon"}
 """Losses with a second all-gather a chunk."""
 
 
@@ -26,18 +29,21 @@ class LossSettings:
     """For the logits of the chunks under way and what is computed from them; the weight's gradient comes on top."""
     top_k: int | None = None
     """Forward KL is trained on over the teacher's K likeliest tokens and one class for all others; over the whole vocabulary it is logged."""
+    stored: str = ""
+    """Kind of the stored outputs that stand for the teacher: of OF_STORED. The KL over the whole vocabulary is not known then."""
     has_teacher: bool = True
     """Without one the labels alone count."""
 
     @property
     def objective(self) -> dict[str, float | Tensor]:
         """The losses that are trained on and their weights."""
-        return {TOP_K if name == "forward_kl" and self.top_k else name: weight for name, weight in self.weights.items()}
+        name_of = {"forward_kl": OF_STORED.get(self.stored, TOP_K if self.top_k else "forward_kl")}
+        return {name_of.get(name, name): weight for name, weight in self.weights.items()}
 
     @property
     def names(self) -> tuple[str, ...]:
         """The losses that are summed, in order: KL and cross-entropy for the log whatever is trained on, then the others that are."""
-        always = ("forward_kl", "cross_entropy") if self.has_teacher else ("cross_entropy",)
+        always = ("forward_kl", "cross_entropy") if self.has_teacher and not self.stored else ("cross_entropy",)
         return tuple(dict.fromkeys((*always, *self.objective)))
 
     @property

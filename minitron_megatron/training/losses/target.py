@@ -6,10 +6,13 @@ Legend: N tokens of a micro-batch, v this rank's rows of the vocabulary, E a tea
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
 from minitron_megatron.data.batches import Batch
+from minitron_megatron.model.divergence import Softmax
+from minitron_megatron.training.losses.terms import Loss, Shard
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,25 @@ class WeightedTarget:
     hidden_NE: Tensor
     weight_vE: Tensor
     weight: float = 1.0
+
+
+class StoredTarget(Protocol):
+    """A teacher of whom a file holds something of each token: no logits of it are made."""
+
+    @property
+    def name(self) -> str:
+        """Of its loss, as in LossSettings.objective."""
+
+    @property
+    def weight(self) -> float: ...
+
+    def of_tokens(self, tokens: slice) -> StoredTarget: ...
+
+    def loss(self, student: Softmax, shard: Shard) -> Loss:
+        """Of a chunk; the student's logits are at the stored temperature."""
+
+
+Target = WeightedTarget | StoredTarget
 
 
 def token_labels(batch: Batch) -> TokenLabels:

@@ -1,0 +1,1 @@
+"""What a teacher thinks of each token, as it lies on disk."""

@@ -1,0 +1,77 @@
+"""Where the bytes of a tensor lie that torch.save wrote, so that rows of it are read without the rest; none of its pickle's code is run."""
+
+from __future__ import annotations
+
+import pickle
+import struct
+import sys
+import zipfile
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import IO, Any
+
+import torch
+
+STORAGES = {"BFloat16Storage": torch.bfloat16, "HalfStorage": torch.float16, "FloatStorage": torch.float32, "DoubleStorage": torch.float64}
+LOCAL_HEADER = struct.Struct("<26xHH")
+"""Of a file in a zip archive: behind 26 bytes the lengths of its name and of its extra field."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor whose elements lie in a row-major block of a file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    """Of its first byte, from the start of what torch.save wrote."""
+
+    def run(self, starts: Sequence[int], lengths: Sequence[int]) -> int | None:
+        """Offset of the first byte of a region whose elements lie behind one another; None for one that is scattered or not all there."""
+        if len(lengths) != len(self.shape) or any(first + length > size for first, length, size in zip(starts, lengths, self.shape, strict=True)):
+            return None
+        strides = _row_major(self.shape)
+        apart = next((dim for dim, length in enumerate(lengths) if length != 1), len(self.shape))
+        if any(length != size for length, size in zip(lengths[apart + 1 :], self.shape[apart + 1 :], strict=True)):
+            return None
+        return self.offset + self.dtype.itemsize * sum(start * stride for start, stride in zip(starts, strides, strict=True))
+
+
+def stored_tensor(file: IO[bytes]) -> StoredTensor | None:
+    """What torch.save wrote into this file; None for anything but one plain tensor: torch.load knows what to say of that."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = {info.filename.split("/", 1)[-1]: info for info in archive.infolist()}
+            if archive.read(members["byteorder"]).decode() != sys.byteorder:
+                return None
+            dtype, key, first, shape, strides = _Tensor(archive.open(members["data.pkl"])).load()
+        data = members[f"data/{key}"]
+        file.seek(data.header_offset)
+        start = data.header_offset + LOCAL_HEADER.size + sum(LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size)))
+    except (zipfile.BadZipFile, pickle.UnpicklingError, struct.error, KeyError, EOFError, TypeError, ValueError, OSError):
+        return None
+    is_plain = data.compress_type == zipfile.ZIP_STORED and strides == _row_major(shape) and data.file_size >= (first + prod(shape)) * dtype.itemsize
+    return StoredTensor(dtype, shape, start + first * dtype.itemsize) if is_plain else None
+
+
+def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
+
+
+class _Tensor(pickle.Unpickler):
+    """A pickled tensor as (type, key of its storage, first element, shape, strides)."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda storage, first, shape, strides, *_: (*storage, first, tuple(shape), tuple(strides))
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
+        raise pickle.UnpicklingError(f"{module}.{name} is no part of a plain tensor")
+
+    def persistent_load(self, pid: Any) -> Any:
+        _, dtype, key, *_ = pid
+        return dtype, key

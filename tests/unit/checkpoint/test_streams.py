@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,7 @@ def test_import_and_export_read_every_byte_once(
     assert len(reads) == 2
     for spans in reads.values():
         ordered = sorted(spans)
-        assert all(before[1] <= after[0] for before, after in zip(ordered, ordered[1:], strict=False))
+        assert all(before[1] <= after[0] for before, after in pairwise(ordered))
         assert sum(stop - start for start, stop in spans) == total
 
 
@@ -236,7 +237,7 @@ def test_what_the_reader_meets_is_raised_as_it_is_and_leaves_no_checkpoint(impor
             return torch.zeros(len(rows), 40)
         raise CheckpointError("the file is cut short; copy the model anew")
 
-    with pytest.raises(CheckpointError, match="^the file is cut short; copy the model anew$"):
+    with pytest.raises(CheckpointError, match=r"^the file is cut short; copy the model anew$"):
         imported(read=read)
     assert not (tmp_path / "checkpoint" / ".metadata").exists() and not threads_of_ours()
 

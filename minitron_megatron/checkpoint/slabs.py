@@ -11,8 +11,8 @@ import torch
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.checkpoint.tensors import TensorRow
 
-SLAB_BYTES = 32 << 20
-AHEAD_BYTES = 64 << 20
+SLAB_BYTES = 16 << 20
+AHEAD_BYTES = 32 << 20
 """Of slabs that are read before their turn."""
 
 

@@ -17,7 +17,8 @@ WORTH_A_CALL = 8 << 20
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    memory: memoryview = tensor.view(-1).view(torch.uint8).numpy().data
+    return memory
 
 
 def read_into(target: Tensor, file: int, offset: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import IO, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
-from torch.distributed.checkpoint.utils import _create_file_view
 
 from minitron_megatron.checkpoint.file_bytes import read_into
 from minitron_megatron.checkpoint.safe_metadata import SafeFileSystemReader
@@ -67,7 +66,7 @@ class TorchDistReader:
         """Reads what an item asks for, and no other byte of its chunk; False where that is torch's own reader's business."""
         info: _StorageInfo = self._metadata.storage_data[item.storage_index]
         with (self.folder / info.relative_path).open("rb", buffering=0) as file:
-            stored = self._stored(info, file)
+            stored = self._stored(info, file.fileno())
             start = stored.run(item.storage_offsets, item.lengths) if stored and stored.dtype == goal.dtype else None
             if start is None:
                 return False
@@ -77,12 +76,12 @@ class TorchDistReader:
             goal.copy_(piece)
         return True
 
-    def _stored(self, info: _StorageInfo, file: IO[bytes]) -> StoredTensor | None:
+    def _stored(self, info: _StorageInfo, file: int) -> StoredTensor | None:
         """Of the chunk that was asked for last, as the slabs of one come one after another."""
         place = (info.relative_path, info.offset)
         if self._last_stored is None or self._last_stored[0] != place:
             plain = not getattr(info, "transform_descriptors", None)
-            self._last_stored = place, stored_tensor(_create_file_view(file, info.offset, info.length)) if plain else None
+            self._last_stored = place, stored_tensor(file, info.offset, info.length) if plain else None
         return self._last_stored[1]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import pickle
 import struct
 import sys
@@ -10,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -39,25 +41,49 @@ class StoredTensor:
         return self.offset + self.dtype.itemsize * sum(start * stride for start, stride in zip(starts, strides, strict=True))
 
 
-def stored_tensor(file: IO[bytes]) -> StoredTensor | None:
-    """What torch.save wrote into this file; None for anything but one plain tensor: torch.load knows what to say of that."""
+def stored_tensor(file: int, start: int, length: int) -> StoredTensor | None:
+    """What torch.save wrote into this part of a file; None for anything but one plain tensor: torch.load knows what to say of that."""
+    part = _Part(file, start, length)
     try:
-        with zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(io.BufferedReader(part)) as archive:
             members = {info.filename.split("/", 1)[-1]: info for info in archive.infolist()}
             if archive.read(members["byteorder"]).decode() != sys.byteorder:
                 return None
             dtype, key, first, shape, strides = _Tensor(archive.open(members["data.pkl"])).load()
         data = members[f"data/{key}"]
-        file.seek(data.header_offset)
-        start = data.header_offset + LOCAL_HEADER.size + sum(LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size)))
+        header = os.pread(file, LOCAL_HEADER.size, start + data.header_offset)
+        offset = data.header_offset + LOCAL_HEADER.size + sum(LOCAL_HEADER.unpack(header)) + first * dtype.itemsize
     except (zipfile.BadZipFile, pickle.UnpicklingError, struct.error, KeyError, EOFError, TypeError, ValueError, OSError):
         return None
     is_plain = data.compress_type == zipfile.ZIP_STORED and strides == _row_major(shape) and data.file_size >= (first + prod(shape)) * dtype.itemsize
-    return StoredTensor(dtype, shape, start + first * dtype.itemsize) if is_plain else None
+    return StoredTensor(dtype, shape, offset) if is_plain else None
 
 
 def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
+
+
+class _Part(io.RawIOBase):
+    """A part of a file as a file, of which nothing is kept."""
+
+    def __init__(self, file: int, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._place = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._length}[whence]
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        found = os.pread(self._file, min(len(buffer), max(0, self._length - self._place)), self._start + self._place)
+        buffer[: len(found)] = found
+        self._place += len(found)
+        return len(found)
 
 
 class _Tensor(pickle.Unpickler):

@@ -53,10 +53,11 @@ def stored_tensor(file: int, start: int, length: int) -> StoredTensor | None:
         data = members[f"data/{key}"]
         header = os.pread(file, LOCAL_HEADER.size, start + data.header_offset)
         offset = data.header_offset + LOCAL_HEADER.size + sum(LOCAL_HEADER.unpack(header)) + first * dtype.itemsize
-    except (zipfile.BadZipFile, pickle.UnpicklingError, struct.error, KeyError, EOFError, TypeError, ValueError, OSError):
+        is_whole = first >= 0 and data.file_size >= (first + prod(shape)) * dtype.itemsize
+    except Exception:  # a damaged pickle may raise anything; torch.load then tells what
         return None
-    is_plain = data.compress_type == zipfile.ZIP_STORED and strides == _row_major(shape) and data.file_size >= (first + prod(shape)) * dtype.itemsize
-    return StoredTensor(dtype, shape, offset) if is_plain else None
+    is_plain = data.compress_type == zipfile.ZIP_STORED and strides == _row_major(shape)
+    return StoredTensor(dtype, shape, offset) if is_plain and is_whole else None
 
 
 def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -273,7 +273,8 @@ def text(figures: dict[str, Any]) -> str:
             f"Llama-3.1-8B's shape{scaled}, random bf16 weights ({figures['source_gb']:.1f} GB) → hidden 3072, FFN 9216 (P2's 4B by width).",
             f"Seconds of the whole command (in brackets: without its start), cold cache, fsync included, medians in turns with a cp of what the "
             f"stage reads. Speed: half of the bytes read and written, a second, as cp has it. Prune: {figures['processes']} process(es).",
-            f"Claimed: a ratio of {RATIO} or more and a peak of {PEAK_GB:.0f} GB or less. Peak: anonymous and shared memory of all processes of the command (Pss), without the page cache; at rest: after the imports.",
+            f"Claimed: a ratio of {RATIO} or more and a peak of {PEAK_GB:.0f} GB or less. Peak: anonymous and "
+            "shared memory of all processes of the command (Pss), without the page cache; at rest: after the imports.",
             "",
             "| stage | read, GB | written, GB | seconds | GB/s | cp, GB/s | ratio to cp | peak, GB | at rest, GB |",
             "|---|--:|--:|--:|--:|--:|--:|--:|--:|",

@@ -54,12 +54,12 @@ MAY_CHANGE_IN_A_SEARCH = tuple(f"search.{name}" for name in ("space", "parameter
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("import", "convert.import_stage", (), ("model",), False),
+        Stage("import", "convert.import_stage", (), ("model",), False, streams=True),
         Stage("data", "data.stage", ("import",), ("data",), False),
         Stage("chat", "data.chat.stage", ("import",), ("chat",), False, asked_by="chat"),
         Stage("importance", "importance.stage", ("import", "data"), ("importance",), True),
         Stage("depth", "depth.stage", ("import", "data", "importance"), ("depth",), True, asked_by="depth"),
-        Stage("teachers", "convert.teachers_stage", ("import",), ("teachers",), False, asked_by="teachers"),
+        Stage("teachers", "convert.teachers_stage", ("import",), ("teachers",), False, streams=True, asked_by="teachers"),
         Stage("correct", "correct.stage", ("import", "data", "chat"), ("correct",), True, continues=_may_change("correct"), asked_by="correct"),
         Stage("labels", "labels.stage", ("import", "data", "teachers", "correct"), ("labels",), True, asked_by="labels"),
         Stage(
@@ -92,7 +92,7 @@ STAGES = {
         ),
         Stage("finetune", "finetune.stage", ("chat", "distill"), ("finetune",), True, continues=_may_change("finetune"), asked_by="finetune"),
         Stage("evaluate", "evaluate.stage", ("import", "data", "prune", "teachers", "correct", "distill", "finetune"), ("evaluate",), True),
-        Stage("export", "convert.export_stage", ("import", "prune", "distill", "finetune"), ("export",), False),
+        Stage("export", "convert.export_stage", ("import", "prune", "distill", "finetune"), ("export",), False, streams=True),
         Stage(
             "report",
             "report.stage",

@@ -6,12 +6,11 @@ that resolves lazily does not bound the memory by itself.
 
 from __future__ import annotations
 
-import errno
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -25,65 +24,87 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from minitron_megatron.errors import ArtifactError, MinitronError
+from minitron_megatron.checkpoint.file_bytes import WriteBehind, unwritable
+from minitron_megatron.checkpoint.slabs import Slab
+from minitron_megatron.errors import MinitronError
 
-TensorOf = Callable[[str], Tensor]
 Place = tuple[str, tuple[tuple[int, int], ...]]
 """The checkpoint's key of a tensor, and (place, size) of the dimensions that it has ahead of the tensor's."""
 
 
-def save_stream(folder: Path, shapes: dict[str, Tensor], tensor_of: TensorOf, places: Mapping[str, Place], group: dist.ProcessGroup | None) -> None:
-    """Writes this process's tensors into a file of its own, and with the others of the group one .metadata.
+def save_stream(
+    folder: Path,
+    slabs: Sequence[Slab],
+    next_tensor: Callable[[], Tensor],
+    *,
+    places: Mapping[str, Place],
+    group: dist.ProcessGroup | None,
+    on_bytes: Callable[[int], None],
+) -> None:
+    """Writes this process's slabs, a chunk each, into a file of its own, and with the others of the group one .metadata.
 
-    shapes: tensors of this process on the meta device, in the order in which tensor_of is asked for them. places: where each of them lies
-    in the checkpoint. A mistake in any process is raised in all of them; ArtifactError where a file cannot be written.
+    next_tensor: called once for each slab, in their order. places: name of a tensor → where it lies in the checkpoint. on_bytes: told of
+    what has been written. A mistake in any process is raised in all of them; ArtifactError where a file cannot be written.
     """
+    shapes = {slab.row.name: torch.empty(slab.shape, dtype=slab.dtype, device="meta") for slab in slabs}
+    planner, writer = _LazyPlanner(slabs, next_tensor, places), _StreamWriter(folder, on_bytes)
     try:
-        dcp.save(shapes, storage_writer=_StreamWriter(folder), planner=_LazyPlanner(tensor_of, places), process_group=group, no_dist=group is None)
+        dcp.save(shapes, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
     except CheckpointException as failed:
         _raise_cause(failed)
 
 
 class _LazyPlanner(DefaultSavePlanner):
-    """Asks for each tensor when its turn to be written comes."""
+    """Asks for each slab when its turn to be written comes."""
 
-    def __init__(self, tensor_of: TensorOf, places: Mapping[str, Place]) -> None:
+    def __init__(self, slabs: Sequence[Slab], next_tensor: Callable[[], Tensor], places: Mapping[str, Place]) -> None:
         super().__init__()
-        self._tensor_of = tensor_of
+        self._slabs = slabs
+        self._next_tensor = next_tensor
         self._places = places
-        self._name_at: dict[tuple[str, torch.Size | None], str] = {}
+        self._order: dict[tuple[str, torch.Size | None], int] = {}
+        self._turn = 0
 
     def create_local_plan(self) -> SavePlan:
-        """One item for each tensor; experts of a layer are chunks of one tensor, whichever process writes them."""
-        plan = super().create_local_plan()
-        items = [_placed(item, *self._places[item.index.fqn]) for item in plan.items]
-        self._name_at = {(new.index.fqn, new.index.offset): old.index.fqn for old, new in zip(plan.items, items, strict=True)}
-        self.plan = replace(plan, items=items, planner_data={item.index.fqn: (item.index.fqn,) for item in items})
+        """One item for each slab; experts of a layer are chunks of one tensor, whichever process writes them."""
+        whole = {item.index.fqn: item for item in super().create_local_plan().items}
+        items = [_placed(whole[slab.row.name], slab, *self._places[slab.row.name]) for slab in self._slabs]
+        self._order = {(item.index.fqn, item.index.offset): number for number, item in enumerate(items)}
+        self.plan = SavePlan(items, planner_data={item.index.fqn: (item.index.fqn,) for item in items})
         return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        name = self._name_at[index.fqn, index.offset]
-        return self._tensor_of(name)[(None,) * len(self._places[name][1])]
+        if self._order[index.fqn, index.offset] != self._turn:
+            raise RuntimeError(
+                f"{index.fqn} at {index.offset} is asked for out of turn: torch writes a plan's items in another order than it has them"
+            )
+        slab = self._slabs[self._turn]
+        self._turn += 1
+        return self._next_tensor()[(None,) * len(self._places[slab.row.name][1])]
 
 
-def _placed(item: WriteItem, key: str, prefix: tuple[tuple[int, int], ...]) -> WriteItem:
-    """The item of a whole tensor → that of its place in the checkpoint's tensor."""
+def _placed(item: WriteItem, slab: Slab, key: str, prefix: tuple[tuple[int, int], ...]) -> WriteItem:
+    """The item of a whole tensor → that of a slab at its place in the checkpoint's tensor."""
     data = item.tensor_data
-    if data is None or not prefix:
+    if data is None or (slab.is_whole and not prefix):
         return replace(item, index=replace(item.index, fqn=key))
-    offsets = torch.Size((*(place for place, _ in prefix), *(0 for _ in data.size)))
-    chunk = ChunkStorageMetadata(offsets, torch.Size((*(1 for _ in prefix), *data.size)))
-    whole = replace(data, chunk=chunk, size=torch.Size((*(size for _, size in prefix), *data.size)))
+    offsets = torch.Size((*(place for place, _ in prefix), slab.rows.start, *(0 for _ in slab.shape[1:])))
+    chunk = ChunkStorageMetadata(offsets, torch.Size((*(1 for _ in prefix), len(slab.rows), *slab.shape[1:])))
+    whole = replace(data, chunk=chunk, size=torch.Size((*(size for _, size in prefix), *slab.shape)))
     return WriteItem(MetadataIndex(key, offsets), WriteItemType.SHARD, tensor_data=whole)
 
 
 class _StreamWriter(FileSystemWriter):
     """One file a process; a tensor is let go as soon as it is written."""
 
+    def __init__(self, folder: Path, on_bytes: Callable[[int], None]) -> None:
+        super().__init__(folder)
+        self._on_bytes = on_bytes
+
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         name = f"{plan.storage_data.prefix}0.distcp"
         try:
-            results = _write_items(Path(self.path) / name, plan.items, planner) if plan.items else []
+            results = _write_items(Path(self.path) / name, plan.items, planner, self._on_bytes) if plan.items else []
         except Exception as error:
             _raise_if_disk(error, Path(self.path) / name)
             raise
@@ -92,15 +113,19 @@ class _StreamWriter(FileSystemWriter):
         return written
 
 
-def _write_items(path: Path, items: list[WriteItem], planner: SavePlanner) -> list[WriteResult]:
+def _write_items(path: Path, items: list[WriteItem], planner: SavePlanner, on_bytes: Callable[[int], None]) -> list[WriteResult]:
     with path.open("wb") as file:
-        results = [_write_item(file, path.name, item, planner) for item in items]
+        behind, results = WriteBehind(file.fileno()), []
+        for item in items:
+            results.append(_write_item(file, path.name, item, planner))
+            behind.add(results[-1].size_in_bytes)
+            on_bytes(results[-1].size_in_bytes)
         file.flush()
         os.fsync(file.fileno())
     return results
 
 
-def _write_item(file: Any, name: str, item: WriteItem, planner: SavePlanner) -> WriteResult:
+def _write_item(file: BinaryIO, name: str, item: WriteItem, planner: SavePlanner) -> WriteResult:
     start = file.tell()
     tensor: Any = planner.resolve_data(item)
     # a view would be written with all the storage it is a part of
@@ -115,8 +140,7 @@ def _raise_if_disk(error: BaseException, path: Path) -> None:
     while cause is not None and not isinstance(cause, OSError | MinitronError):
         cause = cause.__context__
     if isinstance(cause, OSError):
-        mend = "free some space" if cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "mend this"
-        raise ArtifactError(f"{path}: cannot be written ({cause.strerror or cause}); {mend}, or set runs=FOLDER on another disk") from None
+        raise unwritable(path, cause) from None
 
 
 def _raise_cause(failed: CheckpointException) -> NoReturn:

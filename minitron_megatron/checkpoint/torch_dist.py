@@ -1,27 +1,23 @@
-"""Megatron's torch_dist checkpoints as streams: one tensor at a time in, one tensor at a time out."""
+"""Megatron's torch_dist checkpoints as streams: one slab of a tensor at a time in, one at a time out."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import closing
 from math import prod
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from minitron_megatron.arch.architecture import Architecture
-from minitron_megatron.checkpoint.digest import combined_digest, tensor_digest
-from minitron_megatron.checkpoint.safe_metadata import SafeFileSystemReader
+from minitron_megatron.checkpoint.digest import Digests, combined_digest
+from minitron_megatron.checkpoint.read_ahead import read_ahead
+from minitron_megatron.checkpoint.regions import Regions, TorchDistReader
 from minitron_megatron.checkpoint.save_stream import Place, save_stream
-from minitron_megatron.checkpoint.slices import StoredSlices
+from minitron_megatron.checkpoint.slabs import Slab, slabs_of
 from minitron_megatron.checkpoint.tensors import TensorRow, tensor_table
 from minitron_megatron.errors import CheckpointError
 
@@ -30,68 +26,6 @@ MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
 """Keys of the model; optimizer state and random states lie beside them and are left alone."""
 WRAPPERS = ("", "model.", "model.module.", "module.")
 """What a checkpoint may have ahead of each of the model's keys: NeMo's and that of half-precision modules."""
-
-
-class Regions(Protocol):
-    """Regions of global tensors, however they are stored."""
-
-    folder: Path
-    tensors: Mapping[str, TensorStorageMetadata]
-
-    def read(self, key: str, offsets: tuple[int, ...] | None = None, sizes: tuple[int, ...] | None = None) -> Tensor: ...
-
-
-class TorchDistReader:
-    """Regions of a checkpoint's global tensors, whatever layout wrote them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        if not (folder / ".metadata").is_file():
-            raise CheckpointError(f"{folder}: no torch_dist checkpoint (its .metadata is missing); was the job that wrote it stopped?")
-        self._files = SafeFileSystemReader(folder)
-        try:
-            self._metadata = self._files.read_metadata()
-        except Exception as error:  # a damaged pickle may raise anything
-            raise CheckpointError(f"{folder}: its .metadata cannot be read ({_first_line(error)}); make the checkpoint anew") from None
-        self._files.set_up_storage_reader(self._metadata, is_coordinator=True)
-        self._slices = StoredSlices()
-        self.tensors: Mapping[str, TensorStorageMetadata] = {
-            key: entry for key, entry in self._metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)
-        }
-
-    def read(self, key: str, offsets: tuple[int, ...] | None = None, sizes: tuple[int, ...] | None = None) -> Tensor:
-        """The whole tensor of a key, or the region that starts at offsets and has these sizes."""
-        entry = self.tensors[key]
-        offsets = offsets or (0,) * len(entry.size)
-        target = torch.empty(sizes or tuple(entry.size), dtype=entry.properties.dtype)
-        chunk = ChunkStorageMetadata(torch.Size(offsets), target.size())
-        items = create_read_items_for_chunk_list(key, self._slices.around(key, entry, chunk), [chunk])
-        try:
-            self._files.read_data(LoadPlan(items), _IntoTarget(target)).wait()
-        except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
-            raise CheckpointError(f"{self.folder}: tensor {key} cannot be read ({_first_line(error)}); make the checkpoint anew") from None
-        return target
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
-class _IntoTarget(DefaultLoadPlanner):
-    """Puts every piece that is read into one target tensor."""
-
-    def __init__(self, target: Tensor) -> None:
-        super().__init__()
-        self._target = target
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        region = self._target
-        for dim, (offset, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            region = region.narrow(dim, offset, length)
-        return region
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        pass
 
 
 class MegatronSource:
@@ -170,33 +104,40 @@ def write_torch_dist(
     arch: Architecture,
     *,
     dtype: Callable[[TensorRow], torch.dtype],
-    read: Callable[[TensorRow], Tensor],
+    read: Callable[..., Tensor],
     group: dist.ProcessGroup | None = None,
     place: Callable[[TensorRow, Architecture], Place] | None = None,
+    on_bytes: Callable[[int], None] = lambda count: None,
 ) -> str:
     """Streams tensors into a torch_dist checkpoint that megatron loads under any layout; returns the digest of all weights.
 
-    read is called once for each row, in the rows' order, one tensor in memory at a time. Several processes share the rows: all call this with
-    the same arguments and a group that carries CPU tensors; the checkpoint's content and the digest are those of one process.
-    place: where a row lies in the checkpoint, by default under its own key.
+    read is called in the rows' order by a thread that is a little ahead: read(row) for a tensor that fits into a slab, read(row, range) for
+    each slab of a larger one. Several processes share the rows: all call this with the same arguments and a group that carries CPU tensors; the
+    checkpoint's content and the digest are those of one process. place: where a row lies in the checkpoint, by default under its own key.
+    on_bytes: told of what this process has written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rank, size = (0, 1) if group is None else (group.rank(), group.size())
-    shapes = {row.name: torch.empty(row.shape(arch), dtype=dtype(row), device="meta") for row in rows}
-    mine = {row.name: row for row in shares([(row, shapes[row.name].nbytes) for row in rows], size)[rank]}
-    digests: dict[str, bytes] = {}
+    mine = shares([(row, prod(row.shape(arch)) * dtype(row).itemsize) for row in rows], size)[rank]
+    slabs = list(slabs_of(mine, arch, dtype))
+    places = {row.name: place(row, arch) if place else (row.key, row.prefix(arch)) for row in mine}
 
-    def tensor_of(name: str) -> Tensor:
-        tensor = read(mine[name]).contiguous()
-        digests[name] = tensor_digest(name, tensor)
-        return tensor
+    def read_slab(slab: Slab) -> Tensor:
+        return (read(slab.row) if slab.is_whole else read(slab.row, slab.rows)).contiguous()
 
-    places = {name: place(row, arch) if place else (row.key, row.prefix(arch)) for name, row in mine.items()}
-    save_stream(folder, {name: shapes[name] for name in mine}, tensor_of, places, group)
+    with closing(read_ahead(slabs, read_slab)) as stream, Digests() as digests:
+
+        def next_tensor() -> Tensor:
+            slab, tensor = next(stream)
+            digests.add(slab, tensor)
+            return tensor
+
+        save_stream(folder, slabs, next_tensor, places=places, group=group, on_bytes=on_bytes)
+        own = digests.all()
     if rank == 0:
         (folder / "metadata.json").write_text(json.dumps(BACKEND))
         torch.save({}, folder / "common.pt")
-    every = _of_all(digests, group)
+    every = _of_all(own, group)
     return combined_digest(every[row.name] for row in rows)
 
 
@@ -219,7 +160,13 @@ def _of_all(digests: dict[str, bytes], group: dist.ProcessGroup | None) -> dict[
 
 def weights_digest(source: MegatronSource) -> str:
     """The same digest, of a checkpoint on disk."""
-    return combined_digest(tensor_digest(row.name, source.read(row)) for row in tensor_table(source.arch))
+    rows = tensor_table(source.arch)
+    slabs = slabs_of(rows, source.arch, source.dtype)
+    with closing(read_ahead(slabs, lambda slab: source.read(slab.row, slab.rows))) as stream, Digests() as digests:
+        for slab, tensor in stream:
+            digests.add(slab, tensor)
+        every = digests.all()
+    return combined_digest(every[row.name] for row in rows)
 
 
 def checkpoint_bytes(rows: list[TensorRow], arch: Architecture, dtype: Callable[[TensorRow], torch.dtype]) -> int:

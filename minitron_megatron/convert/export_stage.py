@@ -19,6 +19,7 @@ from minitron_megatron.convert.fast_tokenizer import add_fast_tokenizer
 from minitron_megatron.convert.nemo_archive import ARCHIVE, write_nemo
 from minitron_megatron.convert.tokenizer_files import copy_tokenizer
 from minitron_megatron.convert.widen import WidenedSource
+from minitron_megatron.progress import byte_progress
 
 
 def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path) -> dict[str, Any]:
@@ -36,12 +37,14 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path) -> dict[st
     require_disk_space(folder, 2 * size if as_nemo else size, "the exported model")
     config = _config(original, pruned.result["kept_layers"], source)
     if as_nemo:
-        write_nemo(folder, source, config, original.path / "tokenizer")
+        with byte_progress("export", size) as on_bytes:
+            write_nemo(folder, source, config, original.path / "tokenizer", on_bytes)
     else:
         shutil.rmtree(folder / "model", ignore_errors=True)  # of a start that was killed: a tokenizer.json may be half of one
         copy_tokenizer(original.path / "tokenizer", folder / "model")
         add_fast_tokenizer(folder / "model")
-        write_huggingface(folder / "model", source, arch)
+        with byte_progress("export", size) as on_bytes:
+            write_huggingface(folder / "model", source, arch, on_bytes=on_bytes)
         write_json(folder / "model" / "config.json", config)
     final = Path(recipe.runs) / recipe.name / "export" / (ARCHIVE if as_nemo else "model")
     opened = "read it with model.path=" + str(final) if as_nemo else "loads with AutoModelForCausalLM.from_pretrained"

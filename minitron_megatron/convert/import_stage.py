@@ -1,4 +1,4 @@
-"""Stage `import`: a Hugging Face folder, a .nemo archive or a Megatron checkpoint → our torch_dist checkpoint, streamed tensor by tensor."""
+"""Stage `import`: a Hugging Face folder, a .nemo archive or a Megatron checkpoint → our torch_dist checkpoint, streamed slab by slab."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from minitron_megatron.config.source import Model
 from minitron_megatron.convert.nemo_archive import unpack_tokenizer, unpack_weights
 from minitron_megatron.convert.tokenizer_files import copy_tokenizer, known_files
 from minitron_megatron.errors import DataError
+from minitron_megatron.progress import byte_progress
 
 UNPACKED = "unpacked"
 SCRATCH = (UNPACKED,)
@@ -37,7 +38,8 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path) -> dict[st
     rows = tensor_table(arch)
     size = checkpoint_bytes(rows, arch, source.dtype)
     require_disk_space(folder, size, "the imported checkpoint")
-    digest = write_torch_dist(folder / "checkpoint", rows, arch, dtype=source.dtype, read=source.read)
+    with byte_progress("import", size) as on_bytes:
+        digest = write_torch_dist(folder / "checkpoint", rows, arch, dtype=source.dtype, read=source.read, on_bytes=on_bytes)
     write_json(folder / "hf_config.json", config)
     if recipe.model.tokenizer or not archive or recipe.model.hf_config:
         copy_tokenizer(tokenizer_folder(recipe.model), folder / "tokenizer")

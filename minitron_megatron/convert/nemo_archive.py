@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,13 @@ def unpack_tokenizer(path: Path, folder: Path) -> None:
         (folder / target).write_bytes(archive.read(name))
 
 
-def write_nemo(folder: Path, source: MegatronSource | WidenedSource, config: dict[str, Any], tokenizer: Path) -> None:
+def write_nemo(
+    folder: Path,
+    source: MegatronSource | WidenedSource,
+    config: dict[str, Any],
+    tokenizer: Path,
+    on_bytes: Callable[[int], None] = lambda count: None,
+) -> None:
     """Writes model.nemo into the folder: model_config.yaml, model_weights/ (torch_dist, NeMo's keys) and the tokenizer.
 
     config: the model's config.json. Layers have one shape, as a WidenedSource gives them: NeMo keeps those of a kind in one tensor.
@@ -49,7 +56,7 @@ def write_nemo(folder: Path, source: MegatronSource | WidenedSource, config: dic
     rows, staged = tensor_table(source.arch), folder / "archive"
     shutil.rmtree(staged, ignore_errors=True)  # of a start that was killed
     (staged / FOLDER).mkdir(parents=True)
-    write_torch_dist(staged / FOLDER, rows, source.arch, dtype=source.dtype, read=source.read, place=stacked_place)
+    write_torch_dist(staged / FOLDER, rows, source.arch, dtype=source.dtype, read=source.read, place=stacked_place, on_bytes=on_bytes)
     dtype = str(source.dtype(rows[0])).removeprefix("torch.")
     fields = nemo_config_for(config, source.arch, _stage_tokenizer(tokenizer, staged), dtype)
     (staged / CONFIG).write_text(yaml.safe_dump(fields, sort_keys=False))

@@ -17,6 +17,7 @@ from minitron_megatron.config.teachers import TeacherModel
 from minitron_megatron.convert.import_stage import open_source, tokenizer_folder
 from minitron_megatron.data.tokenizer import load_tokenizer
 from minitron_megatron.errors import DataError, RecipeError
+from minitron_megatron.progress import byte_progress
 
 SAMPLE_TEXT = "Distil 12 % of 1,536 neurons — naïve? 東京, Москва: def f(x): return x**2\n"
 
@@ -45,8 +46,10 @@ def _import(model: TeacherModel, folder: Path, original: Artifact) -> dict[str, 
     arch, named = source_architecture(model.path, model.hf_config), _named(model)
     _refuse_other_tokenizer(tokenizer_folder(named), original)
     source, rows = open_source(named, arch), tensor_table(arch)
-    require_disk_space(folder, checkpoint_bytes(rows, arch, source.dtype), "the imported teacher")
-    digest = write_torch_dist(folder / "checkpoint", rows, arch, dtype=source.dtype, read=source.read)
+    size = checkpoint_bytes(rows, arch, source.dtype)
+    require_disk_space(folder, size, "the imported teacher")
+    with byte_progress("teachers", size) as on_bytes:
+        digest = write_torch_dist(folder / "checkpoint", rows, arch, dtype=source.dtype, read=source.read, on_bytes=on_bytes)
     sizes = {"architecture": arch.to_dict(), "parameters": parameter_count(arch)}
     return {"path": model.path, "folder": folder.name, **sizes, "weights_sha256": digest}
 

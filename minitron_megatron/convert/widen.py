@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.checkpoint.tensors import TensorRow
@@ -21,12 +22,23 @@ class WidenedSource:
     def dtype(self, row: TensorRow) -> torch.dtype:
         return self._source.dtype(row)
 
-    def read(self, row: TensorRow) -> Tensor:
-        """The Megatron tensor of a row: rows of the first matrix (gate and up), or columns of the second, followed by zeros."""
-        tensor, wide = self._source.read(row), row.shape(self.arch)
-        missing = [size - had for size, had in zip(wide, tensor.shape, strict=True)]
-        if not any(missing):
-            return tensor
-        if row.axes[0] == "2F":
-            return torch.cat([pad(half, (0, 0, 0, missing[0] // 2)) for half in tensor.chunk(2)])
-        return pad(tensor, (0, missing[-1], 0, missing[0]) if len(missing) > 1 else (0, missing[0]))
+    def read(self, row: TensorRow, rows: range | None = None) -> Tensor:
+        """The Megatron tensor of a row, or these of its rows: the first matrix's (gate and up) or the second one's columns, followed by zeros."""
+        wide, had = row.shape(self.arch), row.shape(self._source.arch)
+        if wide == had:
+            return self._source.read(row, rows)
+        rows = range(wide[0]) if rows is None else rows
+        target = torch.zeros((len(rows), *wide[1:]), dtype=self.dtype(row))
+        for first, kept in _held(rows, wide[0], had[0], parts=2 if row.axes[0] == "2F" else 1):
+            goal = target[first - rows.start : first - rows.start + len(kept)]
+            goal[tuple(slice(size) for size in (len(kept), *had[1:]))] = self._source.read(row, kept)
+        return target
+
+
+def _held(rows: range, wide: int, had: int, *, parts: int) -> Iterator[tuple[int, range]]:
+    """First wide row, and the source's rows that lie from it on, of each part (gate, up) that the wide rows meet."""
+    for part in range(parts):
+        wide_first, had_first = part * wide // parts, part * had // parts
+        start, stop = max(rows.start, wide_first), min(rows.stop, wide_first + had // parts)
+        if start < stop:
+            yield start, range(start - wide_first + had_first, stop - wide_first + had_first)

@@ -5,22 +5,48 @@ Axes are those of the table of tensors: V, D, E, F, 2F, HK, K, QKV.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from minitron_megatron.checkpoint.tensors import TensorRow
 from minitron_megatron.prune.plan import PrunePlan
 
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Type to move values of a size in: numpy knows no bf16."""
+
 
 def slice_tensor(row: TensorRow, tensor: Tensor, plan: PrunePlan) -> Tensor:
     """What the plan keeps of a source tensor: rows and columns are chosen; values change in queries that take a residual, nowhere else."""
     if row.axes[0] == "QKV" and row.layer is not None and plan.head_residual.get(row.layer):
         tensor = with_residuals(tensor, plan, row.layer)
-    for dim, axis in enumerate(row.axes):
-        kept = kept_indices(axis, row, plan)
-        if kept is not None:
-            tensor = tensor.index_select(dim, kept)
-    return tensor
+    return _select(tensor, [kept_indices(axis, row, plan) for axis in row.axes])
+
+
+def slice_rows(row: TensorRow, rows: range, read: Callable[[range], Tensor], plan: PrunePlan) -> Tensor:
+    """These rows of slice_tensor's result, out of the source rows between the first and the last of them; not of fused QKV rows.
+
+    read: source rows → tensor. Kept units are in ascending order, so that slabs one after another read no source row twice.
+    """
+    kept, *others = (kept_indices(axis, row, plan) for axis in row.axes)
+    if kept is None:
+        return _select(read(rows), [None, *others])
+    wanted = kept[rows.start : rows.stop]
+    first, last = int(wanted[0]), int(wanted[-1])
+    return _select(read(range(first, last + 1)), [wanted - first, *others])
+
+
+def _select(tensor: Tensor, kept: Sequence[Tensor | None]) -> Tensor:
+    """Chosen indices of each dimension, by numpy: torch's index_select of columns takes five times as long (torch 2.13, bf16)."""
+    kind, bits = tensor.dtype, tensor.view(BITS[tensor.dtype.itemsize]).numpy()
+    for dim, indices in enumerate(kept):
+        if indices is not None:
+            shape = (*bits.shape[:dim], len(indices), *bits.shape[dim + 1 :])
+            # clip: with the check of each index it makes a copy of the result first
+            bits = np.take(bits, indices.numpy(), axis=dim, out=np.empty(shape, bits.dtype), mode="clip")
+    return torch.from_numpy(bits).view(kind)
 
 
 def kept_indices(axis: str, row: TensorRow, plan: PrunePlan) -> Tensor | None:

@@ -20,6 +20,7 @@ from minitron_megatron.config.prune import Prune
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.errors import ArtifactError
 from minitron_megatron.parallel.world import World
+from minitron_megatron.progress import byte_progress
 from minitron_megatron.prune.plan import PrunePlan, make_plan
 from minitron_megatron.prune.stream import apply_plan, pruned_bytes
 from minitron_megatron.scores.statistics import Statistics
@@ -33,7 +34,10 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
     source = MegatronSource(original.path / "checkpoint", arch)
     plan = world.from_main(_plan(recipe.prune, inputs, source, folder) if world.is_main else None)
     target = plan.target
-    digest = apply_plan(source, plan, folder / "checkpoint", dist.group.WORLD if world.size > 1 else None)
+    # the processes' parts are equal but for one tensor: the main one's, times their number, is what all have written
+    with byte_progress("prune", pruned_bytes(source, plan), is_main=world.is_main) as on_bytes:
+        group = dist.group.WORLD if world.size > 1 else None
+        digest = apply_plan(source, plan, folder / "checkpoint", group, lambda count: on_bytes(count * world.size))
     if world.is_main:
         plan.save(folder / "plan.json")
         config = json.loads((original.path / "hf_config.json").read_text())

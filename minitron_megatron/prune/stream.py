@@ -1,27 +1,46 @@
-"""A plan applied to a checkpoint as a stream: one tensor in memory at a time, no model is built, any number of processes share the work."""
+"""A plan applied to a checkpoint as a stream: one slab of a tensor in memory at a time, no model is built, any number of processes share the work."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
+from torch import Tensor
 
 from minitron_megatron.checkpoint.tensors import TensorRow, tensor_table
 from minitron_megatron.checkpoint.torch_dist import MegatronSource, checkpoint_bytes, write_torch_dist
 from minitron_megatron.prune.plan import PrunePlan
-from minitron_megatron.prune.slice import slice_tensor
+from minitron_megatron.prune.slice import slice_rows, slice_tensor
 
 
-def apply_plan(source: MegatronSource, plan: PrunePlan, folder: Path, group: dist.ProcessGroup | None = None) -> str:
-    """Writes the pruned checkpoint, shared with the other processes of the group; returns the digest of its weights."""
+def apply_plan(
+    source: MegatronSource,
+    plan: PrunePlan,
+    folder: Path,
+    group: dist.ProcessGroup | None = None,
+    on_bytes: Callable[[int], None] = lambda count: None,
+) -> str:
+    """Writes the pruned checkpoint, shared with the other processes of the group; returns the digest of its weights.
+
+    on_bytes: told of what this process has written.
+    """
     origin = source_rows(plan)
+
+    def read(row: TensorRow, rows: range | None = None) -> Tensor:
+        old = origin[row.name]
+        if rows is None:
+            return slice_tensor(old, source.read(old), plan)
+        return slice_rows(old, rows, lambda kept: source.read(old, kept), plan)
+
     return write_torch_dist(
         folder,
         tensor_table(plan.target),
         plan.target,
         dtype=lambda row: source.dtype(origin[row.name]),
-        read=lambda row: slice_tensor(origin[row.name], source.read(origin[row.name]), plan),
+        read=read,
         group=group,
+        on_bytes=on_bytes,
     )
 
 

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from minitron_megatron.arch.source import source_architecture
 from minitron_megatron.checkpoint.huggingface import HuggingFaceSource
-from minitron_megatron.checkpoint.tensors import tensor_table, unpack
+from minitron_megatron.checkpoint.tensors import TensorRow, tensor_table, unpack
 from minitron_megatron.errors import PlanError
 from minitron_megatron.prune.plan import PrunePlan, make_plan
 from minitron_megatron.prune.rank import top, top_heads
-from minitron_megatron.prune.slice import slice_tensor
+from minitron_megatron.prune.slice import slice_rows, slice_tensor
 from minitron_megatron.prune.stream import source_rows
 from minitron_megatron.scores.units import UnitScores, random_scores
 
@@ -153,6 +153,25 @@ def test_every_slice_is_what_the_slow_reference_cuts(cut: str, every_family: Pat
             assert torch.equal(part, cut_by_hand(name, tensors[name], plan)), name
             seen.add(name)
     assert seen == {name for name in tensors if is_kept(name, plan)}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_slabs_of_a_slice_are_the_slice_and_ask_for_no_source_row_twice(cut: str, every_family: Path) -> None:
+    plan = plan_for(every_family, CUTS[cut])
+    source, origin = HuggingFaceSource(every_family, plan.source), source_rows(plan)
+    for row in tensor_table(plan.target):
+        if row.axes[0] == "QKV":
+            continue
+        old, asked = origin[row.name], []
+
+        def read(rows: range, old: TensorRow = old, asked: list[int] = asked) -> torch.Tensor:
+            asked.extend(rows)
+            return source.read(old, rows)
+
+        size = row.shape(plan.target)[0]
+        found = [slice_rows(old, range(start, min(start + 3, size)), read, plan) for start in range(0, size, 3)]
+        assert torch.equal(torch.cat(found), slice_tensor(old, source.read(old), plan)), row.name
+        assert asked == sorted(set(asked)), row.name
 
 
 def is_kept(name: str, plan: PrunePlan) -> bool:

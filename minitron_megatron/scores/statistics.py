@@ -101,9 +101,7 @@ def over_samples(sums: Tensor, samples: int, *, sequence: str, batch: str) -> Te
     Raises ArtifactError where the pass kept the default aggregation's alone. batch: "mean" Σa/N, "l2" sqrt(Σa²), "variance" Σa²/N − (Σa/N)².
     """
     if len(sums) <= AGGREGATES.index(sequence):
-        raise ArtifactError(
-            f"the scores hold no sums for sequence={sequence}; make them anew with: minitron importance RECIPE importance.sums=all"
-        )
+        raise ArtifactError(f"the scores hold no sums for sequence={sequence}; make them anew with: minitron importance RECIPE importance.sums=all")
     total, squares = sums[AGGREGATES.index(sequence)]
     if batch == "mean":
         return total / samples

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from minitron_megatron.arch.architecture import Architecture
-from minitron_megatron.checkpoint import huggingface, torch_dist
-from minitron_megatron.checkpoint.tensors import TensorRow, hf_shapes, tensor_table
+from minitron_megatron.checkpoint import huggingface, regions
+from minitron_megatron.checkpoint.slabs import slabs_of
+from minitron_megatron.checkpoint.tensors import hf_shapes, tensor_table
 from minitron_megatron.checkpoint.torch_dist import MegatronSource, write_torch_dist
 from minitron_megatron.parallel import split
 from minitron_megatron.prune import rank
@@ -56,19 +56,10 @@ def steps_of(work: Callable[[], Any]) -> int:
     return steps
 
 
-class Zeros:
-    """Any model's tensors."""
-
-    def __init__(self, arch: Architecture) -> None:
-        self._arch = arch
-
-    def read(self, row: TensorRow) -> Tensor:
-        return torch.zeros(row.shape(self._arch))
-
-
 def test_an_export_adds_up_each_tensor_of_a_shard_once() -> None:
     def export(layers: int) -> int:
-        return steps_of(lambda: list(huggingface._shards(Zeros(model(layers)), model(layers), 1 << 40)))
+        rows = [[slab] for slab in slabs_of(tensor_table(model(layers)), model(layers), lambda row: torch.float32)]
+        return steps_of(lambda: huggingface._shards(rows, 1 << 40))
 
     assert growth(export, 4) < LINEAR
 
@@ -88,13 +79,13 @@ def test_each_expert_is_looked_for_among_its_own_pieces(tmp_path: Path, monkeypa
     weights = {row.name: torch.randn(row.shape(arch)) for row in tensor_table(arch)}
     write_torch_dist(tmp_path, tensor_table(arch), arch, dtype=lambda row: torch.float32, read=lambda row: weights[row.name])
     compared: list[int] = []
-    find = torch_dist.create_read_items_for_chunk_list
+    find = regions.create_read_items_for_chunk_list
 
     def spied(key: str, entry: Any, regions: Any) -> Any:
         compared.append(len(entry.chunks))
         return find(key, entry, regions)
 
-    monkeypatch.setattr(torch_dist, "create_read_items_for_chunk_list", spied)
+    monkeypatch.setattr(regions, "create_read_items_for_chunk_list", spied)
     source = MegatronSource(tmp_path, arch)
     assert all(torch.equal(source.read(row), weights[row.name]) for row in tensor_table(arch))
     assert compared == [1] * len(tensor_table(arch))

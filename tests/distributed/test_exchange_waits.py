@@ -42,6 +42,7 @@ def hand_over(world: World, steps: int) -> list[list[float]]:
             dist.send(token, 1)
         else:
             found.append([float(wanted.take(("final", ids)).states.unique()) for ids in GROUPS])
+        world.barrier()  # as the sums of a step: no process goes before all have what they wanted
     return found
 
 

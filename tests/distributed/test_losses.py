@@ -71,8 +71,12 @@ def inputs() -> Inputs:
 
 
 def fused(world: World, tensor: int) -> dict[str, Found]:
+    return fused_over(global_layout(Parallel(tensor=tensor), world).groups.tp)
+
+
+def fused_over(group: Any) -> dict[str, Found]:
     """Of this rank: sums are whole, the hidden states' gradient is its part, the weight's its rows."""
-    group, given = global_layout(Parallel(tensor=tensor), world).groups.tp, inputs()
+    tensor, given = group.size(), inputs()
     rows = padded_vocab(VOCAB, tensor) // tensor
     mine = slice(group.rank() * rows, min((group.rank() + 1) * rows, VOCAB))
 
@@ -126,16 +130,16 @@ def test_losses_and_gradients_are_those_of_whole_logits_on_any_number_of_tensor_
 
 def overlapped_and_not(world: World) -> tuple[list[str], list[bool]]:
     """The order of the halves of three chunks, and whether each case's results are those of one chunk at a time."""
-    order: list[str] = []
+    group, order = global_layout(Parallel(tensor=2), world).groups.tp, list[str]()
     halves = {name: getattr(kd_loss, name) for name in ("begin", "finish")}
 
     def written_down(name: str) -> Any:
         return lambda *args, **keywords: (order.append(name), halves[name](*args, **keywords))[1]
 
     with patch.multiple(kd_loss, **{name: written_down(name) for name in halves}):
-        overlapped = fused(world, 2)
+        overlapped = fused_over(group)
     with patch.object(kd_loss, "chunks_in_flight", lambda group: 1):
-        plain = fused(world, 2)
+        plain = fused_over(group)
     same = [torch.equal(a, b) for name in CASES for a, b in zip(flat(overlapped[name]), flat(plain[name]), strict=True)]
     return order[: len(order) // len(CASES)], same
 

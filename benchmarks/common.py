@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from datetime import date
@@ -30,12 +31,13 @@ def result_of(runs: Path, stage: str, name: str = "smollm2_135m_to_97m") -> dict
 def write_result(name: str, title: str, text: str, figures: dict[str, Any]) -> None:
     """benchmarks/results/NAME.md: the table, the command, the machine, the date; the same figures as the last line, in JSON."""
     RESULTS.mkdir(exist_ok=True)
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     lines = [
         f"# {title}",
         "",
         text.strip(),
         "",
-        f"Command: `python benchmarks/{name}.py`. Date: {date.today().isoformat()}. Machine: {machine()}.",
+        f"Command: `python benchmarks/{command}`. Date: {date.today().isoformat()}. Machine: {machine()}.",
         "",
         "```json",
         json.dumps(figures),

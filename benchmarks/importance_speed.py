@@ -2,7 +2,9 @@
 
 SmolLM2-135M's shape with random weights, one process. Ours is importance.stage.measure, which the stage calls, on a model without its output
 layer: every axis by the default aggregation, as the peer's forward loop, and every axis with the sums of all criteria and aggregations.
-The peer's search is not timed. Memory: growth of the process's resident peak over what it held before the pass, each side in a fresh process.
+The peer's search is not timed. `importance_speed.py memory` takes the memory in place of the time: growth of the process's resident peak over
+what it held before the pass, each side in a fresh process whose large tensors have pages of their own (holes in a heap would hide what is
+used).
 """
 
 from __future__ import annotations
@@ -48,11 +50,15 @@ SIDES = {
 
 
 def main() -> None:
-    if sys.argv[1:]:
+    if sys.argv[2:]:
         return measure(*sys.argv[1:])
     in_peer_environment(PRUNING)
-    figures = {precision: run("time", precision) | memory(precision) for precision in PRECISIONS}
-    write_result("importance_speed", "The importance pass beside a plain forward pass and beside ModelOpt's", text(figures), figures)
+    if sys.argv[1:] == ["memory"]:
+        figures = {precision: memory(precision) for precision in PRECISIONS}
+        write_result("importance_memory", "Memory of the importance pass beside a plain forward pass", memory_text(figures), figures)
+    else:
+        figures = {precision: run("time", precision) for precision in PRECISIONS}
+        write_result("importance_speed", "The importance pass beside a plain forward pass and beside ModelOpt's", text(figures), figures)
 
 
 def text(figures: dict[str, Any]) -> str:
@@ -60,12 +66,6 @@ def text(figures: dict[str, Any]) -> str:
         f"| {precision} | {SIDES[side]} | {seconds:.2f} s | {x['ours_over'][side]:.2f} | {x['all_over'][side]:.2f} |"
         for precision, x in figures.items()
         for side, seconds in x["seconds"].items()
-    ]
-    seen = ", ".join(f"{x['activations_mb']:,.0f} MB in {precision}" for precision, x in figures.items())
-    kept = [
-        f"| {precision} | {SIDES[side]} | {x['peak_mb'][side]:,.1f} MB | {x['extra_mb'][side]:,.1f} MB | {x['extra_share'][side]:.2%} |"
-        for precision, x in figures.items()
-        for side in x["peak_mb"]
     ]
     return "\n".join(
         [
@@ -76,16 +76,28 @@ def text(figures: dict[str, Any]) -> str:
             "|---|---|--:|--:|--:|",
             *rows,
             "",
-            f"Peak memory above what the process held before the pass, one sample of {LONG} tokens; extra: over a plain forward pass. Its share",
-            f"is of the activations that are measured: {seen}.",
-            "",
-            "| precision | pass | peak | extra | share |",
-            "|---|---|--:|--:|--:|",
-            *kept,
-            "",
             "The largest relative difference of the sums that both gather (default aggregation: ffn, heads, norms): "
             + ", ".join(f"{precision} {x['apart']:.1e}" for precision, x in figures.items())
             + ".",
+        ]
+    )
+
+
+def memory_text(figures: dict[str, Any]) -> str:
+    seen = ", ".join(f"{x['activations_mb']:,.0f} MB in {precision}" for precision, x in figures.items())
+    rows = [
+        f"| {precision} | {SIDES[side]} | {x['peak_mb'][side]:,.1f} MB | {x['extra_mb'][side]:,.1f} MB | {x['extra_share'][side]:.2%} |"
+        for precision, x in figures.items()
+        for side in x["peak_mb"]
+    ]
+    return "\n".join(
+        [
+            f"SmolLM2-135M's shape, one process. Peak memory above what it held before the pass, one sample of {LONG} tokens; extra: over a plain",
+            f"forward pass. Its share is of the activations that are measured: {seen}.",
+            "",
+            "| precision | pass | peak | extra | share |",
+            "|---|---|--:|--:|--:|",
+            *rows,
         ]
     )
 
@@ -99,10 +111,10 @@ def memory(precision: str) -> dict[str, Any]:
 
 
 def run(*arguments: str) -> dict[str, Any]:
-    """A fresh process in the environment that the launcher gives to its worker."""
+    """A fresh process in the environment that the launcher gives to its worker, for the memory to that of a stream."""
     from minitron_megatron.launcher import worker_environment
 
-    environment = {**os.environ, **worker_environment(1), "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **worker_environment(1, streams=arguments[0] == "memory"), "PYTHONPATH": str(ROOT)}
     told = subprocess.run([sys.executable, __file__, *arguments], env=environment, stdout=subprocess.PIPE, check=True).stdout
     found: dict[str, Any] = json.loads(told.splitlines()[-1])
     print(*arguments, found, flush=True)

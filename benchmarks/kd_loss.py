@@ -67,9 +67,10 @@ def text(figures: dict[str, Any], asked: argparse.Namespace) -> str:
             "|---|---|--:|--:|",
             *rows,
             "",
-            f"Differences between the two, relative (gradients: norms); bf16 on {FEW_TOKENS} tokens:",
+            f"Differences between the two, relative (gradients: norms); bf16, and each one from fp64, on {FEW_TOKENS} tokens:",
             "",
             *(f"- {name.upper()}, {dtype}: {told(x['apart'][dtype])}" for name, x in layouts.items() for dtype in x["apart"]),
+            *(f"- {side} in fp32 from fp64, one process: {told(layouts['tp1']['from_fp64'][side])}" for side in SIDES if "tp1" in layouts),
             "",
             f"Gradient of the student's hidden states under TP=2 over that of one process, forward KL to the {TOP_K} likeliest tokens: "
             f"ours {figures['top_k_gradient']['ours']:.6f}, the peer's TopKLogitsKLLoss {figures['top_k_gradient']['peer']:.6f}. Exact is 1.",
@@ -156,7 +157,8 @@ def compare(group: Any, runs: str) -> dict[str, Any]:
     medians = {side: median(found) for side, found in seconds.items()}
     peaks = {side: largest(peak, group) for side, peak in peaks.items()}
     ratios = {"time_ratio": medians["ours"] / medians["peer"], "peak_ratio": peaks["ours"] / peaks["peer"]}
-    return {**ratios, "seconds": medians, "peak_mb": peaks, "runs": seconds, "apart": apart}
+    found = {**ratios, "seconds": medians, "peak_mb": peaks, "runs": seconds, "apart": apart}
+    return found | ({"from_fp64": from_fp64(make_case(group, FEW_TOKENS, torch.float32))} if group.size() == 1 else {})
 
 
 def timed(step: Callable[[Case], Any], case: Case) -> float:
@@ -180,20 +182,47 @@ def largest(value: float, group: Any) -> float:
 
 
 def differences(case: Case, peaks: dict[str, float] | None = None) -> dict[str, float]:
-    """Ours against the peer's: the loss, and the norms of what is between the gradients over those of the gradients; peaks get each side's, in MB."""
+    """Ours against the peer's; peaks get each side's, in MB."""
     from prune_memory import reset_peak, resident
 
-    losses, gradients = {}, {}
+    found = {}
     for side, step in SIDES.items():
-        forget_gradients(case)
         before = reset_peak()
-        losses[side] = step(case)
+        found[side] = outcome(case, step)
         if peaks is not None:
             peaks[side] = (resident("VmHWM") - before) / 1e6
-        gradients[side] = (case.hidden.grad, case.layer.weight.grad)
-    apart = {"loss": abs(losses["ours"] - losses["peer"]) / abs(losses["peer"])}
-    for name, own, theirs in zip(("hidden gradient", "weight gradient"), gradients["ours"], gradients["peer"], strict=True):
-        apart[name] = float((own.float() - theirs.float()).norm() / theirs.float().norm())
+    return apart_from(found["ours"], found["peer"])
+
+
+def from_fp64(case: Case) -> dict[str, dict[str, float]]:
+    """Each side against the definition, carried out in fp64."""
+    import torch
+    from torch.nn import functional as F
+
+    hidden, weight = (x.detach().double().requires_grad_() for x in (case.hidden, case.layer.weight))
+    wanted = F.log_softmax(case.teacher_hidden.double() @ case.teacher_weight.double().t(), dim=-1)
+    loss = F.kl_div(F.log_softmax(hidden @ weight.t(), dim=-1), wanted, log_target=True, reduction="sum")
+    exact = Outcome(float(loss.detach()), *torch.autograd.grad(loss, (hidden, weight)))
+    return {side: apart_from(outcome(case, step), exact) for side, step in SIDES.items()}
+
+
+class Outcome(NamedTuple):
+    loss: float
+    hidden_gradient: Any
+    weight_gradient: Any
+
+
+def outcome(case: Case, step: Callable[[Case], float]) -> Outcome:
+    forget_gradients(case)
+    return Outcome(step(case), case.hidden.grad, case.layer.weight.grad)
+
+
+def apart_from(found: Outcome, wanted: Outcome) -> dict[str, float]:
+    """Relative differences: of the loss, and the norms of what is between the gradients over those of the gradients."""
+    apart = {"loss": abs(found.loss - wanted.loss) / abs(wanted.loss)}
+    for name in ("hidden_gradient", "weight_gradient"):
+        own, other = getattr(found, name).double(), getattr(wanted, name).double()
+        apart[name.replace("_", " ")] = float((own - other).norm() / other.norm())
     return apart
 
 

@@ -118,8 +118,9 @@ def write(folder: Path, arch: Any) -> str:
     from minitron_megatron.checkpoint.tensors import tensor_table
     from minitron_megatron.checkpoint.torch_dist import write_torch_dist
 
-    def draw(row: Any) -> torch.Tensor:
-        return torch.randn(row.shape(arch), dtype=torch.bfloat16)
+    def draw(row: Any, rows: range | None = None) -> torch.Tensor:
+        length, *others = row.shape(arch)
+        return torch.randn(length if rows is None else len(rows), *others, dtype=torch.bfloat16)
 
     return write_torch_dist(folder / "source", tensor_table(arch), arch, dtype=lambda row: torch.bfloat16, read=draw)
 

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,6 +32,14 @@ def main() -> None:
         report({name: measured(name, LAYOUTS[name].processes, folder) for name in wanted})
 
 
+def random_rows(row: Any, rows: range | None = None, *, arch: Any, dice: Any) -> Any:
+    import torch
+
+    length, *others = row.shape(arch)
+    noise = 0.02 * torch.randn(length if rows is None else len(rows), *others, generator=dice)
+    return noise + 1 if len(row.axes) == 1 else noise
+
+
 def prepare(folder: Path) -> None:
     """Random weights and text."""
     import numpy as np
@@ -48,10 +57,7 @@ def prepare(folder: Path) -> None:
     for seed, (name, arch) in enumerate({"teacher": TEACHER, "student": STUDENT}.items()):
         dice = torch.Generator().manual_seed(seed)
 
-        def draw(row: Any, arch: Any = arch, dice: Any = dice) -> Any:
-            noise = 0.02 * torch.randn(row.shape(arch), generator=dice)
-            return noise + 1 if len(row.axes) == 1 else noise
-
+        draw = partial(random_rows, arch=arch, dice=dice)
         write_torch_dist(folder / name, tensor_table(arch), arch, dtype=lambda row: torch.float32, read=draw)
     builder = IndexedDatasetBuilder(f"{folder / 'train'}.bin", dtype=np.uint16)
     for document in np.random.default_rng(1).integers(0, TEACHER.vocab, (500, 1000)):

@@ -23,6 +23,8 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
+import torch
+
 from minitron_megatron.errors import PlatformError
 from minitron_megatron.platform import group_adam, rotary
 
@@ -194,6 +196,7 @@ def _amendments() -> dict[str, Callable[[ModuleType], None]]:
     """What no rewrite of names mends, faults of megatron.core and what is slow on a CPU, mended right after the module's own code has run."""
     return {
         "megatron.core.transformer.moe.moe_utils": _amend_moe_utils,
+        "megatron.core.utils": _amend_utils,
         "megatron.core.models.common.embeddings.rope_utils": rotary.use_in_rope_utils,
         "megatron.core.optimizer": group_adam.use_in_optimizer,
         "megatron.core.optimizer.distrib_optimizer": group_adam.use_in_distributed_optimizer,
@@ -209,3 +212,13 @@ def _amend_moe_utils(module: ModuleType) -> None:
 
     module.__dict__.setdefault("te_general_gemm", None)
     module.__dict__["maybe_move_tensor_to_cpu"] = maybe_move_tensor_to_cpu
+
+
+def _amend_utils(module: ModuleType) -> None:
+    """Clipped gradients stay where they are; megatron's own stand-in for apex makes each of them anew and copies it back."""
+
+    def local_multi_tensor_scale(chunk_size: int, noop_flag: Any, tensor_lists: Sequence[Sequence[torch.Tensor]], scale: float) -> None:
+        for source, target in zip(*tensor_lists, strict=True):
+            torch.mul(source, scale, out=target)
+
+    module.__dict__["local_multi_tensor_scale"] = local_multi_tensor_scale

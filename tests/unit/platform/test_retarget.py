@@ -130,6 +130,19 @@ assert not changed, changed
 assert schedules.torch is torch and torch.cuda.current_device.__module__ == "torch.cuda"
 assert token_dispatcher.maybe_move_tensor_to_cpu(torch.ones(2), as_numpy=True).sum() == 2
 assert hasattr(moe_utils, "te_general_gemm")
+from megatron.core.optimizer import clip_grads
+gradient = torch.randn(100)
+expected, place = gradient * 0.3, gradient.data_ptr()
+from torch.utils._python_dispatch import TorchDispatchMode
+class Watch(TorchDispatchMode):
+    seen = []
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+with Watch():
+    clip_grads.multi_tensor_scale_impl(0, None, [[gradient], [gradient]], 0.3)
+assert torch.equal(gradient, expected) and gradient.data_ptr() == place
+assert Watch.seen == ["aten.mul.out"], Watch.seen  # no gradient beside the gradient
 print("ok")
 """
     together = [start(program, tmp_path) for _ in range(3)]

@@ -70,7 +70,7 @@ class Exchange:
 
         A round takes as many micro-batches as the layout with more data-parallel ranks works on at a time, so that memory holds
         one round of states twice at most. What this rank sends may still be on its way when this returns: a rank that only gives goes on
-        with its student while the others are at their teacher.
+        with its student while the others are at their teacher. Whoever drops this object ahead of the step's end would take it back.
         """
         self._wait_for_sends()
         together = max(self.teacher.data, self.student.data)

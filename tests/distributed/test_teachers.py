@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from minitron_megatron.checkpoint.sharded import load_model
@@ -140,7 +141,9 @@ def replaced(world: World, parallel: Parallel, before: Path, after: Path, tied: 
         groups = step_groups(Distill(steps=1, micro_batch=2))
         states = teachers.states(groups, load_batch)
         batches = [load_batch(ids) for ids in groups[layout.data_rank :: layout.data]] if layout.is_last_stage else []
-        return [target.hidden_NE @ target.weight_vE.t() for batch in batches for target in states.targets(batch)]
+        found = [target.hidden_NE @ target.weight_vE.t() for batch in batches for target in states.targets(batch)]
+        dist.barrier()  # as the end of a step: nobody drops a teacher whose states are still on their way
+        return found
 
     changing = load(before)
     first = logits(changing)

@@ -25,6 +25,7 @@ from minitron_megatron.importance import stage as importance_stage
 from minitron_megatron.importance.accumulate import BlockSums, aggregate_tokens
 from minitron_megatron.importance.reduce import SEQUENCE_SHARDED
 from minitron_megatron.model import modules
+from minitron_megatron.parallel.collectives import Gathering
 from minitron_megatron.parallel.world import World
 from minitron_megatron.scores.statistics import Key, Statistics
 from minitron_megatron.training import output_layer
@@ -46,7 +47,7 @@ WITH_HIDDEN = settings(hidden=HiddenLoss(pairs=[(2, 1), (5, 4)], weight=0.37))
 @contextmanager
 def a_missing_reduction() -> Iterator[None]:
     """The loss sees this tensor rank's part of the vocabulary alone."""
-    with mock.patch.object(chunk, "gather_first", lambda x, group: x[None]):
+    with mock.patch.object(chunk, "begin_gather_first", lambda x, group: Gathering(x[None], None)):
         yield
 
 

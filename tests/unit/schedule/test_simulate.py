@@ -120,3 +120,15 @@ def test_passes_that_wait_for_each_other_are_told_instead_of_waited_for(monkeypa
     monkeypatch.setattr(simulator, "_needed", wrong)
     with pytest.raises(RuntimeError, match=r"every rank waits for another one: .*'forward', 0, 0, 0"):
         simulate(even(2), 2, "teacher_pipelined")
+
+
+@pytest.mark.parametrize(("ranks", "virtual"), [(2, 2), (4, 2), (2, 3)])
+def test_each_rank_of_an_interleaved_schedule_warms_up_as_megatrons_does(ranks: int, virtual: int) -> None:
+    """megatron-core's get_pp_rank_microbatches: 2 · (P − rank − 1) + (V − 1) · P forward passes, and one more ahead of the first backward."""
+    stages = ranks * virtual
+    works = StageWorks((1.0,) * ranks, (1.0,) * stages, (2.0,) * stages)
+    timeline = simulate(works, 4 * ranks, "teacher_on_one_rank")
+    for rank in range(ranks):
+        of_rank = sorted((span.start, which.kind) for which, span in timeline.items() if which.rank == rank and which.kind != "teacher")
+        ahead = [kind for _, kind in of_rank].index("backward")
+        assert ahead == 2 * (ranks - rank - 1) + (virtual - 1) * ranks + 1

@@ -51,8 +51,9 @@ class Fit:
 
 NOISE_MEGABYTES = 4.0
 """Below it a peak says nothing: the allocator's own steps are as large."""
-WORSE, WORSE_AT_THE_END = 1.15, 1.3
-"""Exponents above them are worse than linear: n·log n has at most the first over the ranges here; two points are less certain than all."""
+WORSE, WORSE_AT_THE_END = 1.25, 1.5
+"""Exponents above them are worse than linear: half-way to quadratic at the end, since from one run to the next a point moves by 20 % here,
+and the exponent between two doubled sizes by 0.3; over all points half as much."""
 
 
 def fit(sizes: Sequence[float], costs: Sequence[float]) -> Fit:

@@ -147,8 +147,9 @@ def report(found: dict[str, dict[str, Any]]) -> None:
 
     text = "\n".join(
         [
-            f"SmolLM2-135M → 97M, {STEPS} steps of 2 × 128 tokens in the same order, one process; seconds: median of {TURNS} turns of {STEPS_A_TURN} steps. "
-            f"KL to the live teacher over the whole vocabulary on {HELDOUT_WINDOWS} held-out windows, nats a token; ± its standard error. "
+            f"SmolLM2-135M → 97M, {STEPS} steps of 2 × 128 tokens in the same order, one process; seconds: median of {TURNS} turns of "
+            f"{STEPS_A_TURN} steps. KL to the live teacher over the whole vocabulary on {HELDOUT_WINDOWS} held-out windows, nats a token; "
+            "± its standard error. "
             "All logits of a token in bf16 are 98,304 bytes.",
             "",
             "| teacher | bytes a token | seconds a step | ÷ live | KL after the last step |",

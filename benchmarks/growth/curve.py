@@ -36,6 +36,11 @@ class Point:
     """Peak of resident memory in the first run, over what was there before it."""
 
 
+def fastest(first: Sequence[Point], second: Sequence[Point]) -> list[Point]:
+    """Of two measurements of the same sizes."""
+    return [Point(a.size, min(a.seconds, b.seconds), min(a.megabytes, b.megabytes)) for a, b in zip(first, second, strict=True)]
+
+
 @dataclass(frozen=True)
 class Fit:
     """cost ≈ c · size^exponent, by least squares of the logarithms."""

@@ -161,7 +161,7 @@ def report(found: dict[str, dict[str, Any]]) -> None:
         "step_top_64": found["top 64"]["step_seconds"] / live,
         "step_top_1024": found["top 1024"]["step_seconds"] / live,
         **{f"bytes_{name.replace(' ', '_')}": each["bytes_per_token"] for name, each in found.items() if "bytes_per_token" in each},
-        **{f"kl_{name.replace(' ', '_').replace(',', '')}": each["kl"] for name, each in found.items()},
+        **{f"kl_{name.replace(' ', '_')}": each["kl"] for name, each in found.items()},
     }
     write_result("stored_teacher", "Stored teacher outputs against the live teacher", text, figures)
 

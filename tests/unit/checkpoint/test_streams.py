@@ -188,16 +188,18 @@ def test_the_reader_runs_ahead_by_its_bytes_and_no_further() -> None:
 
 
 def test_closing_a_stream_whose_reader_waits_ends_it_after_that_read() -> None:
-    gate, begun = threading.Event(), []
+    gate, waits, begun = threading.Event(), threading.Event(), []
 
     def read(slab: Slab) -> Tensor:
         begun.append(slab.rows.start)
         if slab.rows.start == 1:
+            waits.set()
             gate.wait(10)
         return torch.zeros(1, 256)
 
     stream = read_ahead(slabs_of_one_kib(20), read, 4 << 10)
     next(stream)
+    assert waits.wait(10)
     threading.Timer(0.1, gate.set).start()
     stream.close()
     assert begun == [0, 1] and not threads_of_ours()

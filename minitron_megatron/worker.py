@@ -16,11 +16,16 @@ from minitron_megatron.config.checks.recipe import check_recipe
 from minitron_megatron.config.family import load_recipe
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.errors import LayoutError, MinitronError
-from minitron_megatron.failure import LAUNCHED, tell
+from minitron_megatron.failure import LAUNCHED, STOPPED, tell
+from minitron_megatron.health import require_links
 from minitron_megatron.parallel.world import World, distributed_world, rank_and_size
 from minitron_megatron.platform import Platform, activate
 from minitron_megatron.platform.lifetime import end_with_parent
 from minitron_megatron.search.survey import surviving
+from minitron_megatron.training.stop import Stopped
+
+RANK_LOGS = "MINITRON_RANK_LOGS"
+"""Folder for the logs of the ranks behind the first."""
 
 
 def prepare(recipe_path: str, overrides: list[str], *, needs_device: bool = True) -> tuple[Recipe, Platform]:
@@ -43,22 +48,28 @@ def run_here(stage: Stage, recipe: Recipe, recipe_path: str, platform: Platform,
     world = World(platform)
     if stage.distributed:
         world = connections.enter_context(distributed_world(platform, recipe.parallel.timeout_seconds))
+        require_links(world)
     return run_stage(stage, recipe, recipe_path, world)
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 0; 2 for a user's mistake, told in one line; 1 for anything else, with its traceback."""
+    """Exit code 0; 2 for a user's mistake, told in one line; STOPPED where it was asked to; 1 for anything else, with its traceback."""
     _die_with_the_launcher()
+    _log_for_itself()
+    code = 0
     with ExitStack() as connections:
         try:
             _run(connections, *arguments)
         except (KeyboardInterrupt, SystemExit):
             raise
+        except Stopped as stopped:
+            print(stopped, flush=True) if rank_and_size()[0] == 0 else None
+            code = STOPPED
         except BaseException as error:  # torch's CheckpointException is no Exception
             tell(error)  # while the connections stand: the others fail as soon as they close, and must not have the first word
             return 2 if isinstance(error, MinitronError) else 1
         _close(connections, arguments[0])
-    return 0
+    return code
 
 
 def _close(connections: ExitStack, stage: str) -> None:
@@ -74,6 +85,16 @@ def _die_with_the_launcher() -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         launcher = os.environ.get(LAUNCHED, "")
         end_with_parent(int(launcher) if launcher.isdecimal() else None)
+
+
+def _log_for_itself() -> None:
+    """One log for each rank where a folder for them is named; rank 0 speaks to the console, which is the job's own log."""
+    folder, rank = os.environ.get(RANK_LOGS), rank_and_size()[0]
+    if folder and rank > 0:
+        log = os.open(f"{folder}/rank_{rank:05d}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.close(log)
 
 
 def _run(connections: ExitStack, stage_name: str, recipe_path: str, *overrides: str) -> None:

@@ -51,7 +51,7 @@ def test_a_launch_leaves_no_folder_behind(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_threads_of_a_stage_do_not_depend_on_the_stages_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """`minitron run` launches one process, then two: the second must not find the first one's threads in the environment."""
-    monkeypatch.setattr(launcher, "USER_ENVIRONMENT", {})
+    monkeypatch.setattr(launcher.environment, "USER_ENVIRONMENT", {})
     monkeypatch.setattr(launcher.os, "cpu_count", lambda: 8)
     monkeypatch.setattr(launcher.torchrun, "run", lambda arguments: seen.append(launcher.os.environ["OMP_NUM_THREADS"]))
     seen: list[str] = []
@@ -61,13 +61,13 @@ def test_threads_of_a_stage_do_not_depend_on_the_stages_before_it(monkeypatch: p
 
 
 def test_what_the_user_set_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher, "USER_ENVIRONMENT", {"OMP_NUM_THREADS": "3"})
+    monkeypatch.setattr(launcher.environment, "USER_ENVIRONMENT", {"OMP_NUM_THREADS": "3"})
     assert launcher.worker_environment(2)["OMP_NUM_THREADS"] == "3"
 
 
 def test_a_stream_gives_each_large_tensor_back_to_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the heap, where training has them, holes made a stream's memory several times what it holds (benchmarks/prune_memory.py)."""
-    monkeypatch.setattr(launcher, "USER_ENVIRONMENT", {})
+    monkeypatch.setattr(launcher.environment, "USER_ENVIRONMENT", {})
     monkeypatch.setattr(launcher.torchrun, "run", lambda arguments: seen.append(launcher.os.environ["MALLOC_MMAP_MAX_"] != "0"))
     seen: list[bool] = []
     for stage in ("distill", "prune", "distill"):
@@ -96,5 +96,5 @@ def test_an_unknown_stage_is_one_line_with_the_known_ones(capsys: pytest.Capture
 
 def test_workers_are_told_the_id_of_their_own_launcher_and_not_of_one_above_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """By it they know whether their parent lives; with another launcher's id each would take itself for an orphan and leave."""
-    monkeypatch.setattr(launcher, "USER_ENVIRONMENT", {launcher.LAUNCHED: "1"})
+    monkeypatch.setattr(launcher.environment, "USER_ENVIRONMENT", {launcher.LAUNCHED: "1"})
     assert launcher.worker_environment(2)[launcher.LAUNCHED] == str(os.getpid())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import sys
 from contextlib import ExitStack
 from typing import NoReturn
@@ -22,7 +23,7 @@ from minitron_megatron.parallel.world import World, distributed_world, rank_and_
 from minitron_megatron.platform import Platform, activate
 from minitron_megatron.platform.lifetime import end_with_parent
 from minitron_megatron.search.survey import surviving
-from minitron_megatron.training.stop import Stopped
+from minitron_megatron.training.stop import SIGNALS, Stopped
 
 RANK_LOGS = "MINITRON_RANK_LOGS"
 """Folder for the logs of the ranks behind the first."""
@@ -112,8 +113,11 @@ def _run(connections: ExitStack, stage_name: str, recipe_path: str, *overrides: 
 
 
 if __name__ == "__mp_main__":
-    # a helper that megatron spawns (for the reports of checkpoints' writers) imports this first: it ends with its worker, and does not sleep on
+    # a helper that megatron spawns (for the reports of checkpoints' writers) imports this first: it ends with its worker, and does not sleep on;
+    # SLURM sends what asks a worker to stop to every process of a job, and the worker's last checkpoint needs this one
     end_with_parent()
+    for _number in SIGNALS:
+        signal.signal(_number, signal.SIG_IGN)
 
 
 def _leave(code: int) -> NoReturn:

@@ -91,7 +91,9 @@ NODE_COMMAND='trap "" USR1; trap : TERM
 launch/torchrun.sh --fill-data "$@" & launcher=$!
 trap "kill -TERM $launcher 2>/dev/null" TERM
 while :; do wait $launcher; code=$?; kill -0 $launcher 2>/dev/null || break; done
-echo $code >"$MINITRON_JOB/code_$SLURM_NODEID"; exit $code'
+echo $code >"$MINITRON_JOB/code_$SLURM_NODEID"
+[ $code = 75 ] && exit 0 # or srun would kill the other nodes, which are about to leave as well
+exit $code'
 
 # How the step ended: a mistake on any node, else a failure on any, else that it stopped; srun's own word where no node left one.
 outcome() {
@@ -100,7 +102,7 @@ outcome() {
   case " $codes" in
     *" $MISTAKE "*) echo "$MISTAKE" ;;
     "  " | " 0 ") echo "$srun_code" ;;
-    " $STOPPED " | " 0 $STOPPED ") echo "$STOPPED" ;;
+    " $STOPPED " | " 0 $STOPPED ") [ "$srun_code" = 0 ] && echo "$STOPPED" || echo "$srun_code" ;;
     *) [ "$srun_code" = 0 ] && echo 1 || echo "$srun_code" ;;
   esac
 }
@@ -119,12 +121,10 @@ tell_status() {
     >"$STAGE_FOLDER/status.json.tmp" && mv "$STAGE_FOLDER/status.json.tmp" "$STAGE_FOLDER/status.json"
 }
 
-# What grows as the job gets further: the step of the newest checkpoint, or for a stage without steps its files.
+# What grows as the job gets further: the newest checkpoint, or for a stage without steps its files.
 progress_mark() {
-  local saved
-  saved=$(status_value saved_step)
-  if [ -n "$saved" ]; then
-    echo "step $saved"
+  if [ -d "$STAGE_FOLDER/training" ]; then
+    find "$STAGE_FOLDER/training" -maxdepth 1 -name 'step_*' -printf '%f\n' | sort | tail -n 1
   else
     find "$STAGE_FOLDER" -type f ! -name 'status.json*' ! -name identity -printf '%p %s %T@\n' 2>/dev/null | sort | cksum
   fi
@@ -209,6 +209,8 @@ run_stage() {
     shift
   fi
   [ -n "$recipe" ] || die "which recipe? sbatch slurm/$STAGE.sh RECIPE [key=value…]"
+  trap 'ask_to_stop SIGUSR1' USR1
+  trap 'ask_to_stop SIGTERM' TERM
   ROOT=$(pwd) CLUSTER=${CLUSTER:-configs/cluster/gpus.yaml} ASKED=no STAGE_FOLDER=
   read_cluster "$CLUSTER"
   export_site
@@ -217,8 +219,6 @@ run_stage() {
   export MINITRON_RANK_LOGS=$MINITRON_JOB
   mkdir -p "$MINITRON_JOB" && rm -f "$MINITRON_JOB"/code_*
   step_in_container
-  trap 'ask_to_stop SIGUSR1' USR1
-  trap 'ask_to_stop SIGTERM' TERM
   echo "$(date +%T) $STAGE: job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), $SLURM_NNODES nodes, logs of the ranks: $MINITRON_JOB"
   "${STEP[@]}" bash -c "$NODE_COMMAND" node "$STAGE" "$recipe" "$@" &
   step=$!

@@ -62,3 +62,29 @@ def test_the_cluster_files_that_come_along_are_read(file: Path) -> None:
     script = f'. slurm/common.sh; read_cluster {file}; echo "${{SITE[starts_without_progress]}} ${{#SITE[@]}}"'
     done = subprocess.run(["bash", "-c", script], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.split()[0] == "3"
+
+
+@pytest.mark.parametrize(
+    ("programs", "lines", "step"),
+    [
+        (
+            {"srun": "--container-image=path", "apptainer": ""},
+            "container: a.sqsh\nmounts: /data\n",
+            "--container-image=a.sqsh --container-mounts={root}:{root},/data",
+        ),
+        ({"srun": "", "apptainer": ""}, "container: a.sif\n", "apptainer exec --nv --bind {root}:{root} --pwd {root} a.sif"),
+        ({"srun": "--container-image=path", "apptainer": ""}, "container: a.sif\nruntime: apptainer\n", "apptainer exec --nv --bind"),
+        ({"srun": "--container-image=path", "apptainer": ""}, "container:\n", "srun --kill-on-bad-exit=1 --ntasks-per-node=1 --cpu-bind=none\n"),
+        ({"srun": ""}, "container: a.sif\n", "neither Pyxis nor apptainer is here"),
+    ],
+    ids=["pyxis", "apptainer", "as the file says", "bare", "none"],
+)
+def test_a_step_runs_in_what_the_site_has(tmp_path: Path, programs: dict[str, str], lines: str, step: str) -> None:
+    for name, help_text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '{help_text}'\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "mine.yaml").write_text(lines)
+    script = f'. slurm/common.sh; ROOT=$PWD; CLUSTER={tmp_path}/mine.yaml; read_cluster "$CLUSTER"; step_in_container; echo "${{STEP[@]}}"'
+    path = f"{tmp_path}:/usr/bin:/bin"
+    done = subprocess.run(["bash", "-c", script], cwd=REPOSITORY, env={"PATH": path}, capture_output=True, text=True)
+    assert step.format(root=REPOSITORY) in done.stdout + done.stderr

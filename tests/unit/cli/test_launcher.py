@@ -98,3 +98,55 @@ def test_workers_are_told_the_id_of_their_own_launcher_and_not_of_one_above_it(m
     """By it they know whether their parent lives; with another launcher's id each would take itself for an orphan and leave."""
     monkeypatch.setattr(launcher.environment, "USER_ENVIRONMENT", {launcher.LAUNCHED: "1"})
     assert launcher.worker_environment(2)[launcher.LAUNCHED] == str(os.getpid())
+
+
+def test_data_parallelism_takes_what_the_nodes_have_unless_it_is_named() -> None:
+    assert launcher.filled(RECIPE, [], 8) == ["parallel.data=4"]  # two stages of a pipeline
+    assert launcher.filled(RECIPE, ["parallel.data=1"], 8) == ["parallel.data=1"]
+    with pytest.raises(LayoutError, match="7 processes are no multiple of 2"):
+        launcher.filled(RECIPE, [], 7)
+
+
+@pytest.mark.parametrize(
+    ("codes", "saved", "starts"),
+    [
+        ([1, 1, 0], [0, 0, 0, 0, 0, 0], 3),
+        ([1, 1, 1, 1], [0] * 8, 3),  # two restarts, then it is given up
+        ([1, 1, 1, 1, 0], [0, 0, 0, 5, 5, 5, 5, 9, 9, 9], 5),  # a new checkpoint counts them anew
+        ([2, 0], [0] * 4, 1),  # what the user has to mend
+        ([75, 0], [0] * 4, 1),  # it was asked to stop
+    ],
+)
+def test_processes_that_died_are_started_again_as_long_as_they_get_further(
+    monkeypatch: pytest.MonkeyPatch, codes: list[int], saved: list[int], starts: int
+) -> None:
+    left, steps, seen = list(codes), list(saved), []
+    monkeypatch.setattr(launcher, "saved_step", lambda folder, stage: steps.pop(0))
+    monkeypatch.setattr(launcher, "launch", lambda *arguments: seen.append(arguments) or left.pop(0))
+    assert launcher._launch_again("distill", RECIPE, [], 2, ("--standalone",), 2) == codes[starts - 1]
+    assert len(seen) == starts
+
+
+def test_restarts_over_several_nodes_are_slurms_business(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, value in {"SLURM_NNODES": "2", "MASTER_ADDR": "node1", "NPROC": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert launcher.main(["--restarts=2", "distill", RECIPE]) == 2
+    assert "--restarts is for one node" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--restart=2", "--restarts=two", "--restarts"])
+def test_an_unknown_option_is_one_line(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launcher.main([option, "distill", RECIPE]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"{option}: no such option; usage: launch/torchrun.sh") and error.count("\n") == 1
+
+
+def test_what_failed_is_told_in_the_status_and_a_consequence_does_not_hide_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / ".distill.partial"
+    launcher._tell_failure(folder, "a mistake")
+    assert not folder.exists()  # outside of jobs a mistake leaves nothing behind
+    monkeypatch.setenv(launcher.JOB, str(tmp_path))
+    launcher._tell_failure(folder, "rank 3 was killed")
+    launcher._tell_failure(folder, "another process was gone", consequence=True)
+    found = launcher.told(tmp_path, "distill")
+    assert found and (found["state"], found["why"]) == ("failed", "rank 3 was killed")

@@ -207,6 +207,8 @@ def run_stage(stage: Stage, recipe: Recipe, recipe_path: str, world: World) -> A
     folder, started = run_folder(recipe), time.monotonic()
     inputs = {name: open_artifact(folder, name, recipe_path) for name in stage_inputs(stage, recipe)}
     refuse_foreign_inputs(inputs, recipe, recipe_path)
+    if hasattr(_module(stage), "before"):
+        _module(stage).before(recipe)
     identity = stage_id(stage, recipe, inputs)
     with draft(folder, stage.name, run_id(stage, recipe, inputs)) if world.is_main else nullcontext(partial_folder(folder, stage.name)) as partial:
         world.barrier()
@@ -218,7 +220,7 @@ def run_stage(stage: Stage, recipe: Recipe, recipe_path: str, world: World) -> A
         if not world.is_main or result is None:  # None: paused, the next start goes on
             return None
         seconds = round(time.monotonic() - started, 1)
-        manifest = _manifest(stage, recipe, inputs, identity, world, seconds)
+        manifest = {**_manifest(stage, recipe, inputs, identity, world, seconds), **result.pop("provenance", {})}
         tell(partial, "finished", seconds=seconds)
         artifact = publish(folder, stage.name, manifest, result)
         for scratch in getattr(_module(stage), "SCRATCH", ()):

@@ -99,7 +99,7 @@ exit $code'
 outcome() {
   local srun_code=$1 codes
   codes=$(cat "$MINITRON_JOB"/code_* 2>/dev/null | sort -u | xargs)
-  case " $codes" in
+  case " $codes " in
     *" $MISTAKE "*) echo "$MISTAKE" ;;
     "  " | " 0 ") echo "$srun_code" ;;
     " $STOPPED " | " 0 $STOPPED ") [ "$srun_code" = 0 ] && echo "$STOPPED" || echo "$srun_code" ;;
@@ -201,7 +201,7 @@ send_to_step() {
 }
 
 run_stage() {
-  STAGE=$1
+  STAGE=$1 ASKED=no STAGE_FOLDER=
   local recipe=${RECIPE:-} code step
   shift
   if [ $# -gt 0 ] && [[ $1 != *=* ]]; then
@@ -211,7 +211,7 @@ run_stage() {
   [ -n "$recipe" ] || die "which recipe? sbatch slurm/$STAGE.sh RECIPE [key=value…]"
   trap 'ask_to_stop SIGUSR1' USR1
   trap 'ask_to_stop SIGTERM' TERM
-  ROOT=$(pwd) CLUSTER=${CLUSTER:-configs/cluster/gpus.yaml} ASKED=no STAGE_FOLDER=
+  ROOT=$(pwd) CLUSTER=${CLUSTER:-configs/cluster/gpus.yaml}
   read_cluster "$CLUSTER"
   export_site
   export_rendezvous

@@ -167,8 +167,7 @@ requeue_or_fail() {
     tell_status failed "$why; and the job could not be queued again (#SBATCH --requeue is missing?)"
     exit "$code"
   }
-  sleep 60
-  exit "$code"
+  exit "$code" # of a job that waits again nobody asks for it
 }
 
 finish() {

@@ -213,7 +213,7 @@ class TrainingLoop:
                 sums += torch.stack([item[name].double() for name in names])
         if hidden:
             sums = torch.cat([sums, hidden.take_sums()])
-        asked = sums.new_tensor([self.stop.asked])  # by the way: no collective of its own
+        asked = sums.new_full((1,), float(self.stop.asked))  # by the way: no collective of its own
         sums = torch.cat([sums, asked])
         dist.all_reduce(sums)
         self.wishes = sums[-1]

@@ -57,8 +57,6 @@ def _nccl() -> dict[str, str]:
     return {
         # why a connection failed is worth its lines in a rank's log; INFO is hundreds of them at each start
         "NCCL_DEBUG": "WARN",
-        # of collectives that were under way when one timed out: which rank was where
-        "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
     }
 
 

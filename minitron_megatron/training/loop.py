@@ -25,7 +25,7 @@ from minitron_megatron.parallel.world import World
 from minitron_megatron.status import StepStatus
 from minitron_megatron.training.metrics import MetricsLog, console_line, validation_line
 from minitron_megatron.training.optimizer import whole_parameters
-from minitron_megatron.training.stop import Stopped, StopRequest
+from minitron_megatron.training.stop import Stopped, StopRequest, deferred
 from minitron_megatron.training.student import Student, learning_rate_schedule
 from minitron_megatron.training.sums import Sums, WindowSums
 from minitron_megatron.training.teachers import HiddenTraining, Load, Teachers, TeacherStates
@@ -97,7 +97,8 @@ class TrainingLoop:
             if status:
                 status.step(step + 1, lambda: newest_progress(folder / "training").step)
             if self.stopping or self._is_due(step + 1, self.settings.save_every_steps):
-                self._save(checkpoints)
+                with deferred():
+                    self._save(checkpoints)
             if self.stopping:
                 break
         if log:

@@ -9,9 +9,24 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Signals wait meanwhile, for this process and for those that it starts.
+
+    SLURM sends them to every process of a job, and a helper of a checkpoint that is still importing would die of one (seen: EOFError in the save).
+    """
+    resource_tracker.ensure_running()  # which lets signals through again when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Stopped(Exception):

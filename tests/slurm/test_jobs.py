@@ -40,7 +40,7 @@ class Run:
 
 def pipeline(cluster: Cluster, recipe: Path, *overrides: str) -> dict[str, int]:
     """Ids of the jobs by stage."""
-    printed = cluster.run("slurm/pipeline_8b_to_4b.sh", str(recipe), *overrides, SBATCH_ARGS="--nodes=2 --time=00:10:00")
+    printed = cluster.run("slurm/pipeline_8b_to_4b.sh", str(recipe), *overrides, SBATCH_ARGS="--nodes=2 --time=01:00:00")
     return {stage: int(job) for stage, job in (line.split() for line in printed.splitlines())}
 
 
@@ -90,7 +90,7 @@ class Disturbed:
     recipe: Path
     folder: Path
 
-    def submit(self, *overrides: str, options: tuple[str, ...] = ("--time=00:10:00",)) -> int:
+    def submit(self, *overrides: str, options: tuple[str, ...] = ("--time=01:00:00",)) -> int:
         arguments = (str(self.recipe), *TRAINING, f"runs={self.folder.parent}", *overrides)
         return self.cluster.submit("distill", *arguments, options=("--nodes=2", *options))
 

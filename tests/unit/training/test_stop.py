@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
 import pytest
 
-from minitron_megatron.training.stop import SIGNALS, StopRequest
+from minitron_megatron.training.stop import SIGNALS, StopRequest, deferred
 
 
 @pytest.fixture(autouse=True)
@@ -52,3 +54,19 @@ def test_outside_the_main_thread_nothing_is_installed() -> None:
     thread.start()
     thread.join()
     assert raised == [True]
+
+
+def test_what_is_started_while_signals_are_deferred_does_not_die_of_them_and_this_process_hears_of_its_own_afterwards() -> None:
+    """A checkpoint's helper that has just been started: its handlers are the system's own."""
+    stop, waits = StopRequest(), "import sys; print(1, flush=True); sys.stdin.read()"
+    with stop.listening():
+        with deferred():
+            child = subprocess.Popen([sys.executable, "-c", waits], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            assert child.stdout and child.stdout.readline() == b"1\n"
+            for number in SIGNALS:
+                child.send_signal(number)
+                os.kill(os.getpid(), number)
+            assert not stop.asked or len(threading.enumerate()) > 1  # another thread may have heard of it
+        assert stop.asked
+        child.communicate()
+    assert child.returncode == 0

@@ -34,6 +34,7 @@ def test_slurm_would_not_accept_what_the_cluster_does_not_have(cluster: Cluster)
         cluster.run("sbatch", "--test-only", "--nodes=3", "slurm/distill_8b_to_4b.sh")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed: apt-get install shellcheck")
 def test_shellcheck_finds_nothing() -> None:
     scripts = [str(path) for folder in ("slurm", "launch") for path in sorted((REPOSITORY / folder).glob("*.sh"))]

@@ -103,7 +103,7 @@ def test_workers_are_told_the_id_of_their_own_launcher_and_not_of_one_above_it(m
 def test_data_parallelism_takes_what_the_nodes_have_unless_it_is_named() -> None:
     assert launcher.filled(RECIPE, [], 8) == ["parallel.data=4"]  # two stages of a pipeline
     assert launcher.filled(RECIPE, ["parallel.data=1"], 8) == ["parallel.data=1"]
-    with pytest.raises(LayoutError, match="7 processes are no multiple of 2"):
+    with pytest.raises(LayoutError, match="7 processes are no multiple of the 2"):
         launcher.filled(RECIPE, [], 7)
 
 

@@ -89,7 +89,7 @@ def _launch_again(stage: str, recipe: str, overrides: list[str], processes: int,
         before = saved_step(folder, stage)
         code = launch(stage, recipe, overrides, processes, where)
         left = restarts if saved_step(folder, stage) > before else left - 1
-        if code != 1 or left < 0:
+        if code != 1 or not restarts or left < 0:
             return code
         print(f"{stage}: started again from its last checkpoint; {left} more without a new one", file=sys.stderr, flush=True)
 

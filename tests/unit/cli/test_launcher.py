@@ -150,3 +150,12 @@ def test_what_failed_is_told_in_the_status_and_a_consequence_does_not_hide_it(tm
     launcher._tell_failure(folder, "another process was gone", consequence=True)
     found = launcher.told(tmp_path, "distill")
     assert found and (found["state"], found["why"]) == ("failed", "rank 3 was killed")
+
+
+def test_without_restarts_nothing_is_started_again_however_far_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On several nodes SLURM starts the whole job again: one node alone would wait for the others."""
+    steps, seen = [0, 50], []
+    monkeypatch.setattr(launcher, "saved_step", lambda folder, stage: steps.pop(0))
+    monkeypatch.setattr(launcher, "launch", lambda *arguments: seen.append(arguments) or 1)
+    assert launcher._launch_again("distill", RECIPE, [], 2, ("--standalone",), 0) == 1
+    assert len(seen) == 1

@@ -9,6 +9,7 @@ CORE = [
     "megatron-core>=0.16.1,<0.20",  # 0.16.1 is the newest for Python 3.11; both ends are tested
     "transformers>=5,<6",  # reference models, tokenizers, the format of export
     "tokenizers>=0.22,<0.24",
+    "huggingface_hub>=1,<3",  # a source model that a recipe names by its hub id
     "sentencepiece>=0.2,<0.3",
     "safetensors>=0.6,<0.9",
     "numpy>=1.26,<3",

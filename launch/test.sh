@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Set-up, static checks and tests. --all adds the slow tiers: tests marked slow, and the newest supported megatron-core
-# under Python 3.12 where one is found.
+# Set-up, static checks and tests. --all adds the slow tiers: tests marked slow (those of a SLURM
+# cluster of two nodes among them, which apt installs), and the newest supported megatron-core under Python 3.12 where one
+# is found.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/setup.sh
@@ -16,9 +17,18 @@ setup_environment .venv "$python" dev,export
 .venv/bin/ruff format --check minitron_megatron tests launch benchmarks setup.py
 .venv/bin/mypy minitron_megatron
 
+# For tests/slurm, where it can be had: as root on Debian and Ubuntu. Without it those tests say why they are skipped.
+install_slurm() {
+  command -v slurmctld slurmd munged shellcheck >/dev/null && return 0
+  [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 0
+  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge shellcheck >/dev/null ||
+    echo "SLURM could not be installed: tests/slurm are skipped" >&2
+}
+
 if [ $all = no ]; then
   exec .venv/bin/pytest -m "not slow" "$@"
 fi
+install_slurm
 .venv/bin/pytest "$@"
 
 newest=$(newest_python || true)

@@ -19,7 +19,7 @@ setup_environment .venv "$python" dev,export
 
 # For tests/slurm, where it can be had: as root on Debian and Ubuntu. Without it those tests say why they are skipped.
 install_slurm() {
-  command -v slurmctld slurmd munged shellcheck >/dev/null && return 0
+  command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null && command -v shellcheck >/dev/null && return 0
   [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 0
   apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge shellcheck >/dev/null ||
     echo "SLURM could not be installed: tests/slurm are skipped" >&2

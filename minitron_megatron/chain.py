@@ -20,7 +20,7 @@ from minitron_megatron.config.schema import Recipe
 from minitron_megatron.environment import recorded
 from minitron_megatron.errors import ArtifactError, RecipeError
 from minitron_megatron.parallel.world import World
-from minitron_megatron.status import tell
+from minitron_megatron.status import steps_of, tell
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ def run_stage(stage: Stage, recipe: Recipe, recipe_path: str, world: World) -> A
     with draft(folder, stage.name, run_id(stage, recipe, inputs)) if world.is_main else nullcontext(partial_folder(folder, stage.name)) as partial:
         world.barrier()
         if world.is_main:
-            tell(partial, "running")
+            tell(partial, "running", **steps_of(partial))
         arguments = (recipe, inputs, partial, *((world,) if stage.distributed else ()))
         result = _module(stage).run(*arguments)
         world.barrier()

@@ -1,5 +1,5 @@
-"""What slurm/pipeline_8b_to_4b.sh asks of a recipe: `python -m minitron_megatron.jobs stages RECIPE [key=value…]` prints the stages that are to be
-run, one a line; `… queued RECIPE [key=value…] STAGE:JOB…` writes the ids of their jobs into their status.json.
+"""What slurm/pipeline_8b_to_4b.sh asks of a recipe: `python -m minitron_megatron.jobs RECIPE [key=value…]` prints the stages that are to be
+run, one a line, each with the folder in which its status.json will be.
 """
 
 from __future__ import annotations
@@ -7,11 +7,10 @@ from __future__ import annotations
 import sys
 
 from minitron_megatron.artifact import find_artifact, partial_folder
-from minitron_megatron.chain import STAGES, Stage, finished, outside_files, run_folder, stages_of
+from minitron_megatron.chain import Stage, finished, outside_files, run_folder, stages_of
 from minitron_megatron.config.family import load_recipe
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.errors import MinitronError
-from minitron_megatron.status import tell
 from minitron_megatron.worker import prepare
 
 
@@ -30,28 +29,18 @@ def as_made(stage: Stage, recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"precision": artifact.manifest["recipe"]["precision"]})
 
 
-def tell_queued(recipe: Recipe, jobs: dict[str, str]) -> None:
-    """Below runs/NAME, which may not exist yet."""
-    for stage, job in jobs.items():
-        folder = partial_folder(run_folder(recipe), stage)
-        folder.mkdir(parents=True, exist_ok=True)
-        tell(folder, "queued", job=job)
-
-
 def main(arguments: list[str]) -> int:
+    """Exit code 2 for what does not fit, told before a job waits in the queue."""
     try:
-        if len(arguments) < 2 or arguments[0] not in ("stages", "queued"):
-            raise MinitronError(f"jobs: {' '.join(arguments)}: not of the form stages RECIPE … or queued RECIPE … STAGE:JOB")
-        verb, path, *rest = arguments
-        if verb == "stages":
-            prepared, _ = prepare(path, rest, needs_device=False)  # what does not fit is told before a job waits in the queue
-            recipe = prepared.model_copy(update={"precision": load_recipe(path, rest).precision})
-            for stage in stages_of(recipe):
-                outside_files(stage, recipe)
-            print("\n".join(open_stages(recipe)))
-        else:
-            jobs = dict(item.split(":") for item in rest if "=" not in item)
-            tell_queued(load_recipe(path, [item for item in rest if "=" in item]), {name: jobs[name] for name in STAGES if name in jobs})
+        if not arguments:
+            raise MinitronError("jobs: which recipe? python -m minitron_megatron.jobs RECIPE [key=value…]")
+        path, *overrides = arguments
+        prepared, _ = prepare(path, overrides, needs_device=False)
+        recipe = prepared.model_copy(update={"precision": load_recipe(path, overrides).precision})
+        for stage in stages_of(recipe):
+            outside_files(stage, recipe)
+        for name in open_stages(recipe):
+            print(name, partial_folder(run_folder(recipe), name).resolve())
     except MinitronError as error:
         print(error, file=sys.stderr)
         return 2

@@ -32,7 +32,7 @@ from minitron_megatron.config.family import load_recipe
 from minitron_megatron.errors import LayoutError, MinitronError
 from minitron_megatron.failure import LAUNCHED, STOPPED, exit_code_of, is_consequence, message_of
 from minitron_megatron.health import require_health
-from minitron_megatron.status import tell, told
+from minitron_megatron.status import read, steps_of, tell
 
 JOB = "MINITRON_JOB"
 
@@ -95,8 +95,8 @@ def _launch_again(stage: str, recipe: str, overrides: list[str], processes: int,
 
 
 def saved_step(run: Path, stage: str) -> int:
-    """Of the newest checkpoint that the stage's last job told of."""
-    return int((told(run, stage) or {}).get("saved_step", 0))
+    """Of the newest whole checkpoint of a training that is not finished; 0 where there is none."""
+    return max((int(step.name.removeprefix("step_")) for step in (partial_folder(run, stage) / "training").glob("step_*")), default=0)
 
 
 def launch(stage: str, recipe_path: str, overrides: list[str], processes: int, where: tuple[str, ...] = ("--standalone",)) -> int:
@@ -165,15 +165,15 @@ def _introduce(folder: Path) -> None:
     job = os.environ.get(JOB)
     if job and _number(os.environ, "SLURM_NODEID", 0) == 0:
         (Path(job) / "stage_folder").write_text(f"{folder.resolve()}\n")
+        tell(folder, "running", **steps_of(folder))
 
 
 def _tell_failure(folder: Path, why: str, *, consequence: bool = False) -> None:
     """In a job the status outlives a stage of which nothing is left; a node that lost another leaves the word to that one."""
     if os.environ.get(JOB):
         folder.mkdir(parents=True, exist_ok=True)
-    known = told(folder.parent, folder.name.removeprefix(".").removesuffix(".partial")) or {}
-    if not (consequence and known.get("state") == "failed"):
-        tell(folder, "failed", why=why, **{name: known[name] for name in ("step", "steps", "saved_step") if name in known})
+    if not (consequence and read(folder).get("state") == "failed"):
+        tell(folder, "failed", why=why, **steps_of(folder))
 
 
 def processes_here(recipe_path: str, overrides: list[str], environment: Mapping[str, str]) -> int:

@@ -1,6 +1,7 @@
 """status.json in a stage's folder: what a job does, for people and for the script that decides whether it is worth another start.
 
-`runs/NAME/.STAGE.partial/status.json` while the stage works, `runs/NAME/STAGE/status.json` once it is published.
+`runs/NAME/.STAGE.partial/status.json` while the stage works, `runs/NAME/STAGE/status.json` once it is published. slurm/common.sh writes it
+too, where no Python of ours runs: queued, and why a job will not go on.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
-from minitron_megatron.artifact import partial_folder, write_json
+from minitron_megatron.artifact import partial_folder
 
 State = Literal["queued", "running", "saved", "failed", "finished"]
 
@@ -25,17 +27,36 @@ SECONDS_BETWEEN = 1.0
 
 def tell(folder: Path, state: State, **facts: Any) -> None:
     """Writes what holds now beside the job it holds of; folder: the stage's. Nothing where the folder does not exist."""
-    if folder.is_dir():
-        job = {"job": os.environ["SLURM_JOB_ID"]} if "SLURM_JOB_ID" in os.environ else {}
-        write_json(folder / FILE, {"state": state, **job, **facts, "time": datetime.now(timezone.utc).isoformat(timespec="seconds")})
+    if not folder.is_dir():
+        return
+    job = {"job": os.environ["SLURM_JOB_ID"]} if "SLURM_JOB_ID" in os.environ else {}
+    told = {"state": state, **job, **facts, "time": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    temporary = folder / f"{FILE}.{os.getpid()}"  # launchers of two nodes may fail at the same time
+    temporary.write_text(json.dumps(told, indent=2) + "\n")
+    temporary.replace(folder / FILE)
 
 
-def told(run: Path, stage: str) -> dict[str, Any] | None:
+def read(folder: Path) -> dict[str, Any]:
+    """What was told last in this folder; empty where nothing was."""
+    return json.loads((folder / FILE).read_text()) if (folder / FILE).is_file() else {}
+
+
+def steps_of(folder: Path) -> dict[str, int]:
+    """How far the stage had come when something was told last; empty for one without steps."""
+    known = read(folder)
+    return {name: known[name] for name in ("step", "steps", "saved_step") if name in known}
+
+
+def told(run: Path, stage: str) -> dict[str, Any]:
     """What the stage's newest job tells: of one that works anew in preference to what an older one published."""
-    for folder in (partial_folder(run, stage), run / stage):
-        if (folder / FILE).is_file():
-            return json.loads((folder / FILE).read_text())
-    return None
+    return read(partial_folder(run, stage)) or read(run / stage)
+
+
+def withdraw(folder: Path) -> None:
+    """A job that found nothing to do takes back that it waited to do it; work that an interrupted start left there stays."""
+    (folder / FILE).unlink(missing_ok=True)
+    with suppress(OSError):  # not there, or not empty
+        folder.rmdir()
 
 
 class StepStatus:

@@ -10,8 +10,8 @@ from contextlib import ExitStack
 from typing import NoReturn
 
 from minitron_megatron.arch.source import source_architecture
-from minitron_megatron.artifact import Artifact
-from minitron_megatron.chain import STAGES, Stage, finished, require_asked, run_stage
+from minitron_megatron.artifact import Artifact, partial_folder
+from minitron_megatron.chain import STAGES, Stage, finished, require_asked, run_folder, run_stage
 from minitron_megatron.config.checks.depth import settled_depth
 from minitron_megatron.config.checks.recipe import check_recipe
 from minitron_megatron.config.family import load_recipe
@@ -23,6 +23,7 @@ from minitron_megatron.parallel.world import World, distributed_world, rank_and_
 from minitron_megatron.platform import Platform, activate
 from minitron_megatron.platform.lifetime import end_with_parent
 from minitron_megatron.search.survey import surviving
+from minitron_megatron.status import withdraw
 from minitron_megatron.training.stop import SIGNALS, Stopped
 
 RANK_LOGS = "MINITRON_RANK_LOGS"
@@ -105,7 +106,9 @@ def _run(connections: ExitStack, stage_name: str, recipe_path: str, *overrides: 
     recipe, platform = prepare(recipe_path, list(overrides), needs_device=not stage.streams)
     require_asked(stage, recipe, recipe_path)
     if finished(stage, recipe):
-        print(f"{stage.name}: up to date", flush=True) if is_main else None
+        if is_main:
+            withdraw(partial_folder(run_folder(recipe), stage.name))
+            print(f"{stage.name}: up to date", flush=True)
         return
     artifact = run_here(stage, recipe, recipe_path, platform, connections)
     if artifact:

@@ -11,33 +11,32 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=slurm/common.sh
 . slurm/common.sh
 
-recipe_of() {
-  case $1 in
-    width) echo configs/llama31_8b_to_4b_width.yaml ;;
-    depth) echo configs/llama31_8b_to_4b_depth.yaml ;;
-    15b) echo configs/nemotron4_15b_to_8b.yaml ;;
-    *.yaml) echo "$1" ;;
-    *) die "$1 is none of width, depth, 15b, nor a recipe (*.yaml)" ;;
-  esac
-}
-
-jobs_module() {
+# A line for each stage: its name, and the folder of its status where Python can tell.
+open_stages() {
   local python=python3
+  if [ -n "${STAGES:-}" ]; then
+    xargs -n 1 <<<"$STAGES"
+    return
+  fi
   [ -x .venv/bin/python ] && python=.venv/bin/python
   "${MINITRON_PYTHON:-$python}" -m minitron_megatron.jobs "$@"
 }
 
-# Prints the job's id.
+# STAGE FOLDER AFTER recipe and overrides; prints the job's id.
 submit() {
-  local stage=$1 after=$2 options=(--parsable --kill-on-invalid-dep=yes --output="$LOGS/%x-%j.log")
-  shift 2
-  [ -n "$after" ] && options+=(--dependency=afterok:"$after")
+  local stage=$1 after=$3 name options=(--parsable --kill-on-invalid-dep=yes --output="$LOGS/%x-%j.log")
+  export MINITRON_STAGE_FOLDER=$2 # the job tells there how it goes even if nothing starts
+  shift 3
+  if [ -n "$after" ]; then options+=(--dependency=afterok:"$after"); else options+=(--hold); fi
   for name in partition account qos; do
     [ -n "${SITE[$name]:-}" ] && options+=("--$name=${SITE[$name]}")
   done
+  if [ "${SITE[gpus_per_node]:-0}" != 0 ] && grep -q '^#SBATCH --gpus-per-node' "slurm/$stage.sh"; then
+    options+=("--gpus-per-node=${SITE[gpus_per_node]}")
+  fi
   case $stage in correct | distill | finetune) [ -n "${NODES:-}" ] && options+=(--nodes="$NODES") ;; esac
   # shellcheck disable=SC2086
-  sbatch "${options[@]}" ${SBATCH_ARGS:-} "slurm/$stage.sh" "$@"
+  sbatch "${options[@]}" ${SBATCH_ARGS:-} "slurm/$stage.sh" "$@" </dev/null
 }
 
 which=width
@@ -49,13 +48,21 @@ recipe=$(recipe_of "$which")
 export CLUSTER=${CLUSTER:-configs/cluster/gpus.yaml} LOGS=${LOGS:-$PWD/runs/slurm}
 read_cluster "$CLUSTER"
 mkdir -p "$LOGS"
-stages=${STAGES:-$(jobs_module stages "$recipe" "$@")}
+stages=$(open_stages "$recipe" "$@")
 [ -n "$stages" ] || { echo "$recipe: everything is up to date"; exit 0; }
-after='' submitted=()
-for stage in $stages; do
-  job=$(submit "$stage" "$after" "$recipe" "$@")
-  after=${job%%;*} # of several clusters sbatch names the cluster behind a semicolon
-  echo "$stage $after"
-  submitted+=("$stage:$after")
-done
-[ -n "${STAGES:-}" ] || jobs_module queued "$recipe" "$@" "${submitted[@]}"
+after='' jobs=()
+while read -r stage folder; do
+  id=$(submit "$stage" "$folder" "$after" "$recipe" "$@") || {
+    [ ${#jobs[@]} -gt 0 ] && scancel "${jobs[@]}"
+    die "$stage: sbatch does not accept it; nothing is submitted"
+  }
+  after=${id%%;*} # of several clusters sbatch names the cluster behind a semicolon
+  jobs+=("$after")
+done <<<"$stages"
+number=0
+while read -r stage folder; do
+  [ -n "$folder" ] && mkdir -p "$folder" && tell_status queued "" "$folder" "${jobs[$number]}"
+  echo "$stage ${jobs[$number]}"
+  number=$((number + 1))
+done <<<"$stages"
+scontrol release "${jobs[0]}" # until here it was held: a stage that begins would make its folder anew

@@ -82,6 +82,8 @@ class TrainingLoop:
         log = self._open_log(folder, finished, recipe)
         schedule = learning_rate_schedule(self.student.optimizer, self.settings, finished)
         last = self.validate()
+        if finished and self.world.is_main:
+            print(f"{self.stage}: continues behind step {finished} of {self.settings.steps}", flush=True)
         if finished == 0:
             self._log(log, {"step": 0, "steps": self.settings.steps, "validation": last})
         status = StepStatus(folder, self.settings.steps) if self.world.is_main else None

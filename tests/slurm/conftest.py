@@ -39,9 +39,9 @@ class Cluster:
         assert done.returncode == 0, f"{' '.join(command)}: {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout
 
-    def submit(self, script: str, *arguments: str, options: tuple[str, ...] = ()) -> int:
+    def submit(self, script: str, *arguments: str, options: tuple[str, ...] = (), **environment: str) -> int:
         log = f"--output={self.folder / 'logs' / '%x-%j.log'}"
-        return int(self.run("sbatch", "--parsable", log, *options, f"slurm/{script}.sh", *arguments))
+        return int(self.run("sbatch", "--parsable", log, *options, f"slurm/{script}.sh", *arguments, **environment))
 
     def facts(self, job: int) -> dict[str, str]:
         """What SLURM knows of a job: JobState, Restarts, ExitCode, Reason …"""
@@ -57,6 +57,12 @@ class Cluster:
 
     def nodes(self) -> list[str]:
         return self.run("sinfo", "--noheader", "-N", "-o", "%T").split()
+
+    def clear(self) -> None:
+        """Ends what a test has left in the queue; the next one finds idle nodes."""
+        if jobs := self.run("squeue", "--noheader", "-o", "%i").split():
+            self.run("scancel", *jobs)
+        wait_until(lambda: self.nodes() == ["idle"] * NODES, lambda: str(self.nodes()))
 
     def slurmd(self, number: int) -> int:
         """Its process id."""

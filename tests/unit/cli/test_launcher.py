@@ -148,8 +148,8 @@ def test_what_failed_is_told_in_the_status_and_a_consequence_does_not_hide_it(tm
     monkeypatch.setenv(launcher.JOB, str(tmp_path))
     launcher._tell_failure(folder, "rank 3 was killed")
     launcher._tell_failure(folder, "another process was gone", consequence=True)
-    found = launcher.told(tmp_path, "distill")
-    assert found and (found["state"], found["why"]) == ("failed", "rank 3 was killed")
+    found = launcher.read(folder)
+    assert (found["state"], found["why"]) == ("failed", "rank 3 was killed")
 
 
 def test_without_restarts_nothing_is_started_again_however_far_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,3 +159,12 @@ def test_without_restarts_nothing_is_started_again_however_far_it_came(monkeypat
     monkeypatch.setattr(launcher, "launch", lambda *arguments: seen.append(arguments) or 1)
     assert launcher._launch_again("distill", RECIPE, [], 2, ("--standalone",), 0) == 1
     assert len(seen) == 1
+
+
+def test_the_newest_whole_checkpoint_counts_as_saved(tmp_path: Path) -> None:
+    """Not what a status told, which a start that dies early has overwritten."""
+    training = tmp_path / ".distill.partial" / "training"
+    assert launcher.saved_step(tmp_path, "distill") == 0
+    for name in ("step_00000020", "step_00000100", "writing_00000120_1a"):
+        (training / name).mkdir(parents=True)
+    assert launcher.saved_step(tmp_path, "distill") == 100

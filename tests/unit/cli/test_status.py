@@ -13,17 +13,33 @@ from minitron_megatron.errors import PlatformError
 
 
 def test_a_stage_that_works_anew_is_told_of_before_what_an_older_one_published(tmp_path: Path) -> None:
-    assert status.told(tmp_path, "distill") is None
+    assert status.told(tmp_path, "distill") == {}
     for folder, state in (("distill", "finished"), (".distill.partial", "running")):
         (tmp_path / folder).mkdir()
         status.tell(tmp_path / folder, state)  # type: ignore[arg-type]
-        found = status.told(tmp_path, "distill")
-        assert found and found["state"] == state
+        assert status.told(tmp_path, "distill")["state"] == state
 
 
 def test_nothing_is_written_where_a_mistake_left_no_folder(tmp_path: Path) -> None:
     status.tell(tmp_path / "gone", "failed", why="…")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_job_with_nothing_to_do_takes_its_status_back_and_leaves_work_of_others(tmp_path: Path) -> None:
+    for name in ("empty", "work"):
+        (tmp_path / name).mkdir()
+        status.tell(tmp_path / name, "queued", job="7")
+    (tmp_path / "work" / "block").touch()
+    for name in ("empty", "work", "not there"):
+        status.withdraw(tmp_path / name)
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["work", "work/block"]
+
+
+def test_a_new_start_keeps_what_is_known_of_steps(tmp_path: Path) -> None:
+    status.tell(tmp_path, "saved", step=5, steps=60, saved_step=5, why="it was asked to stop")
+    status.tell(tmp_path, "running", **status.steps_of(tmp_path))
+    told = status.read(tmp_path)
+    assert (told["state"], told["step"], told["steps"], told["saved_step"]) == ("running", 5, 60, 5) and "why" not in told
 
 
 def test_steps_are_told_once_a_second_and_saved_ones_always(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,8 +34,8 @@ recipe_of() {
 # The cluster file into SITE; a name that is not known is a typing error. A comment begins behind a blank: images of Pyxis have a # inside.
 read_cluster() {
   local file=$1 line name value number=0
-  local known=" partition account qos gpus_per_node processes_per_node container runtime mounts environment gpu_free_gib memory_free_gib"
-  known+=" disk_free_gb all_reduce_gb_per_s starts_without_progress "
+  local known=" partition account qos nodes gpus_per_node processes_per_node container runtime mounts environment gpu_free_gib memory_free_gib"
+  known+=" disk_free_gb all_reduce_gb_per_s starts_without_progress gpu network_gb_per_s " # the last two are for `minitron plan`
   [ -f "$file" ] || die "$file: no such cluster file; set CLUSTER to one of: $(echo configs/cluster/*.yaml)"
   while IFS= read -r line || [ -n "$line" ]; do
     number=$((number + 1))

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Submits the chain of a recipe as jobs that wait for each other, and prints their ids: slurm/pipeline_8b_to_4b.sh [WHICH] [key=value…]
 #   WHICH     width (default), depth, 15b (Nemotron-4 15B → 8B), or a recipe's path; stages that are up to date are left out
-#   NODES     of the stages that train (default: as in their scripts)
+#   NODES     of the stages that train (default: the cluster file's, else as in their scripts)
 #   CLUSTER   what the site has (default: configs/cluster/gpus.yaml)
 #   STAGES    these alone, in this order, where the login node has no Python: "import data importance prune distill"
 #   SBATCH_ARGS  further options of sbatch, such as --time=04:00:00
@@ -34,7 +34,7 @@ submit() {
   if [ "${SITE[gpus_per_node]:-0}" != 0 ] && grep -q '^#SBATCH --gpus-per-node' "slurm/$stage.sh"; then
     options+=("--gpus-per-node=${SITE[gpus_per_node]}")
   fi
-  case $stage in correct | distill | finetune) [ -n "${NODES:-}" ] && options+=(--nodes="$NODES") ;; esac
+  if STAGE=$stage trains && [ -n "${NODES:-${SITE[nodes]:-}}" ]; then options+=(--nodes="${NODES:-${SITE[nodes]}}"); fi
   # shellcheck disable=SC2086
   sbatch "${options[@]}" ${SBATCH_ARGS:-} "slurm/$stage.sh" "$@" </dev/null
 }

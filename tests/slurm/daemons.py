@@ -57,6 +57,8 @@ SlurmctldTimeout=30
 SlurmdTimeout=5
 KillWait=15
 MinJobAge=3600
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 """
 
 
@@ -102,7 +104,9 @@ def write_configuration(folder: Path, ports: list[int]) -> None:
     text = CONFIGURATION.format(host=host, user=getpass.getuser(), folder=folder, ports=ports)
     for number, port in enumerate(ports[1:], 1):
         text += f"NodeName=node{number} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=16 RealMemory=64000 Gres=gpu:8 State=UNKNOWN\n"
-    text += f"PartitionName=batch Nodes=node[1-{len(ports) - 1}] Default=YES MaxTime=INFINITE State=UP\n"
+    partition = f"Nodes=node[1-{len(ports) - 1}] MaxTime=INFINITE State=UP"
+    text += f"PartitionName=batch {partition} Default=YES PriorityTier=1 GraceTime=60\n"
+    text += f"PartitionName=urgent {partition} PriorityTier=2 PreemptMode=OFF\n"
     (folder / "slurm.conf").write_text(text)
     for gpu in range(8):  # slurmd wants a file for each GPU, of whatever kind
         (folder / f"gpu{gpu}").touch()

@@ -198,6 +198,19 @@ def test_a_term_signal_and_a_killed_rank_are_overcome_in_one_job(disturbed: Dist
     disturbed.require_the_same_end(undisturbed)
 
 
+def test_a_pre_emption_is_met_with_a_checkpoint(disturbed: Disturbed, undisturbed: Run) -> None:
+    """SLURM sends SIGTERM by itself as a job of a partition before ours wants the nodes."""
+    job = disturbed.submit(HOLD=f"0:{FIRST}")
+    disturbed.wait_for_checkpoint(job, FIRST)
+    options = ("--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
+    urgent = int(disturbed.cluster.run("sbatch", *options))
+    disturbed.cluster.wait(urgent)
+    facts, log = disturbed.cluster.wait(job), disturbed.cluster.log(job)
+    assert facts["Restarts"] == "1"
+    assert saved_steps(log) == continued_steps(log) and saved_steps(log)[0] >= SAVED_EVERY
+    disturbed.require_the_same_end(undisturbed)
+
+
 def test_a_lost_node_is_waited_for_and_the_run_goes_on(disturbed: Disturbed, undisturbed: Run) -> None:
     job = disturbed.submit(HOLD=f"0:{FIRST}")
     disturbed.wait_for_checkpoint(job, FIRST)

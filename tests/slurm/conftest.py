@@ -61,7 +61,7 @@ class Cluster:
     def clear(self) -> None:
         """Ends what a test has left in the queue; the next one finds idle nodes."""
         if jobs := self.run("squeue", "--noheader", "-o", "%i").split():
-            self.run("scancel", *jobs)
+            self.run("scancel", "--quiet", *jobs)
         wait_until(lambda: self.nodes() == ["idle"] * NODES, lambda: str(self.nodes()))
 
     def slurmd(self, number: int) -> int:

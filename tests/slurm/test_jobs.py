@@ -234,6 +234,16 @@ def test_a_lost_node_is_waited_for_and_the_run_goes_on(disturbed: Disturbed, und
     disturbed.require_the_same_end(undisturbed)
 
 
+def test_a_job_that_its_user_cancels_stays_ended_and_keeps_what_it_saved(disturbed: Disturbed) -> None:
+    job = disturbed.submit(HOLD=f"0:{FIRST}")
+    disturbed.wait_for_checkpoint(job, FIRST)
+    disturbed.cluster.run("scancel", str(job))
+    assert disturbed.cluster.wait(job, "CANCELLED", "PENDING")["JobState"] == "CANCELLED"
+    told = status_in(disturbed.partial)
+    assert (told["state"], told["why"]) == ("failed", "the job was cancelled; what it saved is kept")
+    assert (disturbed.partial / "training" / FIRST).is_dir()
+
+
 def test_a_failed_stage_stops_the_chain_with_its_reason(cluster: Cluster, disturbed: Disturbed) -> None:
     """A loss that is not finite would be so again: no second start."""
     jobs = pipeline(cluster, disturbed.recipe, *TRAINING, f"runs={disturbed.folder.parent}", "distill.learning_rate.peak=1e30")

@@ -98,5 +98,6 @@ def test_a_search_that_was_killed_trains_the_rest_and_the_chain_takes_its_choice
     assert (exported["num_hidden_layers"], exported["hidden_size"], exported["intermediate_size"]) == (chosen.layers, chosen.hidden, chosen.ffn)
     page = (run / "report" / "report.html").read_text()
     assert "What was searched" in page and ranking["chosen"] in page
-    again = subprocess.run([*command(recipe)[:3], "search", str(recipe), "distill.steps=7"], env=environment(recipe), cwd=tmp_path, capture_output=True)
+    once_more = [*command(recipe)[:3], "search", str(recipe), "distill.steps=7"]
+    again = subprocess.run(once_more, env=environment(recipe), cwd=tmp_path, capture_output=True)
     assert up_to_date(again.stdout.decode()) == ["search"]

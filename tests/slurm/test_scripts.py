@@ -1,4 +1,4 @@
-"""The batch scripts are accepted as they stand, shellcheck finds nothing, and what they decide they decide right: with programs that stand for SLURM's."""
+"""The batch scripts are accepted as they stand, and what they decide they decide right: there with programs that stand for SLURM's."""
 
 from __future__ import annotations
 
@@ -90,7 +90,8 @@ def test_a_step_runs_in_what_the_site_has(tmp_path: Path, programs: dict[str, st
         (tmp_path / name).write_text(f"#!/bin/sh\necho '{help_text}'\n")
         (tmp_path / name).chmod(0o755)
     (tmp_path / "mine.yaml").write_text(lines)
-    script = f'. slurm/common.sh; ROOT=$PWD; CLUSTER={tmp_path}/mine.yaml; read_cluster "$CLUSTER"; step_in_container; echo "${{STEP[@]}}" MINITRON_CONTAINER=${{MINITRON_CONTAINER:-}}'
+    script = f'. slurm/common.sh; ROOT=$PWD; CLUSTER={tmp_path}/mine.yaml; read_cluster "$CLUSTER"; step_in_container; echo "${{STEP[@]}}"'
+    script += ' "MINITRON_CONTAINER=${MINITRON_CONTAINER:-}"'
     path = f"{tmp_path}:/usr/bin:/bin"
     done = subprocess.run(["bash", "-c", script], cwd=REPOSITORY, env={"PATH": path}, capture_output=True, text=True)
     assert step.format(root=REPOSITORY) in done.stdout + done.stderr
@@ -211,13 +212,17 @@ def test_a_mistake_that_the_script_finds_itself_is_told_in_the_status(tmp_path: 
     folder = tmp_path / "runs" / ".distill.partial"
     folder.mkdir(parents=True)
     environment = {"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "7", "LOGS": str(tmp_path), "MINITRON_STAGE_FOLDER": str(folder), "CLUSTER": "none.yaml"}
-    done = subprocess.run(["bash", "-c", ". slurm/common.sh; run_stage distill x.yaml"], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    command = ["bash", "-c", ". slurm/common.sh; run_stage distill x.yaml"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and "none.yaml: no such cluster file" in done.stderr
     told = json.loads((folder / "status.json").read_text())
     assert told["state"] == "failed" and told["why"].startswith("none.yaml: no such cluster file")
 
 
-@pytest.mark.parametrize(("which", "recipe"), [("depth", "llama31_8b_to_4b_depth"), ("15b", "nemotron4_15b_to_8b"), ("width", "llama31_8b_to_4b_width")])
+VARIANTS = {"width": "llama31_8b_to_4b_width", "depth": "llama31_8b_to_4b_depth", "15b": "nemotron4_15b_to_8b"}
+
+
+@pytest.mark.parametrize(("which", "recipe"), VARIANTS.items())
 def test_the_variants_are_recipes_that_are_there(which: str, recipe: str) -> None:
     done = subprocess.run(["bash", "-c", f". slurm/common.sh; recipe_of {which}"], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.stdout.strip() == f"configs/{recipe}.yaml" and (REPOSITORY / done.stdout.strip()).is_file()

@@ -31,5 +31,5 @@ def watch(event: str, arguments: tuple[Any, ...]) -> None:
 
 if RANK == "0" and RESTARTS in HOLDS:
     sys.addaudithook(watch)
-if RANK is not None and RANK == os.environ.get("DIES"):
+if RANK is not None and os.environ.get("DIES") == RANK:
     os.kill(os.getpid(), signal.SIGKILL)

@@ -56,7 +56,7 @@ class Cluster:
         return "\n".join(path.read_text(errors="replace") for path in (self.folder / "logs").glob(f"*-{job}.log"))
 
     def nodes(self) -> list[str]:
-        return self.run("sinfo", "--noheader", "-N", "-o", "%T").split()
+        return self.run("sinfo", "--noheader", "-N", "--partition=batch", "-o", "%T").split()
 
     def clear(self) -> None:
         """Ends what a test has left in the queue; the next one finds idle nodes."""
@@ -103,7 +103,7 @@ def cluster() -> Iterator[Cluster]:
 
 def answers(cluster: Cluster) -> list[str]:
     """States of the nodes, none while the cluster starts."""
-    command = ["sinfo", "--noheader", "-N", "-o", "%T"]
+    command = ["sinfo", "--noheader", "-N", "--partition=batch", "-o", "%T"]
     return subprocess.run(command, env=cluster.environment, capture_output=True, text=True).stdout.split()
 
 

@@ -120,7 +120,11 @@ trap "kill -TERM $launcher 2>/dev/null" TERM
 while wait $launcher; kill -0 $launcher 2>/dev/null; do :; done
 wait $launcher; code=$? # a signal ends the wait above with a number of its own
 echo $code >"$MINITRON_JOB/code_$SLURM_NODEID"
-[ $code = 75 ] && exit 0 # or srun would kill the other nodes, which are about to leave as well
+# what stops does so on all nodes: srun kills none of them for it, unless one has not heard of it after two minutes, and waits for the others
+for _ in $([ $code = 75 ] && seq 120); do
+  [ "$(ls "$MINITRON_JOB"/code_* | wc -l)" -lt "$SLURM_NNODES" ] || exit 0
+  sleep 1
+done
 exit $code'
 
 # A trapped signal ends `wait`, not the step.
@@ -256,6 +260,7 @@ requeue_or_fail() {
 finish() {
   local code=$1 why=
   [ "$(status_value state)" = failed ] && why=$(status_value why)
+  [[ $why == *"make it with: minitron"* ]] && why+=", or all that is missing with: slurm/pipeline_8b_to_4b.sh $RECIPE"
   case $code in
     0) exit 0 ;;
     "$STOPPED") requeue_or_fail "$code" "it was asked to stop: the time limit, or a pre-emption" ;;
@@ -266,7 +271,8 @@ finish() {
 
 run_stage() {
   STAGE=$1 ASKED=no
-  local recipe=${RECIPE:-} code step
+  local code step
+  RECIPE=${RECIPE:-}
   shift
   export MINITRON_JOB
   ROOT=$(pwd) CLUSTER=${CLUSTER:-configs/cluster/gpus.yaml}
@@ -277,17 +283,17 @@ run_stage() {
   trap 'ask_to_stop SIGUSR1' USR1
   trap 'ask_to_stop SIGTERM' TERM
   if [ $# -gt 0 ] && [[ $1 != *=* ]]; then
-    recipe=$(recipe_of "$1") || exit "$MISTAKE"
+    RECIPE=$(recipe_of "$1") || exit "$MISTAKE"
     shift
   fi
-  [ -n "$recipe" ] || die "which recipe? sbatch slurm/$STAGE.sh RECIPE [key=value…]"
+  [ -n "$RECIPE" ] || die "which recipe? sbatch slurm/$STAGE.sh RECIPE [key=value…]"
   read_cluster "$CLUSTER"
   export_site
   export_rendezvous
   step_in_container
   tell_status running ""
   echo "$(date +%T) $STAGE: job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), $SLURM_NNODES nodes, logs of the ranks: $MINITRON_JOB"
-  "${STEP[@]}" bash -c "$NODE_COMMAND" node "$STAGE" "$recipe" "$@" &
+  "${STEP[@]}" bash -c "$NODE_COMMAND" node "$STAGE" "$RECIPE" "$@" &
   step=$!
   wait_for "$step"
   code=$?

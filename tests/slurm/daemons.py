@@ -56,6 +56,9 @@ SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=0,batch_sc
 SlurmctldTimeout=30
 SlurmdTimeout=5
 KillWait=15
+# longer than KillWait: a call that ends a step takes that long, and one that is not answered in time is made again a minute later, when
+# the same step of the job's next start is under way; where a job waits two minutes to be queued again, as it does by default, nothing is there
+MessageTimeout=60
 MinJobAge=3600
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE

@@ -183,6 +183,8 @@ def test_what_the_launcher_told_is_the_reason_in_the_status_and_in_the_log(tmp_p
     failed = end_of_job(tmp_path, codes="2 2", srun_code=2, job=RUNNING, told=told)
     assert (failed.status["state"], failed.status["step"]) == ("failed", 30)
     assert failed.status["why"] == 'distill: step 3 has loss nan, "x"; lower it'
+    early = end_of_job(tmp_path, codes="2", srun_code=2, job=RUNNING, told="runs/x/prune does not exist; make it with: minitron prune recipe.yaml")
+    assert early.status["why"].endswith("or all that is missing with: slurm/pipeline_8b_to_4b.sh recipe.yaml")
     again = end_of_job(tmp_path, codes="1 1", srun_code=1, job=RUNNING, told="distill: rank 3 was killed, probably out of memory")
     assert again.requeued and again.status["why"] == "distill: rank 3 was killed, probably out of memory"
     assert "queued again (job 7): distill: rank 3 was killed, probably" in again.output

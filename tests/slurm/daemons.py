@@ -60,6 +60,8 @@ KillWait=15
 # the same step of the job's next start is under way; where a job waits two minutes to be queued again, as it does by default, nothing is there
 MessageTimeout=60
 MinJobAge=3600
+# a job's id chooses the port at which its ranks meet: another cluster of this kind on the same machine begins elsewhere
+FirstJobId={first}
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 """
@@ -104,7 +106,7 @@ def write_configuration(folder: Path, ports: list[int]) -> None:
     key.write_bytes(secrets.token_bytes(1024))
     key.chmod(0o600)
     host = socket.gethostname().split(".")[0]
-    text = CONFIGURATION.format(host=host, user=getpass.getuser(), folder=folder, ports=ports)
+    text = CONFIGURATION.format(host=host, user=getpass.getuser(), folder=folder, ports=ports, first=1 + secrets.randbelow(9000))
     for number, port in enumerate(ports[1:], 1):
         text += f"NodeName=node{number} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=16 RealMemory=64000 Gres=gpu:8 State=UNKNOWN\n"
     partition = f"Nodes=node[1-{len(ports) - 1}] MaxTime=INFINITE State=UP"

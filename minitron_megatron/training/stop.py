@@ -44,7 +44,11 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():  # Python lets no other one listen
             yield
             return
-        before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        resource_tracker.ensure_running()  # inherits what is ignored: SLURM sends signals to every process, and its death would be told as a fault
+        for number in SIGNALS:
+            signal.signal(number, self._ask)
         try:
             yield
         finally:

@@ -19,7 +19,7 @@ from e2e.tiny_model import write_model, write_recipe, write_text
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch")
 NODES = 2
-PATIENCE_SECONDS = 240
+PATIENCE_SECONDS = 400
 """Of a job on a busy machine; a start of two ranks on each of two nodes takes ten seconds on an idle one."""
 
 

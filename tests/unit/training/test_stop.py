@@ -70,3 +70,15 @@ def test_what_is_started_while_signals_are_deferred_does_not_die_of_them_and_thi
         assert stop.asked
         child.communicate()
     assert child.returncode == 0
+
+
+def test_the_helper_that_python_starts_for_checkpoints_outlives_the_wish() -> None:
+    """In a Python of its own: here one may have been started long ago."""
+    script = (
+        "import os, signal, time\nfrom multiprocessing import resource_tracker\nfrom minitron_megatron.training.stop import StopRequest\n"
+        "with StopRequest().listening():\n"
+        "    os.kill(resource_tracker._resource_tracker._pid, signal.SIGUSR1)\n    time.sleep(0.3)\n"
+        "    print(os.waitpid(resource_tracker._resource_tracker._pid, os.WNOHANG))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "(0, 0)\n", done.stdout  # it lives

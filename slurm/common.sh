@@ -147,7 +147,17 @@ wait_for() {
 ask_to_stop() {
   echo "$(date +%T) $1: the step is asked to save and to stop"
   ASKED=yes
+  find_stage_folder
+  queued_by_slurm && tell_status queued "SLURM ended this start: a lost node, or a pre-emption" # it may not leave this script the time to say so later
   send_to_step
+}
+
+find_stage_folder() {
+  [ -f "$MINITRON_JOB/stage_folder" ] && STAGE_FOLDER=$(cat "$MINITRON_JOB/stage_folder")
+}
+
+queued_by_slurm() {
+  [[ $(scontrol show job "$SLURM_JOB_ID") =~ Restarts=([0-9]+) ]] && [ "${BASH_REMATCH[1]}" -gt "${SLURM_RESTART_COUNT:-0}" ]
 }
 
 trains() {
@@ -242,12 +252,11 @@ fail() {
 requeue_or_fail() {
   local code=$1 why=$2 starts job at_most=${SITE[starts_without_progress]:-3}
   trap '' TERM USR1 # SLURM ends this script as it queues the job
-  job=$(scontrol show job "$SLURM_JOB_ID")
-  [[ $job =~ Restarts=([0-9]+) ]]
-  if [ "${BASH_REMATCH[1]:-0}" -gt "${SLURM_RESTART_COUNT:-0}" ]; then # a lost node, or a pre-emption without grace
+  if queued_by_slurm; then # a lost node, or a pre-emption without grace
     tell_status queued "$why"
     exit "$code"
   fi
+  job=$(scontrol show job "$SLURM_JOB_ID")
   [[ $job == *JobState=RUNNING* || $job == *Reason=TimeLimit* ]] || fail "$code" "the job was cancelled; what it saved is kept"
   starts=$(count_starts_without_progress)
   [ "$starts" -lt "$at_most" ] || fail "$code" "$at_most starts one after another got no further; the last one: $why"
@@ -297,6 +306,6 @@ run_stage() {
   step=$!
   wait_for "$step"
   code=$?
-  [ -f "$MINITRON_JOB/stage_folder" ] && STAGE_FOLDER=$(cat "$MINITRON_JOB/stage_folder")
+  find_stage_folder
   finish "$(outcome "$code")"
 }

@@ -228,7 +228,7 @@ def test_a_lost_node_is_waited_for_and_the_run_goes_on(disturbed: Disturbed, und
                 process.kill()
         wait_until(lambda: "down" in " ".join(disturbed.cluster.nodes()), lambda: str(disturbed.cluster.nodes()))
         wait_until(lambda: disturbed.cluster.facts(job)["JobState"] == "PENDING", lambda: str(disturbed.cluster.facts(job)))
-        wait_until(lambda: status_in(disturbed.partial)["state"] == "queued", lambda: str(status_in(disturbed.partial)))
+        wait_until(lambda: status_in(disturbed.partial)["state"] in ("queued", "saved"), lambda: str(status_in(disturbed.partial)))
     finally:
         disturbed.cluster.start_slurmd(2)
     disturbed.cluster.wait(job)

@@ -36,7 +36,7 @@ def main() -> None:
     if asked.device == "cuda":
         return kd_loss_cuda.main()
     in_peer_environment()
-    figures: dict[str, Any] = {f"tp{size}": run("compare", size, asked.allocator, str(asked.runs)) for size in asked.tensor}
+    figures: dict[str, Any] = {f"tp{size}": run("compare", size, asked.allocator, str(asked.runs), str(asked.tokens)) for size in asked.tensor}
     figures["top_k_gradient"] = top_k_gradients(asked.allocator)
     name = "kd_loss" if asked.allocator == "system" else f"kd_loss_{asked.allocator}"
     write_result(name, "The fused KD loss beside ModelOpt's", text(figures, asked), figures)
@@ -46,6 +46,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tensor", type=int, nargs="+", default=[1, 2], help="tensor ranks")
     parser.add_argument("--runs", type=int, default=RUNS)
+    parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--allocator", choices=["system", "launcher"], default="system")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     return parser.parse_args()
@@ -59,7 +60,7 @@ def text(figures: dict[str, Any], asked: argparse.Namespace) -> str:
         rows.append(f"| {name.upper()} | **ratio** | **{x['time_ratio']:.2f}** | **{x['peak_ratio']:.3f}** |")
     return "\n".join(
         [
-            f"{TOKENS:,} tokens, {VOCABULARY:,} tokens in the vocabulary, hidden {TEACHER} (teacher) and {STUDENT}, fp32; forward and backward "
+            f"{asked.tokens:,} tokens, {VOCABULARY:,} tokens in the vocabulary, hidden {TEACHER} (teacher) and {STUDENT}, fp32; forward and backward "
             f"with both output matmuls; medians of {asked.runs} alternating runs, the slowest rank's; the largest rank's peak in the first run. "
             f"Allocator: {asked.allocator}. Peer: nvidia-modelopt {DISTILLATION}.",
             "",
@@ -143,11 +144,11 @@ def measure(what: str, folder: str, processes: str, rank: str, *given: str) -> N
     dist.destroy_process_group()
 
 
-def compare(group: Any, runs: str) -> dict[str, Any]:
+def compare(group: Any, runs: str, tokens: str) -> dict[str, Any]:
     """Peaks of the first runs, medians of the alternating ones behind them, and how far apart values and gradients are."""
     import torch
 
-    case = make_case(group, TOKENS, torch.float32)
+    case = make_case(group, int(tokens), torch.float32)
     peaks: dict[str, float] = {}
     apart = {"float32": differences(case, peaks), "bfloat16": differences(make_case(group, FEW_TOKENS, torch.bfloat16))}
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}

@@ -13,6 +13,12 @@ from common import minitron, result_of, write_result
 
 STAGES = ("import", "data", "importance", "prune", "distill", "evaluate")
 LOSSES = ("forward_kl", "cross_entropy")
+STEPS, SAMPLES = 150, 2
+TRAINING = [
+    f"distill.steps={STEPS}",
+    f"distill.global_batch={SAMPLES}",
+    "distill.learning_rate={peak: 3e-4, minimum: 3e-5, warmup_steps: 15}",
+]
 
 
 def main() -> None:
@@ -20,7 +26,7 @@ def main() -> None:
         found: dict[str, dict[str, Any]] = {}
         for loss in LOSSES:
             for stage in STAGES:
-                minitron(stage, f"runs={folder}", f"distill.loss={loss}", "evaluate.tasks=[]", "evaluate.generate_tokens=0")
+                minitron(stage, f"runs={folder}", *TRAINING, f"distill.loss={loss}", "evaluate.tasks=[]", "evaluate.generate_tokens=0")
             models = result_of(Path(folder), "evaluate")["models"]
             found["pruned"], found[loss] = models["pruned"]["domains"], models["distilled"]["domains"]
         report(found)
@@ -42,7 +48,7 @@ def report(found: dict[str, dict[str, Any]]) -> None:
     }
     text = "\n".join(
         [
-            "SmolLM2-135M → 97M, 150 steps × 256 tokens, the same tokens in the same order; ± is one standard error over windows.",
+            f"SmolLM2-135M → 97M, {STEPS} steps × {SAMPLES * 128} tokens, the same tokens in the same order; ± is one standard error over windows.",
             "",
             "| trained with | KL in domain | KL out of domain | perplexity in domain | perplexity out of domain |",
             "|---|--:|--:|--:|--:|",

@@ -19,7 +19,8 @@ LAYOUTS = {"one process": (1, 1), "DP=2": (1, 2), "PP=2": (2, 1)}
 SETTINGS = [
     "precision=fp32",
     "distill.steps=20",
-    "distill.learning_rate.warmup_steps=4",
+    "distill.global_batch=2",
+    "distill.learning_rate={peak: 3e-4, minimum: 3e-5, warmup_steps: 4}",
     "distill.validate_every_steps=20",
     "distill.validation_samples=4",
 ]

@@ -88,8 +88,9 @@ def measure(what: str, layers: str, place: str, rank: str, processes: str) -> No
     digest = work(folder, arch)
     seconds = time.monotonic() - started
     figures = {"peak_mb": (resident("VmHWM") - before) / 1e6, "seconds": seconds, "digest": digest, "bytes": source_bytes(folder)}
-    print(json.dumps(figures))
+    print(json.dumps(figures), flush=True)
     dist.destroy_process_group()
+    os._exit(0)  # torch's or gloo's native end aborts now and then when the work is done; worker.py leaves like this as well
 
 
 def prepare(what: str) -> None:

@@ -1,12 +1,13 @@
 """Stored teacher outputs against the live teacher: bytes a token, time of a step, and KL to the teacher on held-out text after equal steps.
 
 Claim: a step that reads the teacher's 64 likeliest tokens takes at most 0.75 of one with the live teacher, from less than 256 bytes a token.
-One process, all stages of the demo's recipe in it; the live teacher runs first and last, so that a drift of the machine shows.
+One process, all stages of the demo's recipe in it; then the distillations whose steps are timed, by turns.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 import tempfile
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common import RECIPE, write_result
+from turns import MOST_STEPS, NAME, STEPS_A_TURN, TURNS, Distillation, by_turns
 
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.artifact import Artifact, find_artifact
@@ -23,27 +25,31 @@ from minitron_megatron.config.schema import Recipe
 from minitron_megatron.parallel.world import World, distributed_world
 from minitron_megatron.worker import prepare  # it makes megatron-core run here: what imports megatron is imported behind it
 
-STEPS, WARM = 20, 4
-FIXED = ["parallel.pipeline=1", "importance.samples=16", "distill.global_batch=2", "distill.micro_batch=2", f"distill.steps={STEPS}"]
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 20
+FIXED = ["parallel.pipeline=1", "importance.samples=16", "distill.global_batch=2", "distill.micro_batch=2"]
 FIXED += [
-    "distill.learning_rate.warmup_steps=4",
+    "distill.learning_rate={peak: 3e-4, minimum: 3e-5, warmup_steps: 4}",
     "distill.validation_samples=4",
     "distill.save_every_steps=1000",
     "distill.validate_every_steps=1000",
+    f"teacher_logits.samples={2 * (MOST_STEPS + 1)}",
 ]
+LENGTH = f"distill.steps={STEPS}"
 STORED = "distill.teacher_outputs=stored"
 VARIANTS: dict[str, list[str]] = {
     "live": [],
     **{f"top {k}": [STORED, f"teacher_logits.k={k}"] for k in (16, 64, 256, 1024)},
     "50 draws": [STORED, "teacher_logits={kind: sample, draws: 50}"],
-    "live, again": [],
 }
+TIMED = ("live", "top 64", "top 1024")
+"""As many as fit into memory beside each other."""
 HELDOUT_WINDOWS = 32
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        fixed = [*FIXED, f"runs={folder}"]
+        fixed = [*FIXED, LENGTH, f"runs={folder}"]
         _, platform = prepare(RECIPE, fixed)
         with distributed_world(platform) as world:
             for stage in ("import", "data", "importance", "prune"):
@@ -51,6 +57,10 @@ def main() -> None:
             found = {name: trained(name, [*fixed, *overrides], world) for name, overrides in VARIANTS.items()}
             for name, (kl, error) in heldout_kl(fixed, world).items():
                 found[name] |= {"kl": kl, "kl_stderr": error}
+        timed = [Distillation(name, ROOT, of_timed(folder, name), *FIXED, *VARIANTS[name], f"distill.steps={MOST_STEPS + 1}") for name in TIMED]
+        by_turns(timed)
+        for one in timed:
+            found[one.name]["step_seconds"] = statistics.median(one.seconds)
         report(found)
 
 
@@ -69,16 +79,22 @@ def publish(stage: str, overrides: list[str], world: World) -> Artifact:
 
 
 def trained(name: str, overrides: list[str], world: World) -> dict[str, Any]:
-    """The run's median step, and of what is stored the bytes a token and the seconds that it took; its weights are kept under its name."""
+    """Of what is stored the bytes a token and the seconds that it took; the run's weights are kept under its name."""
     figures: dict[str, Any] = {}
     if STORED in overrides:
         stored = publish("teacher-logits", overrides, world)
         figures = {"bytes_per_token": stored.result["bytes_per_token"], "store_seconds": stored.manifest["seconds"]}
     artifact = publish("distill", overrides, world)
-    steps = [json.loads(line) for line in (artifact.path / "metrics.jsonl").read_text().splitlines()]
-    figures["step_seconds"] = statistics.median(step["seconds"] for step in steps[1 + WARM :])
-    artifact.path.rename(kept(artifact.path.parent, name))
+    run = artifact.path.parent
+    artifact.path.rename(kept(run, name))
+    if name in TIMED:
+        shutil.copytree(run, of_timed(str(run.parent), name) / NAME, ignore=shutil.ignore_patterns("distilled *", "importance"))
     return figures
+
+
+def of_timed(folder: str, name: str) -> Path:
+    """Its runs: the same artifacts, for a distillation of its own."""
+    return Path(folder) / f"timed {name}"
 
 
 def kept(folder: Path, name: str) -> Path:
@@ -120,18 +136,20 @@ def loaded(path: Path, recipe: Recipe, layout: Any, world: World) -> Any:
 
 
 def report(found: dict[str, dict[str, Any]]) -> None:
-    live = statistics.mean(found[name]["step_seconds"] for name in ("live", "live, again"))
+    live = found["live"]["step_seconds"]
 
     def row(name: str) -> str:
         figures = found[name]
         size = f"{figures['bytes_per_token']:.0f}" if "bytes_per_token" in figures else "–"
-        step = figures["step_seconds"]
-        return f"| {name} | {size} | {step:.2f} | {step / live:.2f} | {figures['kl']:.3f} ± {figures['kl_stderr']:.3f} |"
+        step = figures.get("step_seconds")
+        time = f"{step:.2f} | {step / live:.2f}" if step else "– | –"
+        return f"| {name} | {size} | {time} | {figures['kl']:.3f} ± {figures['kl_stderr']:.3f} |"
 
     text = "\n".join(
         [
-            f"SmolLM2-135M → 97M, {STEPS} steps of 2 × 128 tokens in the same order, one process; median of the steps behind the first {WARM}. "
-            f"KL to the live teacher over the whole vocabulary on {HELDOUT_WINDOWS} held-out windows, nats a token; ± its standard error. "
+            f"SmolLM2-135M → 97M, {STEPS} steps of 2 × 128 tokens in the same order, one process; seconds: median of {TURNS} turns of "
+            f"{STEPS_A_TURN} steps. KL to the live teacher over the whole vocabulary on {HELDOUT_WINDOWS} held-out windows, nats a token; "
+            "± its standard error. "
             "All logits of a token in bf16 are 98,304 bytes.",
             "",
             "| teacher | bytes a token | seconds a step | ÷ live | KL after the last step |",
@@ -142,7 +160,6 @@ def report(found: dict[str, dict[str, Any]]) -> None:
     figures = {
         "step_top_64": found["top 64"]["step_seconds"] / live,
         "step_top_1024": found["top 1024"]["step_seconds"] / live,
-        "step_50_draws": found["50 draws"]["step_seconds"] / live,
         **{f"bytes_{name.replace(' ', '_')}": each["bytes_per_token"] for name, each in found.items() if "bytes_per_token" in each},
         **{f"kl_{name.replace(' ', '_').replace(',', '')}": each["kl"] for name, each in found.items()},
     }

@@ -35,43 +35,42 @@ def pack(texts: NDArray[np.int64], lengths: NDArray[np.int64], capacity: int, ru
     is left over (best-fit decreasing; n texts take n·log(capacity)).
     """
     cut = np.minimum(lengths, capacity)
-    samples = _sequential(cut, capacity) if rule == "sequential" else _best_fit(cut, capacity)
-    starts = np.cumsum([0, *map(len, samples)])
-    places = np.fromiter((place for sample in samples for place in sample), dtype=np.int64, count=int(starts[-1]))
-    return Packing(texts[places], starts)
+    order = np.arange(len(cut)) if rule == "sequential" else np.argsort(-cut, kind="stable")
+    found = _sequential(cut.tolist(), capacity) if rule == "sequential" else _best_fit(cut[order].tolist(), capacity)
+    sample_of = np.asarray(found, dtype=np.int64)
+    places = order[np.argsort(sample_of, kind="stable")]
+    return Packing(texts[places], np.concatenate([[0], np.cumsum(np.bincount(sample_of))]))
 
 
-def _sequential(lengths: NDArray[np.int64], capacity: int) -> list[list[int]]:
-    samples: list[list[int]] = []
-    room = 0
-    for place, length in enumerate(lengths.tolist()):
-        if length > room or not samples:
-            samples.append([])
-            room = capacity
-        samples[-1].append(place)
+def _sequential(lengths: Sequence[int], capacity: int) -> list[int]:
+    """The sample of each text."""
+    sample, room, found = -1, -1, []
+    for length in lengths:
+        if length > room:
+            sample, room = sample + 1, capacity
         room -= length
-    return samples
+        found.append(sample)
+    return found
 
 
-def _best_fit(lengths: NDArray[np.int64], capacity: int) -> list[list[int]]:
-    samples: list[list[int]] = []
+def _best_fit(lengths: Sequence[int], capacity: int) -> list[int]:
+    """The sample of each text; the longest come first."""
+    found, samples = [], 0
     with_room: dict[int, list[int]] = defaultdict(list)
     rooms: list[int] = []  # those that some sample has, ascending
-    longest_first: Sequence[int] = np.argsort(-lengths, kind="stable").tolist()
-    for place in longest_first:
-        length = int(lengths[place])
-        found = bisect.bisect_left(rooms, length)
-        if found == len(rooms):
-            samples.append([])
-            sample, room = len(samples) - 1, capacity
+    for length in lengths:
+        place = bisect.bisect_left(rooms, length)
+        if place == len(rooms):
+            sample, room = samples, capacity
+            samples += 1
         else:
-            room = rooms[found]
+            room = rooms[place]
             sample = with_room[room].pop()
             if not with_room[room]:
-                rooms.pop(found)
-        samples[sample].append(place)
+                rooms.pop(place)
+        found.append(sample)
         left = room - length
         if not with_room[left]:
             bisect.insort(rooms, left)
         with_room[left].append(sample)
-    return samples
+    return found

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import mmap
+import os
 from pathlib import Path
 from typing import Any
 
@@ -56,18 +58,20 @@ class MetricsLog:
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Drops what an interrupted run logged after its last checkpoint: those steps come again."""
-    if path.is_file():
-        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept))
-        temporary.replace(path)
+    """Drops what an interrupted run logged after its last checkpoint: those steps come again. They are the last lines, and only these are read."""
+    if not path.is_file() or path.stat().st_size == 0:
+        return
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        end = len(text)
+        while end and _step_of(text[(start := text.rfind(b"\n", 0, end - 1) + 1) : end]) > step:
+            end = start
+    os.truncate(path, end)
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     """Of a line that was not written to its end (a full disk, a killed run): never."""
     try:
-        return json.loads(line)["step"]
+        return json.loads(line)["step"] if line.endswith(b"\n") else float("inf")
     except json.JSONDecodeError:
         return float("inf")
 

@@ -12,6 +12,12 @@ def test_steps_behind_the_checkpoint_and_a_torn_last_line_are_dropped(tmp_path: 
     path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
     keep_until(path, 2)
     assert path.read_text() == '{"step": 0}\n{"step": 1}\n{"step": 2}\n'
+    path.write_text('{"step": 0}\n{"step": 1}')  # whole but for its end: the next record would stand on the same line
+    keep_until(path, 2)
+    assert path.read_text() == '{"step": 0}\n'
+    keep_until(path, -1)
+    keep_until(path, -1)
+    assert path.read_text() == ""
 
 
 def test_the_console_tells_what_is_trained_on() -> None:

@@ -1,8 +1,9 @@
 """The memory that `minitron plan` counts in closed form, beside what a distillation step holds, in thirteen shapes and layouts on CPU processes.
 
-Claims: weights, gradients and optimizer state of every rank to the byte; what a forward pass keeps for backward, and the fullest moment of a whole step
-(teacher, student, loss, optimizer) within a tenth. Measured is the second step, by an account of allocations: every storage that an operation of torch makes
-is counted from then until it is freed (TorchDispatchMode, as in tests/distributed/watched_tensors.py), on top of all storages that were there before.
+Claims: weights, gradients and optimizer state of every rank to the byte; what a forward pass keeps for backward, and the fullest moment of a
+whole step (teacher, student, loss, optimizer) within a tenth. Measured is the second step, by an account of allocations: every storage that an
+operation of torch makes is counted from then until it is freed (TorchDispatchMode, as in tests/distributed/watched_tensors.py), on top of all
+storages that were there before.
 That sees neither what one operation allocates and frees within itself nor the heap's own losses; the growth of the process's resident peak, which
 contains both, stands beside it. What is kept: the storages that autograd's saved-tensor hooks get in the forward pass of a chunk, each once, without
 those that were there before.
@@ -57,7 +58,7 @@ LLAMA = {
 QWEN = {**LLAMA, "family_name": "qwen3", "tied_embeddings": True, "head_channels": 48}
 NEMOTRON = {**LLAMA, "family_name": "nemotron", "rotary_share": 0.5, "kv_groups": 12}
 WIDER = {"layers": 6, "hidden": 512, "ffn": 1536}
-LONG, SHORT = {"sequence_length": 1024}, {"sequence_length": 256}
+LONG, SHORT = {"sequence_length": 640}, {"sequence_length": 256}
 SHAPES = {
     "one process, fp32": Shape(LLAMA, WIDER, precision="fp32", distill=LONG),
     "one process": Shape(LLAMA, WIDER, distill=LONG),
@@ -118,7 +119,16 @@ def deviation(rank: dict[str, Any], key: str) -> float:
 
 
 def text(figures: dict[str, list[dict[str, Any]]]) -> str:
-    header = ["shape", "weights, gradients, optimizer, teacher", "kept for backward, counted", "measured", "", "fullest moment, counted", "measured", ""]
+    header = [
+        "shape",
+        "weights, gradients, optimizer, teacher",
+        "kept for backward, counted",
+        "measured",
+        "",
+        "fullest moment, counted",
+        "measured",
+        "",
+    ]
     header += ["resident peak's growth"]
     rows = ["| " + " | ".join(header) + " |", "|---|--:|" + "--:|" * (len(header) - 2)]
     for name, ranks in figures.items():

@@ -91,9 +91,7 @@ def build(shape: Any, world: World) -> TrainingLoop:
     budget = recipe.distill.handover_device_gib * 2**30
     teacher = Teacher(frozen, layout, weight, Exchange(own, layout, dist.new_group(), world.platform.device), budget, world.platform)
     ends, output = distillation_work(arch, of_teacher), DistillationOutputLayer
-    model = build_model(
-        arch, layout, world.platform, dtype, output_layer=output, ends=ends, trainable=True, recompute=recipe.training.recompute
-    )
+    model = build_model(arch, layout, world.platform, dtype, output_layer=output, ends=ends, trainable=True, recompute=recipe.training.recompute)
     for chunk in model.chunks:
         randomize(chunk)
     hidden, settings = None, recipe.distill

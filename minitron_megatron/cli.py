@@ -224,8 +224,8 @@ def advise_recipe(recipe: RecipePath, overrides: Overrides = None) -> None:
     short_help="Say what every stage takes before a job is sent: memory, FLOPs, hours, traffic, disk; nothing is run.",
     help="Print, from the architectures alone, what each stage of a recipe takes: memory of the fullest rank by what it is for, FLOPs, the time of a "
     "step on a named GPU, GPU-hours, bytes that travel and bytes on disk; and how long a distillation step waits under each pipeline schedule.\n\n"
-    "`cluster=FILE` names a cluster file (configs/cluster/*.yaml), whose `gpu`, `gpus_per_node`, `nodes` and `network_gb_per_s` are read. How each figure "
-    "comes about: docs/plan.md.",
+    "`cluster=FILE` names a cluster file (configs/cluster/*.yaml), whose `gpu`, `gpus_per_node`, `nodes` and `network_gb_per_s` are read. How figures "
+    "come about: docs/plan.md.",
     epilog=f"Examples: `minitron plan {DEMO} --schedule schedule.svg parallel.pipeline=4 distill.global_batch=16`, "
     "`minitron plan configs/llama31_8b_to_4b_width.yaml --layouts --gpu H200-141GB --nodes 2`",
     rich_help_panel="Look first",
@@ -234,8 +234,12 @@ def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
     schedule: Annotated[Path | None, typer.Option(metavar="FILE", help="draw the recipe's pipeline as a Gantt picture (.svg)")] = None,
-    layouts: Annotated[bool, typer.Option("--layouts", help="try every layout, micro-batch and recomputation; the fastest that fit, and why others do not")] = False,
-    gpu: Annotated[str | None, typer.Option(metavar="NAME", help="in place of the cluster file's: A100-80GB, H100-80GB, H200-141GB, B200-180GB")] = None,
+    layouts: Annotated[
+        bool, typer.Option("--layouts", help="try every layout, micro-batch and recomputation; the fastest that fit, and why others do not")
+    ] = False,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="NAME", help="in place of the cluster file's: A100-80GB, H100-80GB, H200-141GB, B200-180GB")
+    ] = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="in place of the cluster file's; of --layouts")] = None,
     matrix_share: Annotated[float | None, typer.Option(min=0.01, max=1, help="share of the GPU's peak that matrix products reach")] = None,
 ) -> None:

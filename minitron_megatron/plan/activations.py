@@ -15,7 +15,8 @@ heads, g key/value groups, K head channels, f neurons of the layer's FFN, b byte
     FFN on a CPU, where the gate is no fused kernel            N 5 f gated, N 2 f squared ReLU
     recompute: selective leaves out the FFN, full keeps the layer's input alone
 
-The CPU figures are held against allocations (benchmarks/plan_memory.py); those of CUDA follow from the kernels that are asked for there, and are not measured.
+The CPU figures are held against allocations (benchmarks/plan_memory.py); those of CUDA follow from the kernels that are asked for there, and are
+not measured.
 """
 
 from __future__ import annotations

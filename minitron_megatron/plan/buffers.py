@@ -1,9 +1,9 @@
 """Weights, gradients and optimizer state of a rank in training, element by element as megatron-core 0.16 lays them out.
 
-DistributedDataParallel keeps the gradients of a chunk in one fp32 buffer, cut into buckets; with the distributed optimizer the weights lie in such a
-buffer too, each begins at a multiple of 64, each bucket ends at one of lcm(d, 128), and each of the d data-parallel ranks has the state of its d-th part
-of every bucket (param_and_grad_buffer.py, distrib_optimizer.py). Per parameter: bf16 2 + 4 + 12 bytes without, 6 + 12/d with it; fp32 4 + 4 + 8 and
-8 + 8/d, because the weights are their own main copy (dist_optimizer.md of Megatron-LM has the table).
+DistributedDataParallel keeps the gradients of a chunk in one fp32 buffer, cut into buckets; with the distributed optimizer the weights lie in such
+a buffer too, each begins at a multiple of 64, each bucket ends at one of lcm(d, 128), and each of the d data-parallel ranks has the state of its
+d-th part of every bucket (param_and_grad_buffer.py, distrib_optimizer.py). Per parameter: bf16 2 + 4 + 12 bytes without, 6 + 12/d with it; fp32
+4 + 4 + 8 and 8 + 8/d, because the weights are their own main copy (dist_optimizer.md of Megatron-LM has the table).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from minitron_megatron.distill.hidden.map import hidden_terms, layer_pairs, proj
 from minitron_megatron.parallel.split import EndWork, distillation_work, hidden_state_work
 from minitron_megatron.plan.activations import Kernels, Pass
 from minitron_megatron.plan.cluster import Cluster
-from minitron_megatron.plan.gpus import GIB, KEPT_FREE_GIB, Shares
+from minitron_megatron.plan.gpus import GIB, KEPT_FREE_GIB, REACHED, Shares
 from minitron_megatron.plan.memory import TeacherPlan, TrainingPlan
 from minitron_megatron.plan.split import Split, split_of, teacher_split
 from minitron_megatron.plan.time import Machine
@@ -43,7 +43,7 @@ class Case:
     source: Architecture
     target: Architecture
     cluster: Cluster
-    shares: Shares = Shares()
+    shares: Shares = REACHED
 
     @cached_property
     def kernels(self) -> Kernels:

@@ -180,5 +180,3 @@ def _seconds(case: Case, run: Pass, tokens: int, *, output: bool) -> float:
         of_ranks[-1] += case.machine.seconds(loss_work(run, products=1))
     micro_batches = -(-tokens // (run.tokens * run.split.data))
     return (micro_batches - 1) * max(of_ranks) + sum(of_ranks)
-
-

@@ -39,10 +39,13 @@ KEPT_FREE_GIB = 6.0
 
 @dataclass(frozen=True)
 class Shares:
-    """What is reached of a data sheet's figures. None was measured here: the first is such that the published run of arXiv 2205.05198 (530 B parameters,
+    """What is reached of a data sheet's figures. None was measured here: the first is such that the run of arXiv 2205.05198 (530 B parameters,
     2,240 A100s, 54.2 % of the peak) comes out (tests/unit/plan/test_time.py); `--matrix-share` takes your own."""
 
     matrix: float = 0.68
     """Of the peak, in matrix products alone; everything else comes on top."""
     memory: float = 0.75
     links: float = 0.7
+
+
+REACHED = Shares()

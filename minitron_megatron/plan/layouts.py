@@ -63,7 +63,9 @@ class Found:
 def all_layouts(case: Case) -> Found:
     """Of the cluster's processes, or of as many as the recipe's own layout has. Raises PlatformError where there is no GPU to count for."""
     if case.machine is None or case.memory_limit is None:
-        raise PlatformError("--layouts needs a GPU and bf16: name a GPU in the cluster file (gpu: H100-80GB) or with --gpu, and leave precision=fp32 out")
+        raise PlatformError(
+            "--layouts needs a GPU and bf16: name a GPU in the cluster file (gpu: H100-80GB) or with --gpu, and leave precision=fp32 out"
+        )
     processes = case.cluster.processes or case.recipe.parallel.processes
     fitting: list[Fitting] = []
     refused: dict[str, list[Choice]] = {}
@@ -97,9 +99,15 @@ def problems(case: Case, choice: Choice) -> list[str]:
     """What the recipe's own checks say of it."""
     recipe = _recipe(case.recipe, choice)
     found = layout_problems(recipe.parallel, case.source, "the source model") + layout_problems(recipe.parallel, case.target, "the pruned model")
-    found += [f"parallel.pipeline={choice.pipeline} is more than a teacher's {arch.layers} layers" for arch in case.teachers if choice.pipeline > arch.layers]
+    found += [
+        f"parallel.pipeline={choice.pipeline} is more than a teacher's {arch.layers} layers"
+        for arch in case.teachers
+        if choice.pipeline > arch.layers
+    ]
     if choice.tensor > 1 and recipe.distill.sequence_length % choice.tensor:
-        found.append(f"{STAGE}.sequence_length={recipe.distill.sequence_length} is not divisible by parallel.tensor={choice.tensor} (sequence parallel)")
+        found.append(
+            f"{STAGE}.sequence_length={recipe.distill.sequence_length} is not divisible by parallel.tensor={choice.tensor} (sequence parallel)"
+        )
     only_distill = recipe.model_copy(update={"correct": None, "finetune": None})
     return [*found, *batch_problems(only_distill), *shape_problems(only_distill)]
 

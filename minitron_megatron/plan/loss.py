@@ -1,7 +1,7 @@
 """Memory of the loss: the logits of a chunk of tokens, the gradients that wait for backward, and the teacher's states that wait for the student.
 
-The chunk is the one that training/losses/memory.py would choose; the weight's gradient is one fp32 [v, D] buffer, another for each further micro-batch
-whose loss is made and not yet gone back (training/kd_loss.py).
+The chunk is the one that training/losses/memory.py would choose; the weight's gradient is one fp32 [v, D] buffer, another for each further
+micro-batch whose loss is made and not yet gone back (training/kd_loss.py).
 Legend: N tokens of a micro-batch, v this rank's rows of the vocabulary, D student's hidden, E teacher's.
 """
 
@@ -10,10 +10,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from minitron_megatron.config.distill import Distill, TrainingRun
-from minitron_megatron.platform.kernels import block_bytes
 from minitron_megatron.plan.activations import FP32, Kernels, Pass
+from minitron_megatron.platform.kernels import block_bytes
 from minitron_megatron.training.losses.memory import WHOLE_CHUNK_COPIES, tokens_of_a_chunk
 from minitron_megatron.training.losses.settings import LossSettings
 
@@ -67,7 +68,7 @@ def loss_settings(settings: TrainingRun) -> LossSettings:
     memory = settings.loss_memory_mib << 20
     if not isinstance(settings, Distill):
         return LossSettings({"cross_entropy": 1.0}, chunk_tokens=settings.loss_chunk_tokens, memory_bytes=memory, has_teacher=False)
-    weights = dict.fromkeys(settings.loss, 1.0)
+    weights: dict[str, float | Tensor] = {name: 1.0 for name in settings.loss}
     return LossSettings(weights, settings.temperature, settings.loss_chunk_tokens, memory, settings.top_k)
 
 

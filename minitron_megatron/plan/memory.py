@@ -75,6 +75,7 @@ class TrainingPlan:
         learned = [self.projections[stage] if self.projections else () for stage in stages]
         chunks = zip(self.split.chunks(rank), learned, strict=True)
         return [[*chunk_weights(self.split, chunk), *map(Weight, more)] for chunk, more in chunks]
+
     def kept(self, rank: int) -> list[int]:
         """Bytes that each chunk of a pipeline rank keeps of a micro-batch; a compared state is kept once more as the teacher's channels."""
         found, teacher = [], self.teachers[0].run.split.arch.hidden if self.teachers else 0
@@ -84,18 +85,17 @@ class TrainingPlan:
         return found
 
 
-
 def training_memory(plan: TrainingPlan, rank: int, *, data_rank: int = 0) -> Memory:
     """Of a pipeline rank of the student: the fullest moment of a step once the optimizer's state exists."""
     chunks, is_last = plan.split.chunks(rank), rank == plan.split.pipeline - 1
     lasting = _lasting(plan, rank, data_rank)
     loss = loss_memory(plan.settings, plan.run, teachers=len(plan.teachers)) if is_last else LossMemory(0, 0, 0, 0, 0, 0)
     if is_last:
-        lasting["gradient of the output weight (fp32)"] = loss.weight_gradient
+        lasting["output gradient (fp32)"] = loss.weight_gradient
     states, host = _states(plan, rank)
     kept = [size + (loss.state_gradient if chunk.is_last else 0) for size, chunk in zip(plan.kept(rank), chunks, strict=True)]
     flying = in_flight(kept, rank=rank, ranks=plan.split.pipeline, micro_batches=plan.micro_batches)
-    lasting["gradient of the output weight (fp32)"] = lasting.get("gradient of the output weight (fp32)", 0) * max(flying.losses, 1)
+    lasting["output gradient (fp32)"] = lasting.get("output gradient (fp32)", 0) * max(flying.losses, 1)
     widest = max((plan.split.arch.ffn_width(layer) for chunk in chunks for layer in chunk.layers), default=0)
     teacher = max((forward_beside(one.run, one.run.split.arch.ffn) for one in plan.teachers), default=0)
     moments = {
@@ -127,7 +127,7 @@ def _lasting(plan: TrainingPlan, rank: int, data_rank: int) -> dict[str, int]:
         "teacher's weights": sum(teacher_weights(one.run, _teacher_rank(plan, one, rank)) for one in plan.teachers),
         "teacher's output weight": sum(output_weight(one, plan.split) for one in plan.teachers) if rank == plan.split.pipeline - 1 else 0,
         "tokens of the step": batches,
-        "gathered sequence (megatron's buffer)": gathered,
+        "gathered sequence": gathered,
     }
 
 

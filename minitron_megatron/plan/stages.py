@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from minitron_megatron.arch.architecture import Architecture, parameter_count
+from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.chain import stages_of
 from minitron_megatron.config.distill import TrainingRun
-from minitron_megatron.config.schema import Recipe
-from minitron_megatron.parallel.split import hidden_state_work
-from minitron_megatron.plan.activations import Pass
 from minitron_megatron.plan.case import Case
 from minitron_megatron.plan.checkpoints import checkpoint_bytes, training_checkpoint_bytes
 from minitron_megatron.plan.forward import ForwardPlan, forward_plans
@@ -111,10 +108,3 @@ def _streams(case: Case) -> dict[str, tuple[int, str]]:
 
 def _moved(read: int, written: int) -> str:
     return f"on the CPU: a stream that reads {read / 1e9:.1f} and writes {written / 1e9:.1f} GB, some tensors in memory at a time"
-
-
-def needed_disk(stages: list[StagePlan]) -> int:
-    """Bytes, if every stage keeps what it writes: training checkpoints go when their stage is published, so this is an upper bound."""
-    return sum(stage.written or 0 for stage in stages)
-
-

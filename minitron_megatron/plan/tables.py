@@ -8,10 +8,12 @@ from rich.console import Console
 from rich.table import Table
 
 from minitron_megatron.plan.case import Case
-from minitron_megatron.plan.gpus import GIB, KEPT_FREE_GIB
+from minitron_megatron.plan.gpus import GIB, KEPT_FREE_GIB, Accelerator
 from minitron_megatron.plan.layouts import Found, described, grouped
-from minitron_megatron.plan.stages import StagePlan, needed_disk
-from minitron_megatron.results.table import short_count
+from minitron_megatron.plan.stages import StagePlan
+from minitron_megatron.plan.time import StepTime
+from minitron_megatron.plan.traffic import Traffic
+
 
 BEST = 12
 """Fitting layouts that are shown."""
@@ -21,6 +23,9 @@ NONE = "–"
 def print_plan(case: Case, stages: Sequence[StagePlan], console: Console) -> None:
     """Every stage in a row; then memory by what it is for, time and traffic of those that train."""
     console.print(stage_table(case, stages))
+    for stage in stages:
+        if stage.note:
+            console.print(f"{stage.name}: {stage.note}", highlight=False)
     limit = case.memory_limit
     if limit is None:
         console.print("No GPU is planned for: memory as on a CPU, no time. A cluster file with `gpu:` (cluster=FILE) or --gpu NAME names one.")
@@ -29,7 +34,6 @@ def print_plan(case: Case, stages: Sequence[StagePlan], console: Console) -> Non
         console.print(line)
     if any(stage.step for stage in stages):
         console.print(step_table(case, stages))
-    console.print(f"On disk, if all of it is kept: {needed_disk(list(stages)) / 1e9:,.0f} GB, tokenized text and the source's own files not counted.")
 
 
 def stage_table(case: Case, stages: Sequence[StagePlan]) -> Table:
@@ -37,31 +41,29 @@ def stage_table(case: Case, stages: Sequence[StagePlan]) -> Table:
     where = f"{parallel.processes} × {cluster.gpu.name}" if case.kernels == "cuda" and cluster.gpu else f"{parallel.processes} CPU processes"
     sizes = f"tensor {parallel.tensor} × pipeline {parallel.pipeline} × data {parallel.data}"
     table = Table(title=f"{case.recipe.name}: the stages on {where} ({sizes}, {case.precision})", title_justify="left")
-    table.add_column("stage")
-    for header in ("tokens", "PFLOP", "GiB a rank", "steps", "s a step", "hours", "GPU-hours", "writes GB"):
-        table.add_column(header, justify="right", no_wrap=True)
-    table.add_column("")
+    table.add_column("stage", no_wrap=True)
+    for header in ("tokens", "EFLOP", "GiB a rank", "s a step", "hours", "GPU hours", "GB on disk"):
+        table.add_column(header, justify="right")
     for stage in stages:
         table.add_row(*_row(stage))
     hours, gpu_hours = sum(stage.seconds or 0 for stage in stages) / 3600, sum(stage.gpu_hours or 0 for stage in stages)
     if hours:
         table.add_section()
-        table.add_row("all", "", _number(sum(stage.flops or 0 for stage in stages) / 1e15), "", "", "", _number(hours), _number(gpu_hours), "", "")
+        flops, disk = sum(stage.flops or 0 for stage in stages), sum(stage.written or 0 for stage in stages)
+        table.add_row("all", "", _number(flops / 1e18), "", "", _number(hours), _number(gpu_hours), _number(disk / 1e9))
     return table
 
 
 def _row(stage: StagePlan) -> tuple[str, ...]:
     return (
         stage.name,
-        NONE if stage.tokens is None else short_count(stage.tokens),
-        NONE if stage.flops is None else _number(stage.flops / 1e15),
+        NONE if stage.tokens is None else _tokens(stage.tokens),
+        NONE if stage.flops is None else _number(stage.flops / 1e18),
         NONE if stage.memory is None else f"{stage.memory.total / GIB:.2f}",
-        f"{stage.steps:,}" if stage.steps else NONE,
-        NONE if stage.step is None else f"{stage.step.total:.2f}",
+        NONE if stage.step is None else _number(stage.step.total),
         NONE if stage.seconds is None else _number(stage.seconds / 3600),
         NONE if stage.gpu_hours is None else _number(stage.gpu_hours),
         NONE if stage.written is None else _number(stage.written / 1e9),
-        stage.note,
     )
 
 
@@ -105,21 +107,37 @@ def warnings(case: Case, stages: Sequence[StagePlan]) -> list[str]:
 
 def step_table(case: Case, stages: Sequence[StagePlan]) -> Table:
     """Time and bytes sent of one step."""
-    shares = case.shares
-    title = f"One step: seconds at {shares.matrix:.0%} of the peak in matrix products, {shares.memory:.0%} of memory's and {shares.links:.0%} of links'"
-    table = Table(title=f"{title} bandwidth (assumed, not measured); GB that the busiest rank sends", title_justify="left")
-    table.add_column("stage")
-    headers = ("passes", "of it waiting", "reduction", "optimizer", "all", "tokens/s a GPU", "of the peak", "TP GB", "PP GB", "DP GB", "states GB")
-    for header in headers:
-        table.add_column(header, justify="right")
+    shares, rows = case.shares, {}
     for stage in stages:
         if stage.step and stage.traffic and stage.tokens and stage.flops and case.cluster.gpu:
-            step, gpus = stage.step, stage.processes
-            speed = stage.tokens / stage.steps / step.total / gpus
-            share = stage.flops / stage.steps / step.total / gpus / case.cluster.gpu.gpu.flops["bf16"]
-            times = [f"{value:.2f}" for value in (step.passes, step.waiting, step.reduction, step.optimizer, step.total)]
-            table.add_row(stage.name, *times, f"{speed:,.0f}", f"{share:.0%}", *[_number(value / 1e9) for value in stage.traffic])
+            rows[stage.name] = _step_rows(stage, stage.step, stage.traffic, case.cluster.gpu)
+    counted = f"{shares.matrix:.0%} of the peak in matrix products, {shares.memory:.0%} of memory's and {shares.links:.0%} of links' bandwidth"
+    table = Table(title=f"One step, at {counted} (assumed, not measured)", title_justify="left")
+    table.add_column("")
+    for name in rows:
+        table.add_column(name, justify="right")
+    for label in next(iter(rows.values())):
+        table.add_row(label, *[values[label] for values in rows.values()])
     return table
+
+
+def _step_rows(stage: StagePlan, step: StepTime, traffic: Traffic, gpu: Accelerator) -> dict[str, str]:
+    tokens, flops = (stage.tokens or 0) / stage.steps, (stage.flops or 0) / stage.steps
+    seconds = {
+        "passes of all models": step.passes,
+        "of it waiting for other stages": step.waiting,
+        "gradients and weights over replicas, not hidden": step.reduction,
+        "optimizer": step.optimizer,
+        "all": step.total,
+    }
+    sent = {"tensor": traffic.tensor, "pipeline": traffic.pipeline, "data": traffic.data, "teacher's states": traffic.states}
+    return {
+        "steps": f"{stage.steps:,}",
+        **{f"seconds: {name}": _number(value) for name, value in seconds.items()},
+        "tokens a second and GPU": f"{tokens / step.total / stage.processes:,.0f}",
+        "share of the GPU's peak": f"{flops / step.total / stage.processes / gpu.gpu.flops['bf16']:.0%}",
+        **{f"GB that the busiest rank sends: {name}": _number(value / 1e9) for name, value in sent.items()},
+    }
 
 
 def print_layouts(case: Case, found: Found, console: Console) -> None:
@@ -134,7 +152,13 @@ def print_layouts(case: Case, found: Found, console: Console) -> None:
     for one in found.fitting[:BEST]:
         teacher = NONE if one.teacher is None else f"TP{one.teacher.tensor} PP{one.teacher.pipeline}"
         hours = steps * one.step.total / 3600
-        sizes = (f"{one.memory.total / GIB:.1f}", f"{one.step.total:.2f}", f"{one.step.waiting:.2f}", _number(hours), _number(hours * found.processes))
+        sizes = (
+            f"{one.memory.total / GIB:.1f}",
+            f"{one.step.total:.2f}",
+            f"{one.step.waiting:.2f}",
+            _number(hours),
+            _number(hours * found.processes),
+        )
         table.add_row(described(one.choice), teacher, *sizes)
     if found.fitting:
         console.print(table)
@@ -152,6 +176,12 @@ def print_layouts(case: Case, found: Found, console: Console) -> None:
 
 def _number(value: float) -> str:
     """Three digits that count, thousands apart."""
+    if value == 0:
+        return "0"
     if value >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.01 else f"{value:.2g}"
+
+
+def _tokens(count: int) -> str:
+    return f"{count / 1e9:,.1f} B" if count >= 1e8 else f"{count / 1e6:,.2f} M"

@@ -13,15 +13,15 @@ from minitron_megatron.errors import PlatformError
 from minitron_megatron.plan.activations import Pass
 from minitron_megatron.plan.buffers import FP32
 from minitron_megatron.plan.cluster import Cluster
-from minitron_megatron.plan.gpus import Accelerator, Shares
-from minitron_megatron.plan.memory import TeacherPlan, TrainingPlan
+from minitron_megatron.plan.gpus import REACHED, Accelerator, Shares
+from minitron_megatron.plan.memory import TrainingPlan
 from minitron_megatron.plan.split import Chunk
 from minitron_megatron.plan.traffic import gradient_bytes, state_bytes, tensor_bytes_of_layer
 from minitron_megatron.plan.weights import elements
 from minitron_megatron.plan.work import NOTHING, Work, layer_backward, layer_forward, loss_work
 from minitron_megatron.schedule.simulate import Order, StageWorks, simulate, step_time
 
-ROUNDS = 2
+ROUNDS = 4
 """Times the pipeline's ranks: of a step with more micro-batches, the rest takes as long each as those behind the first round."""
 
 
@@ -32,7 +32,7 @@ class Machine:
     gpu: Accelerator
     per_node: int
     network_bytes_per_second: float
-    shares: Shares = Shares()
+    shares: Shares = REACHED
 
     @staticmethod
     def of(cluster: Cluster, shares: Shares) -> Machine:

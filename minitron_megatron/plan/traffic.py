@@ -1,8 +1,8 @@
 """Bytes that one rank sends in a step, and how long they take: tensor, pipeline and data-parallel groups, and the teacher's states on their way.
 
-Ring collectives: an all-gather or a reduce-scatter of B bytes over t ranks sends (t − 1) / t · B from each, an all-reduce twice that. Tensor parallelism has
-two all-reduces a layer in forward and two in backward; sequence parallelism makes each a reduce-scatter and an all-gather, and gathers both inputs
-once more in backward (arXiv 2205.05198, section 4.2.2).
+Ring collectives: an all-gather or a reduce-scatter of B bytes over t ranks sends (t − 1) / t · B from each, an all-reduce twice that. Tensor
+parallelism has two all-reduces a layer in forward and two in backward; sequence parallelism makes each a reduce-scatter and an all-gather, and
+gathers both inputs once more in backward (arXiv 2205.05198, section 4.2.2).
 """
 
 from __future__ import annotations

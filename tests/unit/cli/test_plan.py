@@ -35,7 +35,7 @@ def test_every_stage_has_its_memory_and_its_time(project: Any, minitron: Run, mo
     monkeypatch.setenv("COLUMNS", "200")
     ran = minitron("plan", project.recipe, "precision=bf16", "platform=auto", "--gpu", "A100-80GB")
     assert ran.code == 0, ran.err
-    for told in ("1 × A100-80GB", "distill", "evaluate", "GiB a rank", "optimizer", "fullest moment", "tokens/s a GPU"):
+    for told in ("1 × A100-80GB", "distill", "evaluate", "GiB a rank", "optimizer", "fullest moment", "tokens a second and GPU"):
         assert told in ran.out
     assert project.written() == set()
 

@@ -35,14 +35,10 @@ TOLERANCE = 0.02
 
 
 @pytest.mark.parametrize(("family", "recompute", "precision", "sequence"), CASES)
-def test_a_pass_keeps_the_bytes_that_are_counted(
-    family: str, recompute: str, precision: str, sequence: int, layout: Any, world: Any
-) -> None:
+def test_a_pass_keeps_the_bytes_that_are_counted(family: str, recompute: str, precision: str, sequence: int, layout: Any, world: Any) -> None:
     arch, dtype = FAMILIES[family], {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     ends = distillation_work(arch, arch)
-    model = build_model(
-        arch, layout, world.platform, dtype, output_layer=DistillationOutputLayer, ends=ends, trainable=True, recompute=recompute
-    )
+    model = build_model(arch, layout, world.platform, dtype, output_layer=DistillationOutputLayer, ends=ends, trainable=True, recompute=recompute)
     split = split_of(arch, Parallel(), ends)
     run = Pass(split, SAMPLES, sequence, dtype.itemsize, recompute, "cpu")
     found = kept_bytes(model.train().last, SAMPLES, sequence)

@@ -51,5 +51,5 @@ def test_mistakes_are_told(text: str, told: str, tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_told() -> None:
-    with pytest.raises(PlatformError, match="nowhere.yaml: no such cluster file"):
+    with pytest.raises(PlatformError, match=r"nowhere\.yaml: no such cluster file"):
         read_cluster("nowhere.yaml")

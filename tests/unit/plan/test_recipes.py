@@ -124,7 +124,8 @@ def test_every_layout_is_either_among_those_that_fit_or_refused_with_a_reason(fe
     assert any(reason.startswith("needs ") and "GiB a rank" in reason for reason in found.refused)
     console = Console(width=200, file=StringIO(), record=True)
     print_layouts(few, found, console)
-    assert "Refused" in console.export_text() and f"parallel.tensor={found.fitting[0].choice.tensor}" in console.export_text()
+    text = console.export_text()
+    assert "Refused" in text and f"parallel.tensor={found.fitting[0].choice.tensor}" in text
 
 
 def test_the_overrides_of_a_layout_are_a_recipe_with_the_same_plan(few: Case) -> None:

@@ -224,8 +224,8 @@ def advise_recipe(recipe: RecipePath, overrides: Overrides = None) -> None:
     short_help="Say what every stage takes before a job is sent: memory, FLOPs, hours, traffic, disk; nothing is run.",
     help="Print, from the architectures alone, what each stage of a recipe takes: memory of the fullest rank by what it is for, FLOPs, the time of a "
     "step on a named GPU, GPU-hours, bytes that travel and bytes on disk; and how long a distillation step waits under each pipeline schedule.\n\n"
-    "`cluster=FILE` names a cluster file (configs/cluster/*.yaml), whose `gpu`, `gpus_per_node`, `nodes` and `network_gb_per_s` are read. How figures "
-    "come about: docs/plan.md.",
+    "`cluster=FILE` names a cluster file (configs/cluster/*.yaml), whose `gpu`, `gpus_per_node`, `nodes` and `network_gb_per_s` are read. How "
+    "figures come about: docs/plan.md.",
     epilog=f"Examples: `minitron plan {DEMO} --schedule schedule.svg parallel.pipeline=4 distill.global_batch=16`, "
     "`minitron plan configs/llama31_8b_to_4b_width.yaml --layouts --gpu H200-141GB --nodes 2`",
     rich_help_panel="Look first",

@@ -14,7 +14,6 @@ from minitron_megatron.plan.stages import StagePlan
 from minitron_megatron.plan.time import StepTime
 from minitron_megatron.plan.traffic import Traffic
 
-
 BEST = 12
 """Fitting layouts that are shown."""
 NONE = "–"

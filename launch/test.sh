@@ -12,13 +12,24 @@ export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0 HF_HUB_OFFLINE
 
 python=$(find_python)
 setup_environment .venv "$python" dev,export
-.venv/bin/ruff check minitron_megatron tests launch benchmarks setup.py
-.venv/bin/ruff format --check minitron_megatron tests launch benchmarks setup.py
+.venv/bin/ruff check minitron_megatron tests launch benchmarks docker setup.py
+.venv/bin/ruff format --check minitron_megatron tests launch benchmarks docker setup.py
 .venv/bin/mypy minitron_megatron
+
+# For tests/docker, where it can be had: as root on Debian. Without it those tests say why they are skipped.
+install_buildah() {
+  local program missing=no
+  for program in buildah mmdebstrap shellcheck; do command -v $program >/dev/null || missing=yes; done
+  [ $missing = no ] && return 0
+  [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 0
+  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends buildah mmdebstrap shellcheck >/dev/null ||
+    echo "buildah could not be installed: tests/docker are skipped" >&2
+}
 
 if [ $all = no ]; then
   exec .venv/bin/pytest -m "not slow" "$@"
 fi
+install_buildah
 .venv/bin/pytest "$@"
 
 newest=$(newest_python || true)

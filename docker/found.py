@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -77,7 +78,7 @@ def lock_name(base: Base) -> str:
 def keeps_torch(base: Base) -> bool:
     """Whether the base brings torch; raises BaseError where it is one that the project does not run on."""
     if base.torch is not None and not _within(base.torch, TORCH):
-        raise BaseError(f"the base's torch is {base.torch}; >=2.9,<2.14 is supported: choose another base (--build-arg BASE=…), or one without torch")
+        raise BaseError(f"the base's torch is {base.torch}; >=2.9,<2.14 is supported: choose another base (--build-arg BASE=…) or one without")
     return base.torch is not None
 
 
@@ -89,14 +90,14 @@ def builds_transformer_engine(base: Base) -> bool:
 def builds_apex(base: Base) -> bool:
     """Whether NVIDIA's kernels are missing where they can be used; raises BaseError where PyPI's package of that name lies."""
     if base.apex == "unrelated":
-        raise BaseError("the base holds PyPI's apex, an unrelated web toolkit that megatron takes for NVIDIA's: uninstall it there, or choose another base")
+        raise BaseError("the base holds PyPI's apex, an unrelated web toolkit that megatron takes for NVIDIA's: choose another base")
     return base.cuda is not None and base.apex != "kernels"
 
 
 def require_compiler(base: Base, architectures: list[str]) -> None:
     """Raises BaseError where nvcc is absent, is not of torch's CUDA (apex refuses that) or does not know an architecture."""
     if base.nvcc is None:
-        raise BaseError("apex or Transformer Engine is to be compiled and the base has no nvcc: choose a base with it (names of such often end in -devel)")
+        raise BaseError("apex or Transformer Engine is to be compiled and the base has no nvcc: choose one that has it (often named …-devel)")
     if base.nvcc != base.cuda:
         raise BaseError(f"the base's nvcc is of CUDA {base.nvcc}, its torch of {base.cuda}: choose a base where they are the same")
     cuda = version_numbers(base.nvcc)
@@ -128,7 +129,7 @@ def _import(name: str):  # type: ignore[no-untyped-def]
 
 
 def _nvcc_version() -> str | None:
-    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    nvcc = shutil.which("nvcc") or str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc"))
     try:
         said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):

@@ -128,17 +128,18 @@ def plan_project(settings: Settings) -> list[Command]:
     """Without an index: whatever is not there already, in a version that setup.py allows, is an error and not a download."""
     what = f"{settings.source}[{settings.extras}]" if settings.extras else str(settings.source)
     offline = ["--no-index", "--no-build-isolation", "--no-compile"]
-    # hashes that nobody checks in place of times: the layer has the same bytes at every build
+    # hashes in place of times, which differ wherever a layer is unpacked anew: compiled again at each start, as the user may not write
     compiled = [settings.python, "-c", COMPILE_ALL, str(settings.environment / "lib")]
     return [_pip(settings, "install", *offline, "--constraint", str(settings.held), what), Command(compiled)]
 
 
 def plan_check(base: Base, settings: Settings) -> list[Command]:
-    """base: what was recorded. megatron-core, too: it imports Transformer Engine and apex where they are."""
-    names = ["minitron_megatron", *(["transformer_engine.pytorch", "apex.multi_tensor_apply"] if base.cuda else [])]
+    """base: what was recorded."""
+    names = ["megatron.core", "minitron_megatron", *(["transformer_engine.pytorch", "apex.multi_tensor_apply"] if base.cuda else [])]
     program = f"import {', '.join(names)}; import torch; print(torch.__version__, torch.__file__)"
     if base.torch is not None:
-        program += f"; assert (torch.__version__, torch.__file__.rsplit('/', 1)[0]) == {(base.torch, base.torch_folder)!r}, 'torch is not the base\\'s'"
+        recorded = f"{(base.torch, base.torch_folder)!r}"
+        program += f"; assert (torch.__version__, torch.__file__.rsplit('/', 1)[0]) == {recorded}, \"torch is not the base's\""
     return [Command([settings.python, "-c", program]), Command([str(settings.environment / "bin" / "minitron"), "doctor"])]
 
 
@@ -219,7 +220,7 @@ def carry_out(commands: list[Command], *, dry_run: bool) -> int:
 
 def hold_torch(settings: Settings) -> None:
     """Writes the constraint that keeps later installations from replacing torch."""
-    program = "import torch; print(torch.__version__)"
+    program = "import importlib.metadata; print(importlib.metadata.version('torch'))"
     version = subprocess.run([settings.python, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
     settings.held.write_text(f"torch=={version}\n")
 

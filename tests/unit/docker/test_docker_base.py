@@ -42,7 +42,7 @@ def stand_in(tmp_path: Path) -> Callable[..., Path]:
 def inspect(folder: Path) -> dict[str, object]:
     """What found.py reads off the stand-in, with its bin/ ahead on the path."""
     program = "import dataclasses, json, found; print(json.dumps(dataclasses.asdict(found.inspect_base())))"
-    variables = {"PYTHONPATH": f"{folder}:{ROOT / 'docker'}", "PATH": f"{folder / 'bin'}:/nowhere"}
+    variables = {"PYTHONPATH": f"{folder}:{ROOT / 'docker'}", "PATH": f"{folder / 'bin'}:/nowhere", "CUDA_HOME": "/nowhere"}
     said = subprocess.run([sys.executable, "-S", "-c", program], env=variables, capture_output=True, text=True, check=True).stdout
     return json.loads(said)
 
@@ -50,7 +50,7 @@ def inspect(folder: Path) -> dict[str, object]:
 def put_nvcc(folder: Path, release: str) -> None:
     """Prints what NVIDIA's compiler prints."""
     (folder / "bin").mkdir()
-    said = f"nvcc: NVIDIA (R) Cuda compiler driver\\nCuda compilation tools, release {release}, V{release}.88\\nBuild cuda_{release}.r{release}/compiler"
+    said = f"nvcc: NVIDIA (R) Cuda compiler driver\\nCuda compilation tools, release {release}, V{release}.88\\nBuild cuda_{release}/compiler"
     (folder / "bin" / "nvcc").write_text(f"#!/bin/sh\nprintf '{said}\\n'\n")
     (folder / "bin" / "nvcc").chmod(0o755)
 

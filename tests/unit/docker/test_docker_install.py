@@ -17,7 +17,8 @@ import found  # noqa: E402
 import install  # noqa: E402
 
 BARE = found.Base((3, 11))
-NGC = found.Base((3, 12), "2.10.0a0+b558c986e8.nv25.11", "/usr/local/lib/python3.12/dist-packages/torch", "13.0", "13.0", "2.9.0", "kernels", True, True)
+TORCH = "/usr/local/lib/python3.12/dist-packages/torch"
+NGC = found.Base((3, 12), "2.10.0a0+b558c986e8.nv25.11", TORCH, "13.0", "13.0", "2.9.0", "kernels", True, True)
 DEVEL = replace(NGC, transformer_engine=None, apex="absent")  # torch and a compiler, as images named …-devel have
 COMMIT = "f199212da7234bf9be2244cad5b9bfa2f5fe2675"
 SETTINGS = install.read_settings(
@@ -96,7 +97,8 @@ def test_every_version_is_that_of_the_lock_and_none_of_it_is_transformer_engine(
 
 
 def test_compiled_wheels_are_installed_without_an_index() -> None:
-    (command,) = [each for each in install.plan_packages(DEVEL, SETTINGS, [Path("/wheels/apex-0.1-cp312.whl")]) if "/wheels/apex-0.1-cp312.whl" in each.words]
+    wheel = "/wheels/apex-0.1-cp312.whl"
+    (command,) = [each for each in install.plan_packages(DEVEL, SETTINGS, [Path(wheel)]) if wheel in each.words]
     assert {"--no-index", "--no-deps"} <= set(command.words)
 
 

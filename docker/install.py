@@ -128,7 +128,7 @@ def plan_project(settings: Settings) -> list[Command]:
     """Without an index: whatever is not there already, in a version that setup.py allows, is an error and not a download."""
     what = f"{settings.source}[{settings.extras}]" if settings.extras else str(settings.source)
     offline = ["--no-index", "--no-build-isolation", "--no-compile"]
-    # hashes in place of times, which differ wherever a layer is unpacked anew: compiled again at each start, as the user may not write
+    # hashes that are not looked at, in place of times: nothing is compiled again where a layer is unpacked with others
     compiled = [settings.python, "-c", COMPILE_ALL, str(settings.environment / "lib")]
     return [_pip(settings, "install", *offline, "--constraint", str(settings.held), what), Command(compiled)]
 

@@ -3,7 +3,8 @@
 #   pyXY.txt      what launch/setup.sh installs (extras dev and export)
 #   cpu-pyXY.txt  what docker/Dockerfile installs over a base whose torch has no CUDA (export, nemo, wandb)
 #   gpu-pyXY.txt  and over one with CUDA (gpu too: Transformer Engine, with what compiles it)
-# torch is in none of them, nor what comes with it (its CUDA packages, triton): setup.sh or the base brings it.
+# torch is in none of them, nor what comes with it (its CUDA packages, triton): setup.sh or the base brings it. cuda-bindings stays for
+# images: nemo_toolkit asks for it, too.
 # usage: bash launch/lock.sh [--upgrade] [NAME…], names such as py311 gpu-py312; default: all. A version that is locked and still fits
 # stays; --upgrade renews them.
 set -euo pipefail
@@ -12,7 +13,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 UV_VERSION=0.13.8
 PLATFORM=x86_64-manylinux_2_28
 NAMES=(py310 py311 py312 cpu-py310 cpu-py311 cpu-py312 gpu-py310 gpu-py311 gpu-py312)
-BASE_TORCH=2.10.0 # the release next to the torch of the Dockerfile's default base (2.10.0a0)
 
 upgrade=no
 [ "${1:-}" = --upgrade ] && upgrade=yes && shift
@@ -42,22 +42,23 @@ extras_of() {
 }
 
 lock() {
-  local name=$1 version options=() extra torch=$TORCH_VERSION
+  local name=$1 version with_torch options=() extra
   [[ $name =~ ^((cpu|gpu)-)?py3(1[012])$ ]] || {
     echo "$name: no such lock file; one of: ${NAMES[*]}" >&2
     return 2
   }
+  with_torch='^(torch==|triton==|nvidia-|cuda-)'
+  case $name in cpu-* | gpu-*) with_torch='^(torch==|triton==|nvidia-|cuda-toolkit==)' ;; esac
   version=3.${BASH_REMATCH[3]}
   for extra in $(extras_of "$name"); do options+=(--extra "$extra"); done
-  case $name in gpu-*) torch=$BASE_TORCH ;; esac
-  printf 'torch==%s\n' "$torch" >"$folder/constraints.txt"
+  printf 'torch==%s\n' "$TORCH_VERSION" >"$folder/constraints.txt"
   build_tools "$name" >"$folder/tools.in"
   rm -f "$folder/$name.txt"
   [ $upgrade = no ] && [ -f "requirements/$name.txt" ] && cp "requirements/$name.txt" "$folder/$name.txt"
   "$folder/uv/bin/uv" pip compile setup.py "$folder/tools.in" "${options[@]}" --config-file requirements/uv.toml \
     --python-version "$version" --python-platform $PLATFORM --constraint "$folder/constraints.txt" \
     --no-header --no-annotate --quiet --output-file "$folder/$name.txt" >/dev/null
-  grep -viE '^(torch|nvidia|triton|cuda)[-=]' "$folder/$name.txt" >"requirements/$name.txt"
+  grep -vE "$with_torch" "$folder/$name.txt" >"requirements/$name.txt"
   wc -l "requirements/$name.txt"
 }
 

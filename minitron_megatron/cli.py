@@ -276,12 +276,16 @@ def plan(
 
 
 @app.command(
-    "doctor", help="Print what this machine has (GPU, NCCL, Transformer Engine, apex, FP8, SLURM) and what follows.", rich_help_panel="Look first"
+    "doctor",
+    help="Print what this machine has (GPU, NCCL, Transformer Engine, apex, FP8, SLURM) and what follows; exit code 1 where it is broken.",
+    rich_help_panel="Look first",
 )
 def doctor() -> None:
-    from minitron_megatron.platform.doctor import doctor_table, inspect_machine
+    from minitron_megatron.platform.doctor import doctor_table, exit_code, inspect_machine
 
-    Console().print(doctor_table(inspect_machine()))
+    findings = inspect_machine()
+    Console().print(doctor_table(findings))
+    raise typer.Exit(exit_code(findings))
 
 
 for _name in STAGE_HELP:

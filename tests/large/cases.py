@@ -81,11 +81,4 @@ LARGE = {
         Parallel(tensor=8, pipeline=16, data=8, sequence=True, teacher="student"),
         micro_batches=11,
     ),
-    # groups of twelve and more: 768 ranks, as many as 96 nodes of eight have
-    "llama_8b_to_4b on 768": Case(
-        LLAMA_8B,
-        LLAMA_8B.resized(hidden=3072, ffn=9216),
-        Parallel(tensor=8, pipeline=8, data=12, sequence=True, teacher=own(8, 4)),
-        micro_batches=17,
-    ),
 }

@@ -59,21 +59,34 @@ def aim_at_meta() -> None:
     from . import ranks  # noqa: F401 - with all of megatron that it needs
 
     dist.new_group = distributed_c10d.new_group = for_members(distributed_c10d.new_group)
+    parallel_state.create_group = for_members(parallel_state.create_group)
+    dist.all_gather_object = everybody_says_the_same
     parallel_state.generate_masked_orthogonal_rank_groups = known(parallel_state.generate_masked_orthogonal_rank_groups)
     gc.collect()
     gc.freeze()  # megatron collects garbage at each state of an optimizer: of what comes now, not of all modules
 
 
+class Imagined:
+    """Which rank this process is at the moment."""
+
+    rank = 0
+
+
 def for_members(new_group: Callable[..., Any]) -> Callable[..., Any]:
-    """dist.new_group of the default backend, gloo's groups too. torch walks through a group's ranks before it finds that this process is not
+    """new_group of the default backend, gloo's groups too. torch walks through a group's ranks before it finds that this process is not
     among them; of the thousands that megatron makes for a thousand ranks two dozen are this process's."""
 
     def make(ranks: Sequence[int] | None = None, timeout: Any = None, backend: str | None = None, **others: Any) -> Any:
-        if ranks is not None and dist.get_rank() not in ranks:
+        if ranks is not None and Imagined.rank not in ranks:
             return dist.GroupMember.NON_GROUP_MEMBER
         return new_group(ranks=ranks, timeout=timeout, **others)
 
     return make
+
+
+def everybody_says_the_same(objects: list[Any], mine: Any, group: Any = None) -> None:
+    """What torch's fake backend makes of all_gather_object, without a thousand copies; megatron asks for names of parameter groups."""
+    objects[:] = [mine] * len(objects)
 
 
 def known(rank_groups: Callable[..., list[list[int]]]) -> Callable[..., list[list[int]]]:
@@ -90,6 +103,7 @@ def imagined_world(rank: int, size: int) -> Iterator[World]:
     from minitron_megatron.parallel.layout import destroy_layout
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    Imagined.rank = rank
     try:
         yield World(replace(activate("cpu"), device=META), rank, size)
     finally:

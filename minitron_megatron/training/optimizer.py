@@ -35,6 +35,7 @@ def make_optimizer(
         DistributedDataParallel(chunk.config, ddp, chunk, disable_bucketing=number > 0, pg_collection=chunk.layout.groups)
         for number, chunk in enumerate(chunks)
     ]
+    _count_padding(wrapped)
     optimizer = get_megatron_optimizer(_optimizer_config(settings, bf16, ddp), wrapped)
     for chunk in chunks:
         _connect(chunk.config, wrapped, optimizer, finalize)
@@ -60,6 +61,19 @@ def _ddp_config(training: Training, chunks: int) -> DistributedDataParallelConfi
         overlap_param_gather=training.overlap_param_gather,
         align_param_gather=training.overlap_param_gather and chunks > 1,
     )
+
+
+def _count_padding(wrapped: Sequence[DistributedDataParallel]) -> None:
+    """Lets buckets call their padding their own.
+
+    megatron's checkpoints join the buckets of a buffer without the padding behind each, but look for a weight's state at its place in the buffer,
+    padding counted (`fully_reshardable` in distrib_optimizer.py, 0.16.1 and 0.19.2): behind the first padding all would be saved shifted.
+    """
+    for chunk in wrapped:
+        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+            buffer.numel_unpadded = buffer.numel
+            for bucket in buffer.buckets:
+                bucket.numel_unpadded = bucket.grad_data.numel()
 
 
 def _connect(config: Any, wrapped: list[DistributedDataParallel], optimizer: MegatronOptimizer, finalize: Callable[..., None]) -> None:

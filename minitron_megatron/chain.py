@@ -17,8 +17,10 @@ from minitron_megatron import __version__
 from minitron_megatron.artifact import Artifact, artifact_id, draft, find_artifact, open_artifact, partial_folder, publish
 from minitron_megatron.config.distill import MAY_CHANGE_IN_A_RUN
 from minitron_megatron.config.schema import Recipe
+from minitron_megatron.environment import recorded
 from minitron_megatron.errors import ArtifactError, RecipeError
 from minitron_megatron.parallel.world import World
+from minitron_megatron.status import steps_of, tell
 
 
 @dataclass(frozen=True)
@@ -221,16 +223,21 @@ def run_stage(stage: Stage, recipe: Recipe, recipe_path: str, world: World) -> A
     folder, started = run_folder(recipe), time.monotonic()
     inputs = {name: open_artifact(folder, name, recipe_path) for name in stage_inputs(stage, recipe)}
     refuse_foreign_inputs(inputs, recipe, recipe_path)
+    if hasattr(_module(stage), "before"):
+        _module(stage).before(recipe)
     identity = stage_id(stage, recipe, inputs)
     with draft(folder, stage.name, run_id(stage, recipe, inputs)) if world.is_main else nullcontext(partial_folder(folder, stage.name)) as partial:
         world.barrier()
+        if world.is_main:
+            tell(partial, "running", **steps_of(partial))
         arguments = (recipe, inputs, partial, *((world,) if stage.distributed else ()))
         result = _module(stage).run(*arguments)
         world.barrier()
         if not world.is_main or result is None:  # None: paused, the next start goes on
             return None
         seconds = round(time.monotonic() - started, 1)
-        manifest = _manifest(stage, recipe, inputs, identity, world, seconds)
+        manifest = {**_manifest(stage, recipe, inputs, identity, world, seconds), **result.pop("provenance", {})}
+        tell(partial, "finished", seconds=seconds)
         artifact = publish(folder, stage.name, manifest, result)
         for scratch in getattr(_module(stage), "SCRATCH", ()):
             shutil.rmtree(artifact.path / scratch, ignore_errors=True)
@@ -250,6 +257,7 @@ def _manifest(stage: Stage, recipe: Recipe, inputs: dict[str, Artifact], identit
         "inputs": {name: artifact.id for name, artifact in inputs.items()},
         "layout": {**_sizes(stage, recipe), "processes": world.size},
         "platform": world.platform.kind,
+        "environment": recorded(),
         "versions": {
             "minitron_megatron": __version__,
             "python": machine.python_version(),

@@ -221,27 +221,51 @@ def advise_recipe(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 @app.command(
     "plan",
-    short_help="Say how long a distillation step waits under each pipeline schedule; nothing is run.",
-    help="Simulate one distillation step of teacher and student on pipelines of 2 to 16 ranks, from the architectures alone, and print what each "
-    "schedule takes over the ideal in which no rank waits.",
-    epilog=f"Example: `minitron plan {DEMO} --schedule schedule.svg parallel.pipeline=4 distill.global_batch=16`",
+    short_help="Say what every stage takes before a job is sent: memory, FLOPs, hours, traffic, disk; nothing is run.",
+    help="Print, from the architectures alone, what each stage of a recipe takes: memory of the fullest rank by what it is for, FLOPs, the time of a "
+    "step on a named GPU, GPU-hours, bytes that travel and bytes on disk; and how long a distillation step waits under each pipeline schedule.\n\n"
+    "`cluster=FILE` names a cluster file (configs/cluster/*.yaml), whose `gpu`, `gpus_per_node`, `nodes` and `network_gb_per_s` are read. How "
+    "figures come about: docs/plan.md.",
+    epilog=f"Examples: `minitron plan {DEMO} --schedule schedule.svg parallel.pipeline=4 distill.global_batch=16`, "
+    "`minitron plan configs/llama31_8b_to_4b_width.yaml --layouts --gpu H200-141GB --nodes 2`",
     rich_help_panel="Look first",
 )
 def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
     schedule: Annotated[Path | None, typer.Option(metavar="FILE", help="draw the recipe's pipeline as a Gantt picture (.svg)")] = None,
+    layouts: Annotated[
+        bool, typer.Option("--layouts", help="try every layout, micro-batch and recomputation; the fastest that fit, and why others do not")
+    ] = False,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="NAME", help="in place of the cluster file's: A100-80GB, H100-80GB, H200-141GB, B200-180GB")
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="in place of the cluster file's; of --layouts")] = None,
+    matrix_share: Annotated[float | None, typer.Option(min=0.01, max=1, help="share of the GPU's peak that matrix products reach")] = None,
 ) -> None:
     """For every step whose shapes are known."""
     from minitron_megatron.config.family import checked_steps
+    from minitron_megatron.plan.case import Case
+    from minitron_megatron.plan.cluster import read_cluster, split_overrides
+    from minitron_megatron.plan.gpus import Shares
+    from minitron_megatron.plan.layouts import all_layouts
+    from minitron_megatron.plan.stages import stage_plans
+    from minitron_megatron.plan.tables import print_layouts, print_plan
     from minitron_megatron.schedule.plan import schedule_rows, schedule_table, write_picture
     from minitron_megatron.search.survey import surviving
 
-    console, steps = Console(), _steps(recipe, overrides or [])
+    of_recipe, cluster_file = split_overrides(overrides or [])
+    cluster = read_cluster(cluster_file, gpu=gpu, nodes=nodes)
+    console, steps = Console(), _steps(recipe, of_recipe)
     checked = checked_steps(steps)
     for step, source, target in checked:
         if step.recipe.search:
             target = surviving(step.recipe, step.recipe.search, source).largest
+        case = Case(step.recipe, source, target, cluster, Shares(matrix_share) if matrix_share else Shares())
+        if layouts:
+            print_layouts(case, all_layouts(case), console)
+            continue
+        print_plan(case, stage_plans(case), console)
         console.print(schedule_table(schedule_rows(step.recipe, source, target), step.recipe.parallel))
         if schedule:
             file = schedule.with_stem(f"{schedule.stem}_{step.name}") if step.name else schedule
@@ -252,12 +276,16 @@ def plan(
 
 
 @app.command(
-    "doctor", help="Print what this machine has (GPU, NCCL, Transformer Engine, apex, FP8, SLURM) and what follows.", rich_help_panel="Look first"
+    "doctor",
+    help="Print what this machine has (GPU, NCCL, Transformer Engine, apex, FP8, SLURM) and what follows; exit code 1 where it is broken.",
+    rich_help_panel="Look first",
 )
 def doctor() -> None:
-    from minitron_megatron.platform.doctor import doctor_table, inspect_machine
+    from minitron_megatron.platform.doctor import doctor_table, exit_code, inspect_machine
 
-    Console().print(doctor_table(inspect_machine()))
+    findings = inspect_machine()
+    Console().print(doctor_table(findings))
+    raise typer.Exit(exit_code(findings))
 
 
 for _name in STAGE_HELP:

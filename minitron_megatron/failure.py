@@ -24,6 +24,9 @@ from minitron_megatron.errors import MinitronError
 Kind = Literal["mistake", "defect", "timeout", "lost"]
 """mistake: the user's, one line; defect: anything else of its own; timeout, lost: another process did not answer, or is gone."""
 
+STOPPED = 75
+"""Exit code of what was asked to stop and goes on at the next start: EX_TEMPFAIL of sysexits.h."""
+
 LAUNCHED = "MINITRON_LAUNCHED"
 """Set by our launcher, which shows errors itself, to its process id."""
 
@@ -88,10 +91,25 @@ def message_of(failures: Mapping[int, ProcessFailure], stage: str) -> str:
     return f"{heading}: {recorded['message']}\n{recorded['extraInfo']['py_callstack']}"
 
 
-def exit_code_of(failures: Mapping[int, ProcessFailure]) -> int:
-    """2 for a user's mistake, else 1."""
+def exit_code_of(failures: Mapping[int, ProcessFailure], *, asked: bool = False) -> int:
+    """2 for a user's mistake, STOPPED where processes left because they were asked to, else 1.
+
+    asked: the launcher was asked to end: processes that are gone, and those that miss them, are what was wanted.
+    """
+    failure = failures[first_cause(failures)]
+    recorded = _recorded(failure)
+    if recorded is None:
+        wanted = failure.exitcode in (STOPPED, -signal.SIGTERM, -signal.SIGUSR1)
+        return STOPPED if wanted else 1
+    if recorded["kind"] == "mistake":
+        return 2
+    return STOPPED if asked and recorded["kind"] == "lost" else 1
+
+
+def is_consequence(failures: Mapping[int, ProcessFailure]) -> bool:
+    """Whether what failed first only missed a process of another node."""
     recorded = _recorded(failures[first_cause(failures)])
-    return 2 if recorded is not None and recorded["kind"] == "mistake" else 1
+    return recorded is not None and recorded["kind"] in ("lost", "timeout")
 
 
 def first_cause(failures: Mapping[int, ProcessFailure]) -> int:

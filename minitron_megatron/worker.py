@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import sys
 from contextlib import ExitStack
 from typing import NoReturn
 
 from minitron_megatron.arch.source import source_architecture
-from minitron_megatron.artifact import Artifact
-from minitron_megatron.chain import STAGES, Stage, finished, require_asked, run_stage
+from minitron_megatron.artifact import Artifact, partial_folder
+from minitron_megatron.chain import STAGES, Stage, finished, require_asked, run_folder, run_stage
 from minitron_megatron.config.checks.depth import settled_depth
 from minitron_megatron.config.checks.recipe import check_recipe
 from minitron_megatron.config.family import load_recipe
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.errors import LayoutError, MinitronError
-from minitron_megatron.failure import LAUNCHED, tell
+from minitron_megatron.failure import LAUNCHED, STOPPED, tell
+from minitron_megatron.health import require_links
 from minitron_megatron.parallel.world import World, distributed_world, rank_and_size
 from minitron_megatron.platform import Platform, activate
 from minitron_megatron.platform.lifetime import end_with_parent
 from minitron_megatron.search.survey import surviving
+from minitron_megatron.status import withdraw
+from minitron_megatron.training.stop import SIGNALS, Stopped
+
+RANK_LOGS = "MINITRON_RANK_LOGS"
+"""Folder for the logs of the ranks behind the first."""
 
 
 def prepare(recipe_path: str, overrides: list[str], *, needs_device: bool = True) -> tuple[Recipe, Platform]:
@@ -43,22 +50,28 @@ def run_here(stage: Stage, recipe: Recipe, recipe_path: str, platform: Platform,
     world = World(platform)
     if stage.distributed:
         world = connections.enter_context(distributed_world(platform, recipe.parallel.timeout_seconds))
+        require_links(world)
     return run_stage(stage, recipe, recipe_path, world)
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 0; 2 for a user's mistake, told in one line; 1 for anything else, with its traceback."""
+    """Exit code 0; 2 for a user's mistake, told in one line; STOPPED where it was asked to; 1 for anything else, with its traceback."""
     _die_with_the_launcher()
+    _log_for_itself()
+    code = 0
     with ExitStack() as connections:
         try:
             _run(connections, *arguments)
         except (KeyboardInterrupt, SystemExit):
             raise
+        except Stopped as stopped:
+            print(stopped, flush=True) if rank_and_size()[0] == 0 else None
+            code = STOPPED
         except BaseException as error:  # torch's CheckpointException is no Exception
             tell(error)  # while the connections stand: the others fail as soon as they close, and must not have the first word
             return 2 if isinstance(error, MinitronError) else 1
         _close(connections, arguments[0])
-    return 0
+    return code
 
 
 def _close(connections: ExitStack, stage: str) -> None:
@@ -76,6 +89,16 @@ def _die_with_the_launcher() -> None:
         end_with_parent(int(launcher) if launcher.isdecimal() else None)
 
 
+def _log_for_itself() -> None:
+    """One log for each rank where a folder for them is named; rank 0 speaks to the console, which is the job's own log."""
+    folder, rank = os.environ.get(RANK_LOGS), rank_and_size()[0]
+    if folder and rank > 0:
+        log = os.open(f"{folder}/rank_{rank:05d}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.close(log)
+
+
 def _run(connections: ExitStack, stage_name: str, recipe_path: str, *overrides: str) -> None:
     if stage_name not in STAGES:
         raise MinitronError(f"unknown stage '{stage_name}'; stages: {', '.join(STAGES)}")
@@ -83,7 +106,9 @@ def _run(connections: ExitStack, stage_name: str, recipe_path: str, *overrides: 
     recipe, platform = prepare(recipe_path, list(overrides), needs_device=not stage.streams)
     require_asked(stage, recipe, recipe_path)
     if finished(stage, recipe):
-        print(f"{stage.name}: up to date", flush=True) if is_main else None
+        if is_main:
+            withdraw(partial_folder(run_folder(recipe), stage.name))
+            print(f"{stage.name}: up to date", flush=True)
         return
     artifact = run_here(stage, recipe, recipe_path, platform, connections)
     if artifact:
@@ -91,8 +116,11 @@ def _run(connections: ExitStack, stage_name: str, recipe_path: str, *overrides: 
 
 
 if __name__ == "__mp_main__":
-    # a helper that megatron spawns (for the reports of checkpoints' writers) imports this first: it ends with its worker, and does not sleep on
+    # a helper that megatron spawns (for the reports of checkpoints' writers) imports this first: it ends with its worker, and does not sleep on;
+    # SLURM sends what asks a worker to stop to every process of a job, and the worker's last checkpoint needs this one
     end_with_parent()
+    for _number in SIGNALS:
+        signal.signal(_number, signal.SIG_IGN)
 
 
 def _leave(code: int) -> NoReturn:

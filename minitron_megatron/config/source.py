@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field
 
-from minitron_megatron.config.section import Section
+from minitron_megatron.config.section import UNSHAPING, Section
+
+
+class Hub(Section):
+    """A model of the Hugging Face hub, at a commit: a branch's name would be another model tomorrow."""
+
+    repository: str = Field(pattern=r"^[\w.-]+/[\w.-]+$", description="OWNER/NAME")
+    revision: str = Field(pattern=r"^[0-9a-f]{40}$", description="the commit's full hash")
 
 
 class Model(Section):
     """The model to compress."""
 
     path: str = Field(description="folder with config.json, safetensors and tokenizer, a .nemo archive, or a Megatron torch_dist checkpoint")
+    hub: Annotated[Hub | None, UNSHAPING] = Field(
+        None, description="where stage import fetches it from, once, if `path` does not exist; hf_config stands in until then"
+    )
     hf_config: str | None = Field(
         None,
         description="config.json that goes with a Megatron checkpoint, stands in for a model not yet on this disk, "

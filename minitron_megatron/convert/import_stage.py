@@ -17,6 +17,7 @@ from minitron_megatron.checkpoint.tensors import tensor_table
 from minitron_megatron.checkpoint.torch_dist import MegatronSource, checkpoint_bytes, checkpoint_folder, write_torch_dist
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.config.source import Model
+from minitron_megatron.convert import hub
 from minitron_megatron.convert.nemo_archive import unpack_tokenizer, unpack_weights
 from minitron_megatron.convert.tokenizer_files import copy_tokenizer, known_files
 from minitron_megatron.errors import DataError
@@ -25,6 +26,11 @@ from minitron_megatron.progress import byte_progress
 UNPACKED = "unpacked"
 SCRATCH = (UNPACKED,)
 """Removed when the stage is published."""
+
+
+def before(recipe: Recipe) -> None:
+    """What the artifact's id is made of has to be there before it is: the files of a model that lies on a hub."""
+    hub.fetch(recipe.model)
 
 
 def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path) -> dict[str, Any]:
@@ -51,6 +57,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path) -> dict[st
         "parameters": parameter_count(arch),
         "bytes": size,
         "weights_sha256": digest,
+        "provenance": {"source": hub.provenance(recipe.model)},
     }
 
 

@@ -59,6 +59,7 @@ class Exchange:
     def __init__(self, teacher: Layout, student: Layout, group: dist.ProcessGroup, device: torch.device) -> None:
         self.teacher, self.student = teacher, student
         self._group, self._device, self._rank = group, device, group.rank()
+        self._in_teacher, self._in_student = teacher.place_of(self._rank), student.place_of(self._rank)
         self._leaving: list[tuple[dist.Work, torch.Tensor]] = []
         """Sends under way, and what they send."""
         self.bytes_sent = 0
@@ -97,6 +98,8 @@ class Exchange:
         moves: list[dist.P2POp] = []
         arriving: list[tuple[StateKey, Held]] = []
         for route, number, ids in items:
+            if not self._takes_part(route, number):
+                continue
             key = route.name, ids
             if self.stays(route, number):
                 self._keep(key, route, number, made, wanted)
@@ -107,6 +110,13 @@ class Exchange:
         self._start(moves)
         for key, held in arriving:
             wanted.put(key, held)
+
+    def _takes_part(self, route: Route, number: int) -> bool:
+        """Whether the state is made or wanted here: of hundreds of data-parallel ranks, which all know of all states, most do neither."""
+        made, wanted = self._in_teacher, self._in_student
+        if (made.stage, made.data) == (route.source_stage, number % self.teacher.data):
+            return True
+        return (wanted.stage, wanted.data) == (route.target_stage, number % self.student.data)
 
     def _start(self, moves: list[dist.P2POp]) -> None:
         """Waits for what arrives. NCCL has one work for all moves, and its wait holds up no host."""

@@ -73,6 +73,9 @@ class Layout:
     def rank_of(self, place: Place) -> int:
         return place.tensor + self.tensor * (place.data + self.data * place.stage)
 
+    def place_of(self, rank: int) -> Place:
+        return Place(rank % self.tensor, rank // self.tensor % self.data, rank // (self.tensor * self.data))
+
     def same_sizes(self, other: Layout) -> bool:
         """Whether every rank holds the same part of a model in both; virtual stages and the layers of a stage may differ."""
         mine, theirs = ((x.tensor, x.pipeline, x.data, x.sequence_parallel, x.expert) for x in (self, other))

@@ -35,17 +35,26 @@ CONTAINER_RUNTIMES = ("docker", "podman", "apptainer", "singularity", "enroot", 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked for. ok is False where the tool refuses or loses something because of it, as `follows` says."""
+    """One thing looked for. ok is False where the tool refuses or loses something because of it, as `follows` says.
+
+    broken: nothing that this machine is there for can run before it is mended; doctor's exit code tells, for a container's health check.
+    """
 
     name: str
     found: str
     follows: str
     ok: bool
+    broken: bool = False
 
 
 def inspect_machine() -> list[Finding]:
     """Everything that decides what this tool can do here, in the order of its importance; takes under 3 seconds."""
     return [_without_raising(name, inspect) for name, inspect in _inspections().items()]
+
+
+def exit_code(findings: list[Finding]) -> int:
+    """1 where one of them is broken, else 0: a machine without a GPU is in order, one whose GPUs torch cannot use is not."""
+    return int(any(finding.broken for finding in findings))
 
 
 def doctor_table(findings: list[Finding]) -> Table:
@@ -56,7 +65,7 @@ def doctor_table(findings: list[Finding]) -> Table:
     for column in ("", "part", "found", "what follows"):
         table.add_column(column, overflow="fold")
     for finding in findings:
-        mark = "[green]ok[/]" if finding.ok else "[yellow]--[/]"
+        mark = "[red]broken[/]" if finding.broken else "[green]ok[/]" if finding.ok else "[yellow]--[/]"
         table.add_row(mark, finding.name, _plain(finding.found), _plain(finding.follows))
     return table
 
@@ -108,16 +117,16 @@ def _megatron_core(name: str) -> Finding:
     try:
         version = versions.installed()
     except PlatformError as error:
-        return Finding(name, "absent", str(error), ok=False)
+        return Finding(name, "absent", str(error), ok=False, broken=True)
     shown = ".".join(map(str, version))
     if not versions.is_supported(version):
-        return Finding(name, shown, f"refused: supported is >=0.16.1,<0.20; {versions.MENDED_BY}", ok=False)
+        return Finding(name, shown, f"refused: supported is >=0.16.1,<0.20; {versions.MENDED_BY}", ok=False, broken=True)
     return Finding(name, shown, "supported", ok=True)
 
 
 def _gpu(name: str) -> Finding:
     if not torch.cuda.is_available():
-        return Finding(name, "none", "runs on CPU over gloo; context parallel and FP8 are refused", ok=False)
+        return _gpu_out_of_reach(name) or Finding(name, "none", "runs on CPU over gloo; context parallel and FP8 are refused", ok=False)
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     shown = ", ".join(f"{gpu.name} {gpu.total_memory / GIB:.0f} GiB sm_{gpu.major}{gpu.minor}" for gpu in gpus)
     if min((gpu.major, gpu.minor) for gpu in gpus) < (8, 0):
@@ -125,6 +134,27 @@ def _gpu(name: str) -> Finding:
     largest = min(gpu.total_memory for gpu in gpus) / (TRAINING_BYTES * 1e9) * 0.8  # the rest: activations
     follows = f"runs over NCCL in bf16; one GPU trains about {largest:.0f}B parameters without sharding the optimizer"
     return Finding(name, f"{len(gpus)}: {shown}", follows, ok=True)
+
+
+def _gpu_out_of_reach(name: str) -> Finding | None:
+    """GPUs that the machine, or the container, has been given and that torch cannot use; None where there are none, or they are hidden on purpose."""
+    devices = _gpu_devices()
+    if not devices or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return None
+    shown = f"{len(devices)} in /dev, none usable"
+    if torch.version.cuda is None:
+        return Finding(name, shown, "torch is a CPU build: runs on CPU over gloo; for the GPUs install a CUDA build", ok=False)
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+        reason = "torch finds none"
+    except RuntimeError as error:  # names the driver's version where that is too old
+        reason = str(error).splitlines()[0]
+    mend = f"the driver or the container's runtime is to be mended (nvidia-smi; docker run --gpus all): {reason}"
+    return Finding(name, shown, mend, ok=False, broken=True)
+
+
+def _gpu_devices() -> list[Path]:
+    return sorted(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def _nccl(name: str) -> Finding:
@@ -153,7 +183,7 @@ def _apex(name: str) -> Finding:
     places = [Path(place) for place in spec.submodule_search_locations or ()]
     if not any((place / "multi_tensor_apply").is_dir() for place in places):
         mend = "an unrelated web toolkit that megatron takes for NVIDIA's and fails on: pip uninstall apex"
-        return Finding(name, "PyPI's apex, not NVIDIA's", mend, ok=False)
+        return Finding(name, "PyPI's apex, not NVIDIA's", mend, ok=False, broken=True)
     if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
         follows = "no fused gradient accumulation; nothing is refused"
         return Finding(name, "NVIDIA's, without CUDA extensions", follows, ok=True)

@@ -106,10 +106,10 @@ def _passes_of_rank(rank: int, works: StageWorks, micro_batches: int, order: Ord
         yield from (Pass("teacher", rank, number) for number in range(rank, micro_batches, works.ranks))
     if order == "teacher_pipelined":
         yield from (Pass("teacher", rank, number) for number in range(micro_batches))
-    yield from _one_forward_one_backward(rank, works.ranks, works.virtual, micro_batches)
+    yield from passes_of_student(rank, works.ranks, works.virtual, micro_batches)
 
 
-def _one_forward_one_backward(rank: int, ranks: int, virtual: int, micro_batches: int) -> Iterator[Pass]:
+def passes_of_student(rank: int, ranks: int, virtual: int, micro_batches: int) -> Iterator[Pass]:
     """Interleaved: P micro-batches through one chunk, then through the next one; backward the chunks in reverse."""
     turns = [
         (number, chunk)

@@ -22,12 +22,14 @@ from minitron_megatron.errors import TrainingError
 from minitron_megatron.model.run import forward_backward, forward_only
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.parallel.world import World
+from minitron_megatron.status import StepStatus
 from minitron_megatron.training.metrics import MetricsLog, console_line, validation_line
 from minitron_megatron.training.optimizer import whole_parameters
+from minitron_megatron.training.stop import Stopped, StopRequest, deferred
 from minitron_megatron.training.student import Student, learning_rate_schedule
 from minitron_megatron.training.sums import Sums, WindowSums
 from minitron_megatron.training.teachers import HiddenTraining, Load, Teachers, TeacherStates
-from minitron_megatron.training.training_checkpoint import Progress, TrainingCheckpoints
+from minitron_megatron.training.training_checkpoint import Progress, TrainingCheckpoints, newest_progress
 
 
 @dataclass
@@ -47,6 +49,11 @@ class TrainingLoop:
     """Called on every process behind each checkpoint, with the student's weights whole."""
     pause_after_steps: int | None = None
     """Where this start ends; None: where the run does."""
+    stop: StopRequest = field(default_factory=StopRequest)
+    stopping: bool = False
+    """Whether any process had been asked to stop by the last step: the same on all."""
+    wishes: Tensor | None = None
+    """How many of them, of the last step; left on the device until the step's losses are fetched."""
     window_losses: dict[str, list[float | None]] = field(default_factory=dict)
     """Of the last validation, by loss: mean over the tokens of each held-out window; None where none of its tokens counts."""
 
@@ -57,9 +64,16 @@ class TrainingLoop:
         return self.settings.steps if paused is None else min(paused, self.settings.steps)
 
     def run(self, folder: Path, recipe: Recipe) -> dict[str, float]:
-        """Trains to the last step from the newest checkpoint in the folder; returns the validation after it."""
-        with self._checkpoints(folder / "training", recipe) as checkpoints:
-            return self._train(checkpoints, folder, recipe)
+        """Trains to the last step from the newest checkpoint in the folder; returns the validation after it. Raises Stopped where it was asked to."""
+        with self.stop.listening():
+            with self._checkpoints(folder / "training", recipe) as checkpoints:
+                last = self._train(checkpoints, folder, recipe)
+            if self.stopping and self.progress.step < self.last_step:
+                step, steps = self.progress.step, self.settings.steps
+                if self.world.is_main:
+                    StepStatus(folder, steps).saved(step, "it was asked to stop")
+                raise Stopped(f"{self.stage}: asked to stop: saved behind step {step} of {steps}; the next start goes on from there")
+            return last
 
     def _train(self, checkpoints: TrainingCheckpoints, folder: Path, recipe: Recipe) -> dict[str, float]:
         self.progress = checkpoints.load(self.student).started_with(**self._changeable())
@@ -68,8 +82,11 @@ class TrainingLoop:
         log = self._open_log(folder, finished, recipe)
         schedule = learning_rate_schedule(self.student.optimizer, self.settings, finished)
         last = self.validate()
+        if finished and self.world.is_main:
+            print(f"{self.stage}: continues behind step {finished} of {self.settings.steps}", flush=True)
         if finished == 0:
             self._log(log, {"step": 0, "steps": self.settings.steps, "validation": last})
+        status = StepStatus(folder, self.settings.steps) if self.world.is_main else None
         started = time.monotonic()
         for step in range(finished, self.last_step):
             record = self._step(step)
@@ -79,8 +96,13 @@ class TrainingLoop:
             seconds_a_step = (time.monotonic() - started) / (step + 1 - finished)
             self._log(log, record, seconds_a_step)
             checkpoints.poll()
-            if self._is_due(step + 1, self.settings.save_every_steps):
-                self._save(checkpoints)
+            if status:
+                status.step(step + 1, lambda: newest_progress(folder / "training").step)
+            if self.stopping or self._is_due(step + 1, self.settings.save_every_steps):
+                with deferred():
+                    self._save(checkpoints)
+            if self.stopping:
+                break
         if log:
             log.close()
         return last
@@ -128,6 +150,7 @@ class TrainingLoop:
         rate = student.optimizer.param_groups[0]["lr"]
         _, gradient_norm, _ = student.optimizer.step()
         losses = sums.means()
+        self.stopping = bool(self.wishes)
         loss = student.weighted(losses)
         if alpha is not None:
             losses["alpha"] = float(alpha)
@@ -201,8 +224,11 @@ class TrainingLoop:
                 sums += torch.stack([item[name].double() for name in names])
         if hidden:
             sums = torch.cat([sums, hidden.take_sums()])
+        asked = sums.new_full((1,), float(self.stop.asked))  # by the way: no collective of its own
+        sums = torch.cat([sums, asked])
         dist.all_reduce(sums)
-        return Sums(names, sums)
+        self.wishes = sums[-1]
+        return Sums(names, sums[:-1])
 
     def _over_windows(self, logged: list[dict[str, Tensor]]) -> WindowSums:
         """Gathers what the processes logged of the held-out windows."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +29,8 @@ PARALLEL = Parallel(tensor=2, pipeline=2)
 START_SECONDS, END_SECONDS = 120, 30
 # a Python that raises when it is told to, in the middle of whatever it does
 SITECUSTOMIZE = """
+import re
+import shutil
 import signal
 def fail(*_):
     raise ValueError("broken on purpose")
@@ -140,3 +144,47 @@ def test_a_rank_that_hangs_is_waited_for_as_long_as_the_recipe_says_and_named(re
     assert "after it had waited for others too long (parallel.timeout_seconds)" in first
     assert "the ranks that told nothing, which may have hung: 2:" in first
     assert ended.error.count("Traceback") == 1
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_started_again_from_the_checkpoint_and_sigterm_saves_before_it_ends(recipe: Path) -> None:
+    """`launch/torchrun.sh --restarts=1` on one node, and what `kill` does to its launcher."""
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(REPOSITORY), "MINITRON_PYTHON": sys.executable, "NPROC": "4"}
+    command = [str(REPOSITORY / "launch" / "torchrun.sh"), "--restarts=1", "distill", str(recipe), "distill.save_every_steps=5"]
+    partial, log = recipe.parent / "runs" / "tiny" / ".distill.partial", recipe.parent / "log"
+    shutil.rmtree(partial, ignore_errors=True)
+    with log.open("w") as output:
+        job = subprocess.Popen(command, env=environment, cwd=recipe.parent, stdout=output, stderr=output, start_new_session=True)
+    try:
+        wait_for_save(job, partial, 5, log)
+        workers = [process for process in psutil.Process(job.pid).children(recursive=True) if is_worker(process)]
+        next(process for process in workers if process.environ()["RANK"] == "3").kill()
+        wait_for_text(job, log, "distill: started again from its last checkpoint; 1 more without a new one")
+        saved = wait_for_save(job, partial, 15, log)
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(START_SECONDS) == 75, log.read_text()
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+    told = re.search(r"distill: asked to stop: saved behind step (\d+) of 100000", log.read_text())
+    assert told and int(told[1]) >= saved
+    assert (partial / "training" / f"step_{int(told[1]):08d}" / "progress.json").is_file()
+    assert json.loads((partial / "status.json").read_text())["state"] == "saved"
+
+
+def wait_for_save(job: subprocess.Popen[bytes], partial: Path, step: int, log: Path) -> int:
+    """The newest step that status.json tells to be saved, `step` or a later one."""
+    deadline, saved = time.monotonic() + START_SECONDS, 0
+    while saved < step:
+        assert job.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
+        if (partial / "status.json").is_file():
+            saved = json.loads((partial / "status.json").read_text()).get("saved_step", 0)
+    return saved
+
+
+def wait_for_text(job: subprocess.Popen[bytes], log: Path, text: str) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while text not in log.read_text():
+        assert job.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)

@@ -64,19 +64,27 @@ def command(recipe: Path, *overrides: str, verb: str = "run") -> list[str]:
     return [sys.executable, "-m", "minitron_megatron.cli", verb, str(recipe), *overrides]
 
 
-def environment() -> dict[str, str]:
-    root = str(Path(__file__).parents[2])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    one_thread = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "HF_HUB_OFFLINE": "1"}
-    return {**os.environ, **one_thread, "PYTHONPATH": path, "COLUMNS": "200"}
+def environment(recipe: Path) -> dict[str, str]:
+    """Of a machine without a network, and without a setting that says so: offline/sitecustomize.py."""
+    here = Path(__file__)
+    path = os.pathsep.join(filter(None, [str(here.with_name("offline")), str(here.parents[2]), os.environ.get("PYTHONPATH")]))
+    one_thread = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
+    users = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    return {**users, **one_thread, "PYTHONPATH": path, "COLUMNS": "200", "NETWORK_LOG": str(network_log(recipe))}
+
+
+def network_log(recipe: Path) -> Path:
+    """What was asked for beyond this machine."""
+    return recipe.with_name("network.log")
 
 
 def start(recipe: Path, *overrides: str, verb: str = "run", timeout_seconds: float = 2 * PATIENCE_SECONDS) -> str:
     """Runs the chain, or one stage, to its end; its output."""
     done = subprocess.run(
-        command(recipe, *overrides, verb=verb), env=environment(), cwd=recipe.parent, capture_output=True, text=True, timeout=timeout_seconds
+        command(recipe, *overrides, verb=verb), env=environment(recipe), cwd=recipe.parent, capture_output=True, text=True, timeout=timeout_seconds
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert not network_log(recipe).exists(), network_log(recipe).read_text()
     return done.stdout
 
 
@@ -84,7 +92,7 @@ def start_and_kill(recipe: Path, partial: Path) -> list[int]:
     """Starts the chain and kills its process group behind KILL_BEHIND_STEP; ids of workers that are alive half a second later."""
     log = recipe.parent / "killed.log"
     with log.open("w") as output:
-        chain = subprocess.Popen(command(recipe), env=environment(), cwd=recipe.parent, stdout=output, stderr=output, start_new_session=True)
+        chain = subprocess.Popen(command(recipe), env=environment(recipe), cwd=recipe.parent, stdout=output, stderr=output, start_new_session=True)
     try:
         # a checkpoint is written while training goes on, so it may come some steps later
         wait_until(lambda: len(lines(partial / "metrics.jsonl")) > KILL_BEHIND_STEP and any((partial / "training").glob("step_*")), chain, log)
@@ -161,6 +169,20 @@ def test_a_killed_run_continues_from_its_checkpoint(scenario: Scenario) -> None:
     assert scenario.metrics[:kept] == scenario.left_by_kill[:kept]
     assert [json.loads(line)["step"] for line in scenario.metrics] == list(range(STEPS + 1))
     assert up_to_date(scenario.continued) == list(BEFORE_DISTILL)
+
+
+def test_no_stage_asks_beyond_this_machine_and_one_that_did_would_be_seen(scenario: Scenario, tmp_path: Path) -> None:
+    """Every start of this file and of its neighbours looks at the log; here that a library's question, which it forgives itself, is in it."""
+    assert not network_log(scenario.folder / "recipe.yaml").exists()
+    asks = "import contextlib, socket\nwith contextlib.suppress(OSError):\n    socket.create_connection(('huggingface.co', 443), timeout=1)\n"
+    asks += "with contextlib.suppress(OSError):\n    socket.create_connection(('192.0.2.1', 443), timeout=1)\n"
+    asks += "server = socket.create_server(('127.0.0.1', 0))\nsocket.create_connection(server.getsockname())\n"
+    recipe = tmp_path / "recipe.yaml"
+    subprocess.run([sys.executable, "-c", asks], env=environment(recipe), check=True)
+    assert [line.split(" [")[0] for line in network_log(recipe).read_text().splitlines()] == [
+        "socket.getaddrinfo huggingface.co",
+        "socket.connect ('192.0.2.1', 443)",
+    ]
 
 
 def test_a_killed_run_leaves_no_process_behind(scenario: Scenario) -> None:

@@ -48,7 +48,7 @@ def searching(folder: Path) -> Path:
 def kill_behind_the_first_candidate(recipe: Path, candidates: Path) -> list[int]:
     """Kills the command's own process group as soon as one candidate is through its first round; ids of processes that went on."""
     with (recipe.parent / "killed.log").open("w") as log:
-        chain = subprocess.Popen(command(recipe), env=environment(), cwd=recipe.parent, stdout=log, stderr=log, start_new_session=True)
+        chain = subprocess.Popen(command(recipe), env=environment(recipe), cwd=recipe.parent, stdout=log, stderr=log, start_new_session=True)
     deadline = time.monotonic() + 2 * PATIENCE_SECONDS
     while not list(candidates.glob("*/validation.jsonl")):
         assert chain.poll() is None and time.monotonic() < deadline, (recipe.parent / "killed.log").read_text()
@@ -98,5 +98,6 @@ def test_a_search_that_was_killed_trains_the_rest_and_the_chain_takes_its_choice
     assert (exported["num_hidden_layers"], exported["hidden_size"], exported["intermediate_size"]) == (chosen.layers, chosen.hidden, chosen.ffn)
     page = (run / "report" / "report.html").read_text()
     assert "What was searched" in page and ranking["chosen"] in page
-    again = subprocess.run([*command(recipe)[:3], "search", str(recipe), "distill.steps=7"], env=environment(), cwd=tmp_path, capture_output=True)
+    once_more = [*command(recipe)[:3], "search", str(recipe), "distill.steps=7"]
+    again = subprocess.run(once_more, env=environment(recipe), cwd=tmp_path, capture_output=True)
     assert up_to_date(again.stdout.decode()) == ["search"]

@@ -171,3 +171,17 @@ def test_the_error_file_is_one_that_torchelastic_reads(failed: Failed) -> None:
     told = failed(1, ValueError("own"), at=77)
     assert json.loads(Path(told.error_file).read_text())["message"]["extraInfo"]["timestamp"] == "77"
     assert ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=told.error_file).timestamp == 77
+
+
+def test_processes_that_left_as_they_were_asked_to_are_no_failure(failed: Failed) -> None:
+    assert exit_code_of({0: failed(failure.STOPPED), 1: failed(failure.STOPPED)}) == failure.STOPPED
+    assert exit_code_of({0: failed(-signal.SIGTERM), 1: failed(-signal.SIGTERM)}) == failure.STOPPED
+    assert exit_code_of({0: failed(-signal.SIGUSR1), 1: failed(1, RuntimeError(GLOO_LOST))}) == failure.STOPPED
+
+
+def test_who_misses_a_process_that_was_to_stop_has_stopped_too_and_a_mistake_is_told_all_the_same(failed: Failed) -> None:
+    failures = {0: failed(1, RuntimeError(GLOO_LOST)), 1: failed(-signal.SIGTERM)}
+    assert exit_code_of(failures) == 1
+    assert exit_code_of(failures, asked=True) == failure.STOPPED
+    assert exit_code_of({0: failed(2, CheckpointError("no such file")), 1: failed(-signal.SIGTERM)}, asked=True) == 2
+    assert exit_code_of({0: failed(1, ValueError("a defect")), 1: failed(-signal.SIGTERM)}, asked=True) == 1

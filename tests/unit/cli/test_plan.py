@@ -29,3 +29,24 @@ def test_the_picture_splits_the_layers_as_the_recipe_lists_them(project: Any, mi
         assert ran.code == 0, ran.err
         pictures.append(Path("schedule.svg").read_text())
     assert pictures[0] != pictures[1]
+
+
+def test_every_stage_has_its_memory_and_its_time(project: Any, minitron: Run, monkeypatch: Any) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    ran = minitron("plan", project.recipe, "precision=bf16", "platform=auto", "--gpu", "A100-80GB")
+    assert ran.code == 0, ran.err
+    for told in ("1 × A100-80GB", "distill", "evaluate", "GiB a rank", "optimizer", "fullest moment", "tokens a second and GPU"):
+        assert told in ran.out
+    assert project.written() == set()
+
+
+def test_a_cluster_file_that_is_none_is_one_line(project: Any, minitron: Run) -> None:
+    ran = minitron("plan", project.recipe, "cluster=nowhere.yaml")
+    assert ran.code == 2 and ran.err.count("\n") == 1 and "nowhere.yaml: no such cluster file" in ran.err
+    ran = minitron("plan", project.recipe, "--gpu", "H300")
+    assert ran.code == 2 and "--gpu: 'H300' is not known" in ran.err
+
+
+def test_layouts_need_a_gpu(project: Any, minitron: Run) -> None:
+    ran = minitron("plan", project.recipe, "--layouts")
+    assert ran.code == 2 and "--layouts needs a GPU and bf16" in ran.err

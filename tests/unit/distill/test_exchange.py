@@ -21,8 +21,8 @@ def layout(sizes: tuple[int, int, int], *, sequence_parallel: bool = False) -> L
     return Layout(tensor, pipeline, data, sequence_parallel and tensor > 1, "cost", groups)
 
 
-def exchange(teacher: Layout, student: Layout) -> Exchange:
-    group: Any = SimpleNamespace(rank=lambda: 0)
+def exchange(teacher: Layout, student: Layout, rank: int = 0) -> Exchange:
+    group: Any = SimpleNamespace(rank=lambda: rank)
     return Exchange(teacher, student, group, torch.device("cpu"))
 
 
@@ -58,6 +58,20 @@ def test_every_row_arrives_once_from_a_rank_that_holds_it(
 def place_of(where: Layout, rank: int) -> Place:
     """By hand: tensor is the fastest, then data, then pipeline."""
     return Place(rank % where.tensor, rank // where.tensor % where.data, rank // (where.tensor * where.data))
+
+
+@pytest.mark.parametrize(("teacher", "student"), product(SIZES, SIZES))
+def test_a_rank_takes_part_where_its_teacher_makes_a_state_or_its_student_wants_it(
+    teacher: tuple[int, int, int], student: tuple[int, int, int]
+) -> None:
+    """And so in all that it sends, receives or copies: the others' states cost it nothing."""
+    own, wanting = layout(teacher), layout(student)
+    for rank, number, source, target in product(range(4), range(5), range(own.pipeline), range(wanting.pipeline)):
+        route, made, wanted = Route("state", source, target), place_of(own, rank), place_of(wanting, rank)
+        expected = (made.stage, made.data) == (source, number % own.data) or (wanted.stage, wanted.data) == (target, number % wanting.data)
+        one = exchange(own, wanting, rank)
+        assert one._takes_part(route, number) == expected
+        assert expected or all(rank not in (piece.source, piece.target) for piece in one.pieces(route, number, 16))
 
 
 @pytest.mark.parametrize("sizes", SIZES)

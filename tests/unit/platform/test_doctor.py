@@ -81,3 +81,52 @@ def test_the_table_shows_brackets_as_they_are() -> None:
     shown = console.file.getvalue()
     assert "[found]" in shown
     assert "what [follows]" in shown
+
+
+def test_a_machine_without_a_gpu_is_in_order() -> None:
+    assert doctor.exit_code([doctor.Finding("GPU", "none", "runs on CPU", ok=False)]) == 0
+    assert doctor.exit_code([doctor.Finding("megatron-core", "absent", "mend", ok=False, broken=True)]) == 1
+
+
+@pytest.fixture
+def two_gpus_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a container sees whose driver is too old for its CUDA build of torch."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(doctor, "_gpu_devices", lambda: [Path("/dev/nvidia0"), Path("/dev/nvidia1")])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def refuse() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 12040).\nPlease update it")
+
+    monkeypatch.setattr(torch.cuda, "init", refuse)
+
+
+@pytest.mark.usefixtures("two_gpus_out_of_reach")
+def test_gpus_that_torch_cannot_use_are_disorder_with_the_drivers_reason() -> None:
+    gpu = finding("GPU")
+    assert gpu.broken
+    assert gpu.found == "2 in /dev, none usable"
+    assert "too old (found version 12040)." in gpu.follows
+    assert doctor.exit_code([gpu]) == 1
+
+
+@pytest.mark.usefixtures("two_gpus_out_of_reach")
+def test_gpus_that_are_hidden_on_purpose_or_meet_a_cpu_build_are_no_disorder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert finding("GPU").found == "none"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert not finding("GPU").broken
+    assert "install a CUDA build" in finding("GPU").follows
+
+
+def test_the_command_ends_with_the_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from minitron_megatron.cli import app
+
+    assert CliRunner().invoke(app, ["doctor"]).exit_code == 0
+    monkeypatch.setattr(doctor, "inspect_machine", lambda: [doctor.Finding("apex", "PyPI's", "uninstall", ok=False, broken=True)])
+    broken = CliRunner().invoke(app, ["doctor"])
+    assert (broken.exit_code, "broken" in broken.stdout) == (1, True)

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Reads the source model into a checkpoint, tensor by tensor: sbatch slurm/import.sh RECIPE [key=value…]
+#SBATCH --job-name=import
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=16
+#SBATCH --mem=48G
+#SBATCH --time=12:00:00
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+# shellcheck source=slurm/common.sh
+. slurm/common.sh || { echo "submit it from the checkout: cd minitron_megatron; sbatch slurm/import.sh" >&2; exit 2; }
+run_stage import "$@"

@@ -19,7 +19,7 @@ from minitron_megatron.training.losses.memory import WHOLE_CHUNK_COPIES, tokens_
 from minitron_megatron.training.losses.settings import LossSettings
 
 BLOCK_COPIES = 6
-"""fp32 intermediate results of a block that exist at one time on a CPU, as the default losses are computed: an estimate, under the 8 of losses/memory.py."""
+"""fp32 intermediate results of a block at one time on a CPU, as the default losses are computed: an estimate, under the 8 of losses/memory.py."""
 IN_PLACE_COPIES = 1
 """The same where logits are used up in place (training/losses/in_place.py)."""
 

@@ -240,39 +240,17 @@ def plan(
     gpu: Annotated[
         str | None, typer.Option(metavar="NAME", help="in place of the cluster file's: A100-80GB, H100-80GB, H200-141GB, B200-180GB")
     ] = None,
-    nodes: Annotated[int | None, typer.Option(min=1, help="in place of the cluster file's; of --layouts")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="in place of the cluster file's; data parallelism takes what they have")] = None,
     matrix_share: Annotated[float | None, typer.Option(min=0.01, max=1, help="share of the GPU's peak that matrix products reach")] = None,
 ) -> None:
-    """For every step whose shapes are known."""
-    from minitron_megatron.config.family import checked_steps
-    from minitron_megatron.plan.case import Case
     from minitron_megatron.plan.cluster import read_cluster, split_overrides
+    from minitron_megatron.plan.command import plan_steps
     from minitron_megatron.plan.gpus import Shares
-    from minitron_megatron.plan.layouts import all_layouts
-    from minitron_megatron.plan.stages import stage_plans
-    from minitron_megatron.plan.tables import print_layouts, print_plan
-    from minitron_megatron.schedule.plan import schedule_rows, schedule_table, write_picture
-    from minitron_megatron.search.survey import surviving
 
     of_recipe, cluster_file = split_overrides(overrides or [])
     cluster = read_cluster(cluster_file, gpu=gpu, nodes=nodes)
-    console, steps = Console(), _steps(recipe, of_recipe)
-    checked = checked_steps(steps)
-    for step, source, target in checked:
-        if step.recipe.search:
-            target = surviving(step.recipe, step.recipe.search, source).largest
-        case = Case(step.recipe, source, target, cluster, Shares(matrix_share) if matrix_share else Shares())
-        if layouts:
-            print_layouts(case, all_layouts(case), console)
-            continue
-        print_plan(case, stage_plans(case), console)
-        console.print(schedule_table(schedule_rows(step.recipe, source, target), step.recipe.parallel))
-        if schedule:
-            file = schedule.with_stem(f"{schedule.stem}_{step.name}") if step.name else schedule
-            ranks, drawn = write_picture(step.recipe, source, target, file)
-            print(f"{file}: {ranks} ranks, {drawn} micro-batches")
-    for step in steps[len(checked) :]:
-        print(f"step {step.name}: goes on from what a search finds; once that is there, step={step.name} is planned")
+    shares = Shares(matrix_share) if matrix_share else Shares()
+    plan_steps(recipe, of_recipe, cluster, shares, Console(), schedule=schedule, layouts=layouts)
 
 
 @app.command(

@@ -186,13 +186,7 @@ def filled(recipe_path: str, overrides: list[str], processes: int) -> list[str]:
     """With parallel.data as large as the processes allow, unless the user named it; raises LayoutError where they are no multiple of the rest."""
     if any(item.startswith("parallel.data=") for item in overrides):
         return overrides
-    parallel = load_recipe(recipe_path, overrides).parallel
-    model = parallel.processes // parallel.data
-    if processes % model:
-        raise LayoutError(
-            f"{processes} processes are no multiple of the {model} that tensor × context × pipeline of {recipe_path} need; use another --nodes"
-        )
-    return [*overrides, f"parallel.data={processes // model}"]
+    return [*overrides, f"parallel.data={load_recipe(recipe_path, overrides).parallel.replicas(processes)}"]
 
 
 def rendezvous(environment: Mapping[str, str]) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from minitron_megatron.config.section import Section
+from minitron_megatron.errors import LayoutError
 
 Rule = str | Sequence[int]
 """How layers are dealt to pipeline stages: cost, even, or the layers of each stage."""
@@ -65,3 +66,10 @@ class Parallel(Section):
     @property
     def processes(self) -> int:
         return self.tensor * self.context * self.pipeline * self.data
+
+    def replicas(self, processes: int) -> int:
+        """The data-parallel size that takes all of so many processes; raises LayoutError where they are no multiple of the model's."""
+        model = self.processes // self.data
+        if processes % model:
+            raise LayoutError(f"{processes} processes are no multiple of the {model} that tensor × context × pipeline need; use another --nodes")
+        return processes // model

@@ -102,7 +102,7 @@ def transformer_config(
     recompute: str = "none",
 ) -> TransformerConfig:
     """Architecture × Layout → megatron's config; what depends on the machine comes from the platform."""
-    flags = megatron_flags(platform)
+    flags = megatron_flags(platform, arch.family.activation)
     if layout.virtual > 1:
         # batched sends and receives make the gradients of two stages with a virtual pipeline silently wrong; and ranks that wait for each
         # send stand in step with each other pass by pass, which a last stage with the loss in its forward pass makes slow

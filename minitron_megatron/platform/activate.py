@@ -70,13 +70,9 @@ def activate(kind: Literal["auto", "cpu", "cuda"] = "auto") -> Platform:
     return platform
 
 
-def megatron_flags(platform: Platform) -> dict[str, Any]:
-    """TransformerConfig arguments that depend on the machine and on what is installed.
-
-    `bias_activation_fusion` holds for SwiGLU and GELU; a model with another activation (squared ReLU) has to
-    overwrite it with False.
-    """
-    return _cpu_flags() if platform.kind == "cpu" else _cuda_flags()
+def megatron_flags(platform: Platform, activation: str) -> dict[str, Any]:
+    """TransformerConfig arguments that depend on the machine and on what is installed; activation: of the model's FFN."""
+    return _cpu_flags() if platform.kind == "cpu" else _cuda_flags(activation)
 
 
 def cpu_flags() -> frozenset[str]:
@@ -143,12 +139,12 @@ def _cpu_flags() -> dict[str, Any]:
     }
 
 
-def _cuda_flags() -> dict[str, Any]:
+def _cuda_flags(activation: str) -> dict[str, Any]:
     installed = {name for name in _KERNEL_MODULES if importlib.util.find_spec(name) is not None}
     return {
         "use_cpu_initialization": False,
         "masked_softmax_fusion": "scaled_upper_triang_masked_softmax_cuda" in installed,
-        "bias_activation_fusion": True,
+        "bias_activation_fusion": activation == "swiglu",  # of squared ReLU megatron has no fused kernel, and raises
         "bias_dropout_fusion": True,
         "apply_rope_fusion": "transformer_engine" in installed,
         # megatron raises when the output layer is built, even with Transformer Engine, if the kernel is absent

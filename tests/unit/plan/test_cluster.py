@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from minitron_megatron.errors import PlatformError
-from minitron_megatron.plan.cluster import read_cluster, split_overrides
+from minitron_megatron.errors import LayoutError, PlatformError
+from minitron_megatron.plan.cluster import Cluster, read_cluster, split_overrides
+from minitron_megatron.plan.command import on_all_nodes
+
+RECIPE = "configs/smollm2_135m_to_97m.yaml"
 
 
 def test_the_file_is_no_override_of_the_recipe() -> None:
@@ -53,3 +56,12 @@ def test_mistakes_are_told(text: str, told: str, tmp_path: Path) -> None:
 def test_a_missing_file_is_told() -> None:
     with pytest.raises(PlatformError, match=r"nowhere\.yaml: no such cluster file"):
         read_cluster("nowhere.yaml")
+
+
+def test_data_parallelism_takes_the_clusters_nodes_unless_it_is_named() -> None:
+    two_nodes = Cluster(None, 8, nodes=2)
+    assert on_all_nodes(RECIPE, [], two_nodes) == ["parallel.data=8"]  # over two stages
+    assert on_all_nodes(RECIPE, ["parallel.data=2"], two_nodes) == ["parallel.data=2"]
+    assert on_all_nodes(RECIPE, [], Cluster(None, 8)) == []  # as many nodes as the layout takes
+    with pytest.raises(LayoutError, match="16 processes are no multiple of the 3"):
+        on_all_nodes(RECIPE, ["parallel.pipeline=3"], two_nodes)

@@ -1,0 +1,21 @@
+"""megatron's config of a model, on machines that this one is not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from minitron_megatron.arch.architecture import Architecture
+from minitron_megatron.model.build import transformer_config
+from minitron_megatron.parallel.split import EndWork
+from minitron_megatron.platform import Platform
+
+
+@pytest.mark.parametrize(("family", "fused"), [("llama", True), ("nemotron", False)])
+def test_on_a_gpu_the_activation_is_fused_where_megatron_can(layout: Any, family: str, fused: bool) -> None:
+    """megatron raises where it is told to fuse squared ReLU."""
+    arch = Architecture(family, 3, 24, 8, 2, 6, 16, 131, False, 64, 1e-5, 10000.0)
+    config = transformer_config(arch, layout, Platform("cuda", "nccl", torch.device("cuda")), torch.bfloat16, ends=EndWork(0, 0))
+    assert config.bias_activation_fusion is fused

@@ -140,7 +140,7 @@ def _tried(case: Case, choice: Choice, machine: Machine, limit: int) -> Fitting 
 
 def _rounded(gib: float) -> str:
     """In steps, so that what is alike stands together."""
-    step = 5 if gib < 200 else 50
+    step = 10 if gib < 100 else 50
     low = int(gib // step * step)
     return f"{low} to {low + step}"
 

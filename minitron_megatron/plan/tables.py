@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -168,9 +169,15 @@ def print_layouts(case: Case, found: Found, console: Console) -> None:
     refused.add_column("why")
     refused.add_column("number", justify="right")
     refused.add_column("which")
-    for reason, choices in sorted(found.refused.items(), key=lambda item: -len(item[1])):
+    for reason, choices in sorted(found.refused.items(), key=lambda item: _least(item[0])):
         refused.add_row(reason, str(len(choices)), grouped(choices))
     console.print(refused)
+
+
+def _least(reason: str) -> tuple[bool, int]:
+    """The recipe's own checks first, then what needs memory, little before much."""
+    needs = re.match(r"needs (\d+) to", reason)
+    return needs is not None, int(needs[1]) if needs else 0
 
 
 def _number(value: float) -> str:

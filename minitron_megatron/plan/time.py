@@ -92,7 +92,8 @@ def pipeline_seconds(works: StageWorks, number: int, order: Order) -> float:
     if number <= 2 * few:
         return step_time(simulate(works, number, order))
     some, more = (step_time(simulate(works, count, order)) for count in (few, 2 * few))
-    return some + (more - some) * (number - few) / few
+    # a start that the second round makes good would be taken off again and again: no step is shorter than its ideal
+    return max(works.ideal(number), some + (more - some) * (number - few) / few)
 
 
 def _works(plan: TrainingPlan, machine: Machine) -> tuple[StageWorks, Order, float]:

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# Set-up, static checks and tests. --all adds the slow tiers: tests marked slow (those of a SLURM
-# cluster of two nodes among them, which apt installs), and the newest supported megatron-core under Python 3.12 where one
-# is found.
+# Set-up, static checks and tests. --all adds the slow tiers: tests marked slow, those of a SLURM cluster of two nodes and of the Dockerfile
+# among them (apt installs what they need), and the newest supported megatron-core under Python 3.12 where one is found.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/setup.sh
@@ -41,4 +40,4 @@ if [ -z "$newest" ]; then
   exit 0
 fi
 setup_environment .venv-newest "$newest" dev,export 0.19.2
-.venv-newest/bin/pytest -m "not slow" tests/unit tests/distributed
+.venv-newest/bin/pytest -m "not slow" tests/unit tests/distributed tests/large

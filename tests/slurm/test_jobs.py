@@ -141,6 +141,19 @@ class Disturbed:
                 workers.append(process)
         return sorted(workers, key=lambda process: int(process.environ()["RANK"]))
 
+    def lose(self, job: int, victims: list[psutil.Process]) -> None:
+        """The slurmd of the second node and the victims, until SLURM has queued the job again; then the node is there again."""
+        os.kill(self.cluster.slurmd(2), signal.SIGKILL)
+        try:
+            for process in victims:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            wait_until(lambda: "down" in " ".join(self.cluster.nodes()), lambda: str(self.cluster.nodes()))
+            wait_until(lambda: self.cluster.facts(job)["JobState"] == "PENDING", lambda: str(self.cluster.facts(job)))
+            wait_until(lambda: status_in(self.partial)["state"] in ("queued", "saved"), lambda: str(status_in(self.partial)))
+        finally:
+            self.cluster.start_slurmd(2)
+
     def require_the_same_end(self, undisturbed: Run) -> None:
         """To the bit, and each step once: no sample lost, none repeated."""
         found, expected = json.loads((self.folder / "distill" / "result.json").read_text()), undisturbed.result("distill")
@@ -213,26 +226,19 @@ def test_a_pre_emption_is_met_with_a_checkpoint(disturbed: Disturbed, undisturbe
     disturbed.require_the_same_end(undisturbed)
 
 
-@pytest.mark.parametrize("lost", ["node", "slurmd"])
-def test_a_lost_node_is_waited_for_and_the_run_goes_on(disturbed: Disturbed, undisturbed: Run, lost: str) -> None:
-    """With all that ran there, or with its slurmd alone: SLURM gives the node up, and what ran there lives on for a while."""
-    job = disturbed.submit(HOLD=f"0:{FIRST}")
+def test_lost_nodes_are_waited_for_and_the_run_goes_on(disturbed: Disturbed, undisturbed: Run) -> None:
+    """First a slurmd alone, where what ran on its node lives on until SLURM gives the node up; then a node with all that ran there."""
+    job = disturbed.submit("training.asynchronous_checkpoints=false", HOLD=f"0:{FIRST} 1:{SECOND}")
     disturbed.wait_for_checkpoint(job, FIRST)
+    disturbed.lose(job, [])
+    disturbed.wait_for_checkpoint(job, SECOND)
     workers = disturbed.workers(1)
     victims = [*workers, *{parent for worker in workers for parent in worker.parents() if parent.name() == "slurmstepd"}]
     assert len(victims) == 3
-    os.kill(disturbed.cluster.slurmd(2), signal.SIGKILL)
-    try:
-        for process in victims if lost == "node" else []:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        wait_until(lambda: "down" in " ".join(disturbed.cluster.nodes()), lambda: str(disturbed.cluster.nodes()))
-        wait_until(lambda: disturbed.cluster.facts(job)["JobState"] == "PENDING", lambda: str(disturbed.cluster.facts(job)))
-        wait_until(lambda: status_in(disturbed.partial)["state"] in ("queued", "saved"), lambda: str(status_in(disturbed.partial)))
-    finally:
-        disturbed.cluster.start_slurmd(2)
-    disturbed.cluster.wait(job)
-    assert continued_steps(disturbed.cluster.log(job))[0] >= SAVED_EVERY
+    disturbed.lose(job, victims)
+    assert disturbed.cluster.wait(job)["Restarts"] == "2"
+    saved, later = continued_steps(disturbed.cluster.log(job))
+    assert SAVED_EVERY <= saved < later == 2 * SAVED_EVERY
     disturbed.require_the_same_end(undisturbed)
 
 

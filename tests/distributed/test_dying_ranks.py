@@ -34,7 +34,7 @@ import shutil
 import signal
 def fail(*_):
     raise ValueError("broken on purpose")
-signal.signal(signal.SIGUSR1, fail)
+signal.signal(signal.SIGUSR2, fail)
 """
 
 
@@ -59,10 +59,11 @@ def recipe(house: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = json.loads((runs / "tiny" / "import" / "hf_config.json").read_text())
     (folder / "model" / "config.json").write_text(json.dumps({**config, "vocab_size": SOURCE.vocab, "max_position_embeddings": SOURCE.max_positions}))
     values = recipe_for(runs, PARALLEL, steps=100_000, save_every_steps=100_000, validate_every_steps=100_000).model_dump(mode="json")
-    values["model"] = Model(path=str(folder / "model")).model_dump(mode="json")
+    model = Model(path=str(folder / "model"))
+    values["model"] = model.model_dump(mode="json")
     values["evaluate"] = {"sequence_length": SEQUENCE}
     manifest = runs / "tiny" / "import" / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "settings": {"model": values["model"]}}))
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "settings": {"model": model.shaping()}}))
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
     (folder / "site").mkdir()
     (folder / "site" / "sitecustomize.py").write_text(SITECUSTOMIZE)
@@ -120,7 +121,7 @@ def test_a_killed_rank_is_named_and_its_peers_lost_connections_are_not(recipe: P
 
 @pytest.mark.slow
 def test_an_exception_in_the_middle_of_a_step_is_the_only_traceback(recipe: Path) -> None:
-    ended = hit(recipe, {1: signal.SIGUSR1}, "parallel.tensor=1")
+    ended = hit(recipe, {1: signal.SIGUSR2}, "parallel.tensor=1")
     assert (ended.code, ended.left) == (1, [])
     assert ended.seconds < END_SECONDS
     assert ended.error.splitlines()[0] == "distill: rank 1 failed: ValueError: broken on purpose"
@@ -129,7 +130,7 @@ def test_an_exception_in_the_middle_of_a_step_is_the_only_traceback(recipe: Path
 
 @pytest.mark.slow
 def test_the_first_of_several_that_die_is_named(recipe: Path) -> None:
-    ended = hit(recipe, {0: signal.SIGKILL, 2: signal.SIGUSR1})
+    ended = hit(recipe, {0: signal.SIGKILL, 2: signal.SIGUSR2})
     assert ended.error.startswith("distill: rank 0 was killed by signal 9 (SIGKILL)")
     assert ended.seconds < END_SECONDS
 

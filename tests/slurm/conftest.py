@@ -94,7 +94,7 @@ def cluster() -> Iterator[Cluster]:
     )
     found = Cluster(folder, daemons, environment_of_jobs(folder))
     try:
-        wait_until(lambda: answers(found) == ["idle"] * NODES, lambda: (folder / "output.log").read_text(), seconds=30)
+        wait_until(lambda: answers(found) == ["idle"] * NODES, lambda: (folder / "output.log").read_text(), seconds=60)
         yield found
     finally:
         daemons.communicate()  # closes its input: it ends all that it started

@@ -123,24 +123,27 @@ for code in $CODES; do
   echo "$code" >"$MINITRON_JOB/code_$number"
   number=$((number + 1))
 done
+(cd "$MINITRON_STAGE_FOLDER" && eval "$SAVES")
 [ -z "$TOLD" ] || printf '{\n  "state": "failed",\n  "step": 30,\n  "why": "%s"\n}\n' "$TOLD" >"$MINITRON_STAGE_FOLDER/status.json"
 exit "$SRUN_CODE"
 """
 
 
-def end_of_job(tmp_path: Path, *, codes: str, srun_code: int, job: str, told: str = "", stage: str = "distill") -> Ended:
-    """codes: of the nodes, told: what the launcher writes as the reason, job: what SLURM knows of the job."""
+def end_of_job(tmp_path: Path, *, codes: str, srun_code: int, job: str, told: str = "", stage: str = "distill", saves: str = "") -> Ended:
+    """codes: of the nodes, told: what the launcher writes as the reason, job: what SLURM knows of the job, saves: a command of this start."""
+    tmp_path.mkdir(exist_ok=True)
     for name, text in {"scontrol": SCONTROL, "srun": SRUN, "scancel": "#!/bin/sh\n"}.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     folders = [tmp_path / "runs" / f".{name}.partial" for name in (stage, "export")]
     for number, folder in enumerate(folders):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "status.json").write_text(json.dumps({"state": "queued", "job": str(7 + number)}, indent=2))
+        if not (folder / "status.json").exists():  # of an earlier start
+            (folder / "status.json").write_text(json.dumps({"state": "queued", "job": str(7 + number)}, indent=2))
     environment = {
         "PATH": f"{tmp_path}:/usr/bin:/bin",
         **{"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "SLURM_NNODES": "2", "CLUSTER": "configs/cluster/cpu.yaml", "LOGS": str(tmp_path)},
-        **{"MINITRON_STAGE_FOLDER": str(folders[0]), "CODES": codes, "SRUN_CODE": str(srun_code), "JOB": job, "TOLD": told},
+        **{"MINITRON_STAGE_FOLDER": str(folders[0]), "CODES": codes, "SRUN_CODE": str(srun_code), "JOB": job, "TOLD": told, "SAVES": saves},
     }
     command = ["bash", "-c", f". slurm/common.sh; run_stage {stage} recipe.yaml"]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=30)
@@ -185,28 +188,32 @@ def test_what_the_launcher_told_is_the_reason_in_the_status_and_in_the_log(tmp_p
     assert failed.status["why"] == 'distill: step 3 has loss nan, "x"; lower it'
     early = end_of_job(tmp_path, codes="2", srun_code=2, job=RUNNING, told="runs/x/prune does not exist; make it with: minitron prune recipe.yaml")
     assert early.status["why"].endswith("or all that is missing with: slurm/pipeline_8b_to_4b.sh recipe.yaml")
-    again = end_of_job(tmp_path, codes="1 1", srun_code=1, job=RUNNING, told="distill: rank 3 was killed, probably out of memory")
+    again = end_of_job(tmp_path / "again", codes="1 1", srun_code=1, job=RUNNING, told="distill: rank 3 was killed, probably out of memory")
     assert again.requeued and again.status["why"] == "distill: rank 3 was killed, probably out of memory"
     assert "queued again (job 7): distill: rank 3 was killed, probably" in again.output
 
 
 def test_starts_count_until_one_gets_further(tmp_path: Path) -> None:
-    training = tmp_path / "runs" / ".distill.partial" / "training"
-    outcomes = []
-    for newest in (None, 20, None, 40, None, None, None):  # what each start saves
-        if newest:
-            (training / f"step_{newest:08d}").mkdir(parents=True)
-        outcomes.append(end_of_job(tmp_path, codes="1", srun_code=1, job=RUNNING))
+    saves = ("", "mkdir -p training/step_00000020", "", "mkdir training/step_00000040", "", "", "")  # of each start
+    outcomes = [end_of_job(tmp_path, codes="1", srun_code=1, job=RUNNING, saves=command) for command in saves]
     assert [ended.requeued for ended in outcomes] == [True] * 6 + [False]
     assert outcomes[-1].status["why"] == "3 starts one after another got no further; the last one: the step ended with exit code 1"
 
 
+def test_a_start_that_loses_its_node_counts_though_nobody_is_left_to_count_it(tmp_path: Path) -> None:
+    """SLURM queues the job by itself; the fourth start begins nothing."""
+    lost = "JobState=COMPLETING Reason=None Restarts=1"
+    outcomes = [end_of_job(tmp_path, codes="1", srun_code=1, job=lost, told="rank 3 is gone") for _ in range(4)]
+    assert [ended.status["state"] for ended in outcomes] == ["queued"] * 3 + ["failed"]
+    assert outcomes[-1].status["why"] == "3 starts one after another got no further; the last one: rank 3 is gone"
+    assert "job 7, start" in outcomes[0].output and "job 7, start" not in outcomes[-1].output
+
+
 def test_a_stage_that_begins_anew_each_time_gets_no_further_by_rewriting_its_files(tmp_path: Path) -> None:
-    file, outcomes = tmp_path / "runs" / ".import.partial" / "shard", []
+    outcomes = []
     for size in (50, 40, 50, 45):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(bytes(size))
-        outcomes.append(end_of_job(tmp_path, codes="1", srun_code=1, job=RUNNING, stage="import").requeued)
+        writes = f"head -c {size} /dev/zero >shard"
+        outcomes.append(end_of_job(tmp_path, codes="1", srun_code=1, job=RUNNING, stage="import", saves=writes).requeued)
     assert outcomes == [True, True, True, False]
 
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 TORCH = ((2, 9), (2, 14))
 """From, and up to but without: setup.py's range."""
@@ -58,7 +59,7 @@ def inspect_base() -> Base:
     return Base(
         python=sys.version_info[:2],
         torch=torch.__version__ if torch else None,
-        torch_folder=str(Path(torch.__file__).parent) if torch else None,
+        torch_folder=torch.__path__[0] if torch else None,
         cuda=torch.version.cuda if torch else None,
         nvcc=_nvcc_version(),
         transformer_engine=_transformer_engine_version(),
@@ -121,7 +122,7 @@ def _within(version: str, limits: tuple[tuple[int, int], tuple[int, int]]) -> bo
     return limits[0] <= version_numbers(version)[:2] < limits[1]
 
 
-def _import(name: str):  # type: ignore[no-untyped-def]
+def _import(name: str) -> ModuleType | None:
     try:
         return importlib.import_module(name)
     except ImportError:

@@ -72,16 +72,16 @@ def own_storage(folder: Path) -> Iterator[str | None]:
 
 
 def why_nothing_runs() -> str | None:
-    """Runs the machine's own `true` in an empty container, as a RUN of the Dockerfile would be."""
+    """Runs the machine's own `true` in an empty container, as a RUN of the Dockerfile would be, and makes an image of it."""
+    made = attempt("buildah", "from", "scratch")
+    container = made.stdout.strip()
     volumes = [f"--volume={place}:{place}:ro" for place in ("/bin", "/lib", "/lib64", "/usr") if Path(place).exists()]
-    made = subprocess.run(["buildah", "from", "scratch"], capture_output=True, text=True, check=False)
-    if made.returncode:
-        return f"buildah from scratch: {made.stderr.strip()[-300:]}"
-    run = subprocess.run(
-        ["buildah", "run", *ISOLATION, *volumes, made.stdout.strip(), "--", "/bin/true"], capture_output=True, text=True, check=False
-    )
-    subprocess.run(["buildah", "rm", made.stdout.strip()], capture_output=True, check=False)
-    return f"buildah run: {run.stderr.strip()[-300:]}" if run.returncode else None
+    steps = [
+        ["buildah", "run", *ISOLATION, *volumes, container, "--", "/bin/true"],
+        ["buildah", "commit", "--quiet", "--format", "docker", "--rm", container, "localhost/nothing:test"],
+    ]
+    tried = [made, *(attempt(*step) for step in steps if made.returncode == 0)]
+    return next((f"{' '.join(each.args[:2])}: {each.stderr.strip()[-300:]}" for each in tried if each.returncode), None)
 
 
 def unmount_below(folder: Path) -> None:

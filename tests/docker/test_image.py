@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -93,6 +94,18 @@ def test_its_health_check_tells_order_from_disorder(container: Container) -> Non
 def test_a_user_without_an_account_can_run_it(container: Container) -> None:
     program = "import getpass, pathlib, torch; print(getpass.getuser()); pathlib.Path.home().joinpath('cache-4321').touch()"
     assert container.run("python", "-c", program, user="4321:4321").strip() == "minitron"
+
+
+def test_a_checkout_in_the_work_folder_is_imported_by_its_own_script_alone(container: Container, tmp_path: Path) -> None:
+    (tmp_path / "minitron_megatron").mkdir()
+    (tmp_path / "minitron_megatron" / "__init__.py").write_text("")
+    (tmp_path / "minitron_megatron" / "launcher.py").write_text("print('the checkout')")
+    (tmp_path / "launch").mkdir()
+    shutil.copy(ROOT / "launch" / "torchrun.sh", tmp_path / "launch")
+    tmp_path.chmod(0o755)
+    volumes = (f"{tmp_path}:/workspace:ro",)
+    assert "usage: launch/torchrun.sh" in container.try_("python", "-m", "minitron_megatron.launcher", "--help", volumes=volumes).stderr
+    assert container.run("bash", "launch/torchrun.sh", volumes=volumes).strip() == "the checkout"
 
 
 def test_nemo_opens_archives_in_it(container: Container) -> None:

@@ -69,18 +69,19 @@ def inspect_base() -> Base:
     )
 
 
-def lock_name(base: Base) -> str:
-    """Of the file in requirements/, such as gpu-py312; raises BaseError for a Python without one."""
+def require_supported(base: Base) -> None:
+    """Raises BaseError where the project does not run on the base's Python or torch, or where PyPI's package apex lies there."""
     if not PYTHON[0] <= base.python < PYTHON[1]:
         raise BaseError(f"the base's Python is {base.python[0]}.{base.python[1]}; choose a base with 3.10, 3.11 or 3.12 (--build-arg BASE=…)")
-    return f"{'gpu' if base.cuda else 'cpu'}-py{base.python[0]}{base.python[1]}"
-
-
-def keeps_torch(base: Base) -> bool:
-    """Whether the base brings torch; raises BaseError where it is one that the project does not run on."""
     if base.torch is not None and not _within(base.torch, TORCH):
         raise BaseError(f"the base's torch is {base.torch}; >=2.9,<2.14 is supported: choose another base (--build-arg BASE=…) or one without")
-    return base.torch is not None
+    if base.apex == "unrelated":
+        raise BaseError("the base holds PyPI's apex, an unrelated web toolkit that megatron takes for NVIDIA's: choose another base")
+
+
+def lock_name(base: Base) -> str:
+    """Of the file in requirements/, such as gpu-py312."""
+    return f"{'gpu' if base.cuda else 'cpu'}-py{base.python[0]}{base.python[1]}"
 
 
 def builds_transformer_engine(base: Base) -> bool:
@@ -89,9 +90,7 @@ def builds_transformer_engine(base: Base) -> bool:
 
 
 def builds_apex(base: Base) -> bool:
-    """Whether NVIDIA's kernels are missing where they can be used; raises BaseError where PyPI's package of that name lies."""
-    if base.apex == "unrelated":
-        raise BaseError("the base holds PyPI's apex, an unrelated web toolkit that megatron takes for NVIDIA's: choose another base")
+    """Whether NVIDIA's kernels are missing where they can be used."""
     return base.cuda is not None and base.apex != "kernels"
 
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 TORCH = ((2, 9), (2, 14))
 """From, and up to but without: setup.py's range."""
@@ -58,7 +59,7 @@ def inspect_base() -> Base:
     return Base(
         python=sys.version_info[:2],
         torch=torch.__version__ if torch else None,
-        torch_folder=str(Path(torch.__file__).parent) if torch else None,
+        torch_folder=torch.__path__[0] if torch else None,
         cuda=torch.version.cuda if torch else None,
         nvcc=_nvcc_version(),
         transformer_engine=_transformer_engine_version(),
@@ -68,18 +69,19 @@ def inspect_base() -> Base:
     )
 
 
-def lock_name(base: Base) -> str:
-    """Of the file in requirements/, such as gpu-py312; raises BaseError for a Python without one."""
+def require_supported(base: Base) -> None:
+    """Raises BaseError where the project does not run on the base's Python or torch, or where PyPI's package apex lies there."""
     if not PYTHON[0] <= base.python < PYTHON[1]:
         raise BaseError(f"the base's Python is {base.python[0]}.{base.python[1]}; choose a base with 3.10, 3.11 or 3.12 (--build-arg BASE=…)")
-    return f"{'gpu' if base.cuda else 'cpu'}-py{base.python[0]}{base.python[1]}"
-
-
-def keeps_torch(base: Base) -> bool:
-    """Whether the base brings torch; raises BaseError where it is one that the project does not run on."""
     if base.torch is not None and not _within(base.torch, TORCH):
         raise BaseError(f"the base's torch is {base.torch}; >=2.9,<2.14 is supported: choose another base (--build-arg BASE=…) or one without")
-    return base.torch is not None
+    if base.apex == "unrelated":
+        raise BaseError("the base holds PyPI's apex, an unrelated web toolkit that megatron takes for NVIDIA's: choose another base")
+
+
+def lock_name(base: Base) -> str:
+    """Of the file in requirements/, such as gpu-py312."""
+    return f"{'gpu' if base.cuda else 'cpu'}-py{base.python[0]}{base.python[1]}"
 
 
 def builds_transformer_engine(base: Base) -> bool:
@@ -88,9 +90,7 @@ def builds_transformer_engine(base: Base) -> bool:
 
 
 def builds_apex(base: Base) -> bool:
-    """Whether NVIDIA's kernels are missing where they can be used; raises BaseError where PyPI's package of that name lies."""
-    if base.apex == "unrelated":
-        raise BaseError("the base holds PyPI's apex, an unrelated web toolkit that megatron takes for NVIDIA's: choose another base")
+    """Whether NVIDIA's kernels are missing where they can be used."""
     return base.cuda is not None and base.apex != "kernels"
 
 
@@ -121,7 +121,7 @@ def _within(version: str, limits: tuple[tuple[int, int], tuple[int, int]]) -> bo
     return limits[0] <= version_numbers(version)[:2] < limits[1]
 
 
-def _import(name: str):  # type: ignore[no-untyped-def]
+def _import(name: str) -> ModuleType | None:
     try:
         return importlib.import_module(name)
     except ImportError:

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from found import Base, BaseError, builds_apex, builds_transformer_engine, inspect_base, keeps_torch, lock_name, require_compiler
+from found import Base, BaseError, builds_apex, builds_transformer_engine, inspect_base, lock_name, require_compiler, require_supported
 
 OWN_WHEELS = re.compile(r"transformer[-_]engine", re.IGNORECASE)
 """Lines of a lock that `wheels` sees to."""
@@ -97,7 +97,7 @@ def plan_wheels(base: Base, settings: Settings) -> list[Command]:
     if not (engine or apex):
         return []
     require_compiler(base, settings.architectures)
-    lock = settings.locks / f"{lock_name(base)}.txt"
+    lock = _lock(base, settings)
     tools = _pins(lock, ["pip", "setuptools", "wheel", "packaging", "ninja", "pybind11"])
     commands = [*_new_environment(base, settings), _pip(settings, "install", "--no-deps", *tools)]
     if engine:
@@ -109,16 +109,14 @@ def plan_wheels(base: Base, settings: Settings) -> list[Command]:
 
 def plan_packages(base: Base, settings: Settings, wheels: list[Path]) -> list[Command]:
     """The environment over the base: exactly what the lock says, then what was compiled, then torch where there is none."""
-    lock = settings.locks / f"{lock_name(base)}.txt"
-    if not lock.is_file():
-        raise BaseError(f"{lock} is missing; bash launch/lock.sh {lock_name(base)} makes it")
+    lock = _lock(base, settings)
     commands = _new_environment(base, settings)
     # first, for source distributions among the others: with build isolation each would fetch the newest setuptools
     commands.append(_pip(settings, "install", "--no-deps", "--no-compile", *_pins(lock, ["pip", "setuptools", "wheel"])))
     commands.append(_pip(settings, "install", "--no-deps", "--no-compile", "--no-build-isolation", *_lines_without(lock, OWN_WHEELS)))
     if wheels:
         commands.append(_pip(settings, "install", "--no-deps", "--no-compile", "--no-index", *map(str, wheels)))
-    if not keeps_torch(base):
+    if base.torch is None:
         index = ["--extra-index-url", settings.torch_index] if settings.torch_index else []
         commands.append(_pip(settings, "install", "--no-compile", *index, "--constraint", str(lock), f"torch=={settings.torch_version}"))
     return commands
@@ -141,6 +139,13 @@ def plan_check(base: Base, settings: Settings) -> list[Command]:
         recorded = f"{(base.torch, base.torch_folder)!r}"
         program += f"; assert (torch.__version__, torch.__file__.rsplit('/', 1)[0]) == {recorded}, \"torch is not the base's\""
     return [Command([settings.python, "-c", program]), Command([str(settings.environment / "bin" / "minitron"), "doctor"])]
+
+
+def _lock(base: Base, settings: Settings) -> Path:
+    lock = settings.locks / f"{lock_name(base)}.txt"
+    if not lock.is_file():
+        raise BaseError(f"{lock} is missing; bash launch/lock.sh {lock_name(base)} makes it")
+    return lock
 
 
 def _new_environment(base: Base, settings: Settings) -> list[Command]:
@@ -227,11 +232,11 @@ def hold_torch(settings: Settings) -> None:
 
 def run_step(step: str, settings: Settings, *, dry_run: bool) -> int:
     if step == "wheels":
-        settings.wheels.mkdir(parents=True, exist_ok=True)
-        return carry_out(plan_wheels(inspect_base(), settings), dry_run=dry_run)
+        if not dry_run:
+            settings.wheels.mkdir(parents=True, exist_ok=True)  # the Dockerfile mounts it, empty or not
+        return carry_out(plan_wheels(_supported_base(), settings), dry_run=dry_run)
     if step == "packages":
-        base = inspect_base()
-        print(f"base: {json.dumps(asdict(base))}", flush=True)
+        base = _supported_base()
         code = carry_out(plan_packages(base, settings, sorted(settings.wheels.glob("*.whl"))), dry_run=dry_run)
         if code == 0 and not dry_run:
             settings.record.write_text(json.dumps(asdict(base), indent=1) + "\n")
@@ -243,6 +248,13 @@ def run_step(step: str, settings: Settings, *, dry_run: bool) -> int:
         recorded = json.loads(settings.record.read_text())
         return carry_out(plan_check(Base(**{**recorded, "python": tuple(recorded["python"])}), settings), dry_run=dry_run)
     raise BaseError(f"'{step}' is none of wheels, packages, project, check")
+
+
+def _supported_base() -> Base:
+    base = inspect_base()
+    print(f"base: {json.dumps(asdict(base))}", flush=True)
+    require_supported(base)
+    return base
 
 
 def main(arguments: list[str]) -> int:

@@ -11,6 +11,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/setup.sh
 UV_VERSION=0.13.8
+IMAGES_MEGATRON=0.16.1 # for every Python: it is built on the image's default base, and the range of Transformer Engine in setup.py is its own
 PLATFORM=x86_64-manylinux_2_28
 NAMES=(py310 py311 py312 cpu-py310 cpu-py311 cpu-py312 gpu-py310 gpu-py311 gpu-py312)
 
@@ -52,6 +53,7 @@ lock() {
   version=3.${BASH_REMATCH[3]}
   for extra in $(extras_of "$name"); do options+=(--extra "$extra"); done
   printf 'torch==%s\n' "$TORCH_VERSION" >"$folder/constraints.txt"
+  case $name in cpu-* | gpu-*) printf 'megatron-core==%s\n' "$IMAGES_MEGATRON" >>"$folder/constraints.txt" ;; esac
   build_tools "$name" >"$folder/tools.in"
   rm -f "$folder/$name.txt"
   [ $upgrade = no ] && [ -f "requirements/$name.txt" ] && cp "requirements/$name.txt" "$folder/$name.txt"

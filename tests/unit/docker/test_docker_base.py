@@ -91,15 +91,15 @@ def test_the_two_apex_are_told_apart(stand_in: Callable[..., Path], folders: tup
     assert inspect(folder)["apex"] == is_
 
 
-def test_on_nvidias_image_nothing_is_compiled_and_torch_stays() -> None:
-    assert found.keeps_torch(NGC)
+def test_nvidias_image_is_taken_and_nothing_compiled_on_it() -> None:
+    found.require_supported(NGC)
     assert not found.builds_transformer_engine(NGC)
     assert not found.builds_apex(NGC)
     assert found.lock_name(NGC) == "gpu-py312"
 
 
-def test_on_a_bare_base_nothing_is_compiled_and_torch_is_installed() -> None:
-    assert not found.keeps_torch(BARE)
+def test_a_bare_base_is_taken_and_nothing_compiled_on_it() -> None:
+    found.require_supported(BARE)
     assert not found.builds_transformer_engine(BARE)
     assert not found.builds_apex(BARE)
     assert found.lock_name(BARE) == "cpu-py311"
@@ -121,19 +121,19 @@ def test_apex_without_kernels_is_compiled_and_pypis_is_refused() -> None:
     assert found.builds_apex(replace(NGC, apex="absent"))
     assert not found.builds_apex(replace(BARE, apex="absent"))
     with pytest.raises(found.BaseError, match="unrelated web toolkit"):
-        found.builds_apex(replace(BARE, apex="unrelated"))
+        found.require_supported(replace(BARE, apex="unrelated"))
 
 
 @pytest.mark.parametrize("torch", ["2.8.0", "2.14.0", "1.13.1+cu117"])
 def test_a_torch_out_of_range_is_refused(torch: str) -> None:
     with pytest.raises(found.BaseError, match="choose another base"):
-        found.keeps_torch(replace(NGC, torch=torch))
+        found.require_supported(replace(NGC, torch=torch))
 
 
 @pytest.mark.parametrize("python", [(3, 9), (3, 13)])
 def test_a_python_out_of_range_is_refused(python: tuple[int, int]) -> None:
     with pytest.raises(found.BaseError, match=r"3\.10, 3\.11 or 3\.12"):
-        found.lock_name(replace(NGC, python=python))
+        found.require_supported(replace(NGC, python=python))
 
 
 @pytest.mark.parametrize(

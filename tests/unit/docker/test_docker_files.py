@@ -65,3 +65,4 @@ def test_every_lock_names_one_version_of_each_package_and_no_torch(kind: str, py
     assert "apex" not in names
     assert ("transformer-engine-torch" in names) == (kind == "gpu-")
     assert ("nemo-toolkit" in names) == (kind != "")
+    assert ("megatron-core==0.16.1" in pins) == (kind != "" or python != "py312")  # the image's base and Transformer Engine are that one's

@@ -228,7 +228,7 @@ def test_an_interrupted_stage_measures_no_candidate_twice_and_pruning_drops_what
     artifact = find_artifact(runs / "tiny", "depth")
     assert artifact is not None and artifact.manifest["inputs"].keys() == {"import", "data"}
     assert artifact.result["order"] == one_process[2]["order"][:2]
-    assert {path.name for path in artifact.path.iterdir()} == {"manifest.json", "result.json", "depth.json"}
+    assert {path.name for path in artifact.path.iterdir()} == {"manifest.json", "result.json", "status.json", "depth.json"}
     pool.run(publish_stage, "prune", recipe, processes=1)
     pruned = find_artifact(runs / "tiny", "prune")
     assert pruned is not None and pruned.result["dropped_layers"] == sorted(one_process[2]["order"][:2])

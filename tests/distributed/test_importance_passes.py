@@ -103,7 +103,7 @@ def test_an_interrupted_pass_continues_under_another_layout_and_gives_the_same_b
     name = f"{layout_name(begun)} → {layout_name(continued)}"
     assert identical("importance sums of an interrupted pass, as one process", name, same_bits(scores_of(runs), scores_of(house)))
     kept = {path.name for path in (runs / "tiny" / "importance").iterdir()}
-    assert kept == {"manifest.json", "result.json", "scores.safetensors", "summary.json"}
+    assert kept == {"manifest.json", "result.json", "status.json", "scores.safetensors", "summary.json"}
 
 
 def test_a_pass_that_is_interrupted_twice_under_tensor_parallel_continues_twice(pool: Pool, house: Path, tmp_path: Path) -> None:

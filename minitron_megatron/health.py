@@ -72,19 +72,25 @@ def _gpu_problems(environment: Mapping[str, str]) -> list[str]:
     wanted, free_gib = int(_number(environment, GPUS)), _number(environment, GPU_FREE)
     found = torch.cuda.device_count() if wanted else 0
     problems = [f"{found} GPUs, {wanted} are asked for"] if found < wanted else []
-    for gpu, free in enumerate(_free_gib_of_gpus()) if free_gib else ():
-        if free < free_gib:
-            problems.append(f"GPU {gpu} has {free:.1f} GiB free, {free_gib:g} are asked for (nvidia-smi shows who holds it)")
-    return problems
+    return [*problems, *(_gpu_memory_problems(free_gib) if free_gib else [])]
+
+
+def _gpu_memory_problems(wanted_gib: float) -> list[str]:
+    try:
+        all_free = _free_gib_of_gpus()
+    except (OSError, subprocess.SubprocessError) as error:
+        return [f"nvidia-smi does not answer, the driver is to be mended: {error}"]
+    return [
+        f"GPU {gpu} has {free:.1f} GiB free, {wanted_gib:g} are asked for (nvidia-smi shows who holds it)"
+        for gpu, free in enumerate(all_free)
+        if free < wanted_gib
+    ]
 
 
 def _free_gib_of_gpus() -> list[float]:
     """By nvidia-smi: asking torch would make a context on every GPU, which the launcher would hold as long as the job runs."""
     command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        raise PlatformError(f"health check of node {_node()}: nvidia-smi does not answer: {error}; the driver is to be mended") from None
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     return [float(line) / 1024 for line in answer.split()]
 
 

@@ -57,11 +57,12 @@ def test_steps_are_told_once_a_second_and_saved_ones_always(tmp_path: Path, monk
 
 
 def test_the_manifest_gets_what_shapes_a_run_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = {"NCCL_DEBUG": "WARN", "OMP_NUM_THREADS": "3", "SLURM_JOB_ID": "7", "NCCL_API_KEY": "x", "HF_TOKEN": "x", "HOME": "/root"}
+    kept = {"NCCL_DEBUG": "WARN", "OMP_NUM_THREADS": "3", "THP_MEM_ALLOC_ENABLE": "1", "SLURM_JOB_ID": "7"}
+    values = {**kept, "NCCL_API_KEY": "x", "HF_TOKEN": "x", "HOME": "/root"}
     for name, value in values.items():
         monkeypatch.setenv(name, value)
     found = environment.recorded()["variables"]
-    assert {name for name in values if name in found} == {"NCCL_DEBUG", "OMP_NUM_THREADS", "SLURM_JOB_ID"}
+    assert {name: value for name, value in found.items() if name in values} == kept
 
 
 Usage, Memory = namedtuple("Usage", "total used free"), namedtuple("Memory", "available")
@@ -80,6 +81,13 @@ def test_every_problem_of_a_node_is_told_at_once(tmp_path: Path, monkeypatch: py
     assert "GPU 0" not in str(told.value)
     health.require_health(tmp_path, {})  # what is not asked for is not looked at
     health.require_health(tmp_path, {health.GPUS: "7", health.GPU_FREE: "11", health.DISK_FREE: "8", health.MEMORY_FREE: "2.5"})
+
+
+def test_a_node_without_a_driver_says_how_many_gpus_it_lacks_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health.torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(PlatformError, match=r"0 GPUs, 8 are asked for; nvidia-smi does not answer.*take the node out"):
+        health.require_health(tmp_path, {health.GPUS: "8", health.GPU_FREE: "70"})
 
 
 def test_a_threshold_that_is_no_number_is_refused(tmp_path: Path) -> None:

@@ -2,52 +2,22 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import pytest
 import torch
-import torch.distributed as dist
+from standing import Stand, counted_by_hand, stand_in
 
 from minitron_megatron.config.parallel import Parallel, TeacherParallel
-from minitron_megatron.parallel.layout import Layout, Place, global_layout, teacher_layout
+from minitron_megatron.parallel.layout import global_layout, teacher_layout
 from minitron_megatron.parallel.world import World
 
 from .pool import Pool
 from .tiny import name_of, with_teacher
 
 
-class Stand(NamedTuple):
-    """What one process says of a layout."""
-
-    place: Place
-    rank: int
-    tensor: list[int]
-    pipeline: list[int]
-    data: list[int]
-
-
-def stand_in(layout: Layout) -> Stand:
-    groups = layout.groups
-    ranks = [dist.get_process_group_ranks(group) for group in (groups.tp, groups.pp, groups.dp)]
-    return Stand(layout.place, layout.rank_of(layout.place), *ranks)
-
-
 def stand(world: World, parallel: Parallel) -> tuple[Stand, Stand, bool]:
     student = global_layout(parallel, world)
     teacher = teacher_layout(parallel.teacher, world, student)  # type: ignore[arg-type]
     return stand_in(student), stand_in(teacher), teacher.groups is student.groups
-
-
-def expected(rank: int, tensor: int, pipeline: int, data: int) -> Stand:
-    """By hand: tensor is the fastest, then data, then pipeline."""
-    place = Place(rank % tensor, rank // tensor % data, rank // (tensor * data))
-    return Stand(
-        place,
-        rank,
-        [other + tensor * (place.data + data * place.stage) for other in range(tensor)],
-        [place.tensor + tensor * (place.data + data * other) for other in range(pipeline)],
-        [place.tensor + tensor * (other + data * place.stage) for other in range(data)],
-    )
 
 
 @pytest.mark.parametrize(
@@ -64,8 +34,9 @@ def test_ranks_are_dealt_tensor_first_then_data_then_pipeline_in_both_layouts(po
     own = parallel.teacher
     assert isinstance(own, TeacherParallel)
     for rank, (student, teacher, shared) in enumerate(pool.run(stand, parallel, processes=4)):
-        assert student == expected(rank, parallel.tensor, parallel.pipeline, parallel.data)
-        assert teacher == expected(rank, own.tensor, own.pipeline, 4 // (own.tensor * own.pipeline))
+        assert student == counted_by_hand(rank, tensor=parallel.tensor, pipeline=parallel.pipeline, data=parallel.data)
+        replicas = 4 // (own.tensor * own.pipeline)
+        assert teacher == counted_by_hand(rank, tensor=own.tensor, pipeline=own.pipeline, data=replicas)
         assert shared == ((own.tensor, own.pipeline) == (parallel.tensor, parallel.pipeline))
 
 

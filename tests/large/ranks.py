@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from standing import Stand, stand_in
 from torch import Tensor
 
 from minitron_megatron.checkpoint.sharded import model_state
@@ -25,7 +26,7 @@ from minitron_megatron.distill.teacher import FINAL, Teacher, Wanted, output_wei
 from minitron_megatron.distill.teachers import settle_teacher
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.gpt import StageModel
-from minitron_megatron.parallel.layout import Layout, Place, global_layout, teacher_layout
+from minitron_megatron.parallel.layout import Layout, global_layout, teacher_layout
 from minitron_megatron.parallel.split import distillation_work
 from minitron_megatron.training.optimizer import make_optimizer
 from minitron_megatron.training.optimizer_state import OptimizerState
@@ -61,16 +62,6 @@ class Owned(NamedTuple):
     elements: int
     start: int
     stop: int
-
-
-class Stand(NamedTuple):
-    """Where a rank stands in a layout, and with whom it is together."""
-
-    place: Place
-    rank: int
-    tensor: list[int]
-    pipeline: list[int]
-    data: list[int]
 
 
 class Move(NamedTuple):
@@ -174,11 +165,6 @@ def _models(case: Case, own: Layout, layout: Layout, platform: Any) -> tuple[Sta
             recompute=case.training.recompute,
         )
     return teacher, student
-
-
-def stand_in(layout: Layout) -> Stand:
-    groups = layout.groups
-    return Stand(layout.place, layout.rank_of(layout.place), *(dist.get_process_group_ranks(group) for group in (groups.tp, groups.pp, groups.dp)))
 
 
 def shards_of(state: Any) -> list[Shard]:

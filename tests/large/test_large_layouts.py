@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from standing import counted_by_hand
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from minitron_megatron.arch.architecture import Architecture, parameter_count
@@ -18,7 +19,6 @@ from minitron_megatron.checkpoint.tensors import TensorRow, tensor_table
 from minitron_megatron.checkpoint.torch_dist import shares
 from minitron_megatron.config.checks.layout import layout_problems
 from minitron_megatron.config.parallel import Parallel
-from minitron_megatron.parallel.layout import Place
 from minitron_megatron.prune.plan import PrunePlan, make_plan
 from minitron_megatron.prune.slice import kept_indices
 from minitron_megatron.prune.stream import source_rows
@@ -27,7 +27,7 @@ from minitron_megatron.scores.units import random_scores
 from .cases import LARGE, LLAMA_8B, SMALL, Case, own
 from .conftest import Play
 from .delivery import delivery_faults, state_faults
-from .ranks import Part, Stand
+from .ranks import Part
 from .sharding import Whole, faults, ownership_faults, tiling_faults
 
 CASES = {**SMALL, **LARGE}
@@ -50,18 +50,6 @@ def parts(case: Case, played: Play) -> list[Part]:
 # --- who stands where ---------------------------------------------------------------------------------------------------------------
 
 
-def stand(rank: int, tensor: int, data: int, pipeline: int) -> Stand:
-    """By hand: tensor is the fastest, then data, then pipeline."""
-    place = Place(rank % tensor, rank // tensor % data, rank // (tensor * data))
-    return Stand(
-        place,
-        rank,
-        [other + tensor * (place.data + data * place.stage) for other in range(tensor)],
-        [place.tensor + tensor * (place.data + data * other) for other in range(pipeline)],
-        [place.tensor + tensor * (other + data * place.stage) for other in range(data)],
-    )
-
-
 def teacher_sizes(case: Case) -> tuple[int, int, int]:
     """Tensor, data, pipeline."""
     parallel, own = case.parallel, case.parallel.teacher
@@ -72,8 +60,10 @@ def teacher_sizes(case: Case) -> tuple[int, int, int]:
 def test_every_rank_stands_where_both_layouts_have_a_place_for_it(case: Case, parts: list[Part]) -> None:
     parallel = case.parallel
     assert [part.rank for part in parts] == list(range(parallel.processes))
-    assert [part.student for part in parts] == [stand(rank, parallel.tensor, parallel.data, parallel.pipeline) for rank in range(len(parts))]
-    assert [part.teacher for part in parts] == [stand(rank, *teacher_sizes(case)) for rank in range(len(parts))]
+    assert [part.student for part in parts] == [
+        counted_by_hand(rank, parallel.tensor, parallel.data, parallel.pipeline) for rank in range(len(parts))
+    ]
+    assert [part.teacher for part in parts] == [counted_by_hand(rank, *teacher_sizes(case)) for rank in range(len(parts))]
 
 
 # --- shards of weights and of the optimizer's state ---------------------------------------------------------------------------------

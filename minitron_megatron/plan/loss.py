@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minitron_megatron.config.distill import Distill, TrainingRun
-from minitron_megatron.plan.activations import FP32, Kernels, Pass
+from minitron_megatron.plan.activations import FP32, Pass
 from minitron_megatron.platform.kernels import block_bytes
 from minitron_megatron.training.losses.memory import WHOLE_CHUNK_COPIES, tokens_of_a_chunk
 from minitron_megatron.training.losses.settings import LossSettings
@@ -93,7 +93,3 @@ def handover_bytes(run: Pass, micro_batches: int, states: int, *, sharded: int =
     """Teacher's states of a step on one rank. run: the teacher's passes; micro_batches: of this rank; states: for each, the final one included;
     sharded: over how many tensor ranks a state is dealt out."""
     return micro_batches * states * -(-run.whole_state // sharded)
-
-
-def kernels_of(platform: str) -> Kernels:
-    return "cpu" if platform == "cpu" else "cuda"

@@ -74,6 +74,7 @@ def trained_model(case: Case, name: str) -> tuple[Architecture, TrainingRun]:
 
 
 def trained_stage(case: Case, name: str) -> StagePlan:
+    """One of TRAINED; memory of its fullest rank, time where the cluster has a GPU."""
     plan = training_plan(case, name)
     settings, ranks = plan.settings, range(plan.split.pipeline)
     per_step = settings.global_batch * settings.sequence_length

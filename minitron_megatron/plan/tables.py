@@ -37,6 +37,7 @@ def print_plan(case: Case, stages: Sequence[StagePlan], console: Console) -> Non
 
 
 def stage_table(case: Case, stages: Sequence[StagePlan]) -> Table:
+    """A row for each stage, and their sum where hours are known."""
     cluster, parallel = case.cluster, case.recipe.parallel
     where = f"{parallel.processes} × {cluster.gpu.name}" if case.kernels == "cuda" and cluster.gpu else f"{parallel.processes} CPU processes"
     sizes = f"tensor {parallel.tensor} × pipeline {parallel.pipeline} × data {parallel.data}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -20,6 +21,7 @@ from minitron_megatron.plan.layouts import Choice, Found, all_layouts, choices, 
 from minitron_megatron.plan.memory import training_memory, worst
 from minitron_megatron.plan.stages import stage_plans, training_plan
 from minitron_megatron.plan.tables import print_layouts, print_plan
+from minitron_megatron.plan.time import training_time
 from minitron_megatron.search.survey import surviving
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -125,7 +127,17 @@ def test_every_layout_is_either_among_those_that_fit_or_refused_with_a_reason(fe
     console = Console(width=200, file=StringIO(), record=True)
     print_layouts(few, found, console)
     text = console.export_text()
+    needs = [int(gib) for gib in re.findall(r"needs (\d+) to", text)]
+    assert len(needs) > 2 and needs == sorted(needs)  # little before much
     assert "Refused" in text and f"parallel.tensor={found.fitting[0].choice.tensor}" in text
+
+
+def test_no_step_is_planned_shorter_than_its_ideal(few: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 144 micro-batches eight and sixteen are simulated; here the second eight make good what the first ones waited."""
+    monkeypatch.chdir(CONFIGS.parent)
+    [case] = cases(LLAMA, cluster=few.cluster)
+    own = with_choice(case, Choice(1, 2, 2, 8, 1, "none"))
+    assert own.machine is not None and training_time(training_plan(own, "distill"), own.machine).waiting >= 0
 
 
 def test_the_overrides_of_a_layout_are_a_recipe_with_the_same_plan(few: Case) -> None:

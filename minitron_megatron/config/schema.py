@@ -13,6 +13,7 @@ from minitron_megatron.config.distill import Distill, Training, TrainingRun
 from minitron_megatron.config.evaluate import Evaluate
 from minitron_megatron.config.export import Export
 from minitron_megatron.config.finetune import Finetune
+from minitron_megatron.config.fp8 import Fp8
 from minitron_megatron.config.importance import Importance
 from minitron_megatron.config.labels import Labels
 from minitron_megatron.config.parallel import Parallel
@@ -46,6 +47,7 @@ class Recipe(Section):
     distill: Distill
     finetune: Finetune | None = None
     training: Training = Training()
+    fp8: Fp8 | None = Field(None, description="without it everything is in the recipe's precision")
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
 

@@ -15,7 +15,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from minitron_megatron.arch.architecture import Architecture
+from minitron_megatron.config.fp8 import ModelFp8
 from minitron_megatron.model.experts import expert_settings
+from minitron_megatron.model.fp8_flags import fp8_settings
 from minitron_megatron.model.gpt import HiddenStateGPT, OutputLayer, StageModel
 from minitron_megatron.model.modules import family_settings
 from minitron_megatron.parallel.layout import Layout
@@ -43,15 +45,16 @@ def build_model(
     trainable: bool = False,
     variable_lengths: bool = False,
     recompute: str = "none",
+    fp8: ModelFp8 | None = None,
 ) -> StageModel:
     """This process's part of a model, weights zero until they are loaded.
 
     output_layer: its class; None where only hidden states are wanted. ends: work of the first and last pipeline stage beyond their
     layers, by default that of a forward pass. variable_lengths: micro-batches of one schedule may differ in shape (evaluation of tasks).
-    recompute: a key of RECOMPUTE.
+    recompute: a key of RECOMPUTE. fp8: how it computes in FP8.
     """
     ends = ends or (logits_work(arch) if output_layer else hidden_state_work(arch))
-    config = transformer_config(arch, layout, platform, dtype, ends=ends, variable_lengths=variable_lengths, recompute=recompute)
+    config = transformer_config(arch, layout, platform, dtype, ends=ends, variable_lengths=variable_lengths, recompute=recompute, fp8=fp8)
     chunks = [HiddenStateGPT(arch, layout, config, output_layer, stage).to(platform.device) for stage in range(layout.virtual)]
     for chunk in chunks:
         for weight in (chunk.embedding.word_embeddings.weight if chunk.pre_process else None, chunk.output_weight()):
@@ -76,18 +79,20 @@ def mark_shards(model: nn.Module) -> None:
 
 
 @dataclass
-class LayerWidthsConfig(TransformerConfig):
-    """megatron's config of a model whose layers have FFNs of different widths.
+class LayerConfig(TransformerConfig):
+    """megatron's config with what it has no words for: FFNs of different widths, and FP8 that is emulated.
 
-    megatron's own (heterogeneous_config.py) reads a JSON of Nemotron-NAS's blocks; its transformer block asks only for this method.
+    megatron's own for widths (heterogeneous_config.py) reads a JSON of Nemotron-NAS's blocks; its transformer block asks only for this method.
     """
 
     ffn_per_layer: tuple[int, ...] = ()
+    emulated_fp8: ModelFp8 | None = None
 
     def get_config_for_layer(self, layer_number: int) -> TransformerConfig:
         """The config of a layer, counted from 1 over the whole model."""
         config = copy.copy(self)
-        config.ffn_hidden_size = self.ffn_per_layer[layer_number - 1]
+        if self.ffn_per_layer:
+            config.ffn_hidden_size = self.ffn_per_layer[layer_number - 1]
         return config
 
 
@@ -100,7 +105,8 @@ def transformer_config(
     ends: EndWork,
     variable_lengths: bool = False,
     recompute: str = "none",
-) -> TransformerConfig:
+    fp8: ModelFp8 | None = None,
+) -> LayerConfig:
     """Architecture × Layout → megatron's config; what depends on the machine comes from the platform."""
     flags = megatron_flags(platform, arch.family.activation)
     if layout.virtual > 1:
@@ -109,7 +115,7 @@ def transformer_config(
         flags |= {"batch_p2p_comm": False, "overlap_p2p_comm": True}
     if arch.ffn_per_layer:
         flags |= {"ffn_per_layer": arch.ffn_per_layer, "heterogeneous_block_specs": True}
-    return (LayerWidthsConfig if arch.ffn_per_layer else TransformerConfig)(
+    return LayerConfig(
         num_layers=arch.layers,
         hidden_size=arch.hidden,
         num_attention_heads=arch.heads,
@@ -138,6 +144,8 @@ def transformer_config(
         moe_token_dispatcher_type="alltoall",
         **expert_settings(arch, layout, platform),
         **_recompute(recompute, arch),
+        emulated_fp8=fp8 if fp8 and fp8.emulated else None,
+        **fp8_settings(fp8),
         **flags,
     )
 

@@ -1,0 +1,61 @@
+"""Section `fp8`: 8-bit floating point in the stages that train, set apart for the frozen teacher and for the model that is trained.
+
+Names are Transformer Engine's and megatron-core's: delayed scaling (arXiv 2209.05433, section 3), tensorwise (current) scaling, blockwise
+(1×128 and 128×128 blocks, arXiv 2412.19437, section 3.3), mxfp8 (arXiv 2310.10537) and nvfp4 on Blackwell.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import Field
+
+from minitron_megatron.config.section import Section
+
+Scaling = Literal["delayed", "tensorwise", "blockwise", "mxfp8", "nvfp4"]
+Format = Literal["hybrid", "e4m3"]
+
+
+@dataclass(frozen=True)
+class ModelFp8:
+    """How one model computes in FP8; without one it computes in the recipe's precision alone."""
+
+    scaling: Scaling
+    format: Format = "hybrid"
+    weights: bool = False
+    """Whether its weights are FP8 themselves: what a frozen model saves memory by; in training they have an fp32 main copy."""
+    first_last_layers_bf16: bool = False
+    amax_history: int = 1024
+    amax_algorithm: Literal["max", "most_recent"] = "max"
+    margin: int = 0
+    emulated: bool = False
+
+
+class Fp8(Section):
+    """Embedding, output layer, norms, attention scores and the losses stay in the recipe's precision."""
+
+    teacher: Literal["none", "tensorwise", "blockwise", "mxfp8", "nvfp4"] = Field(
+        "none", description="scaling of the frozen teacher, whose weights are then kept in FP8 alone; delayed scaling would never learn its scales"
+    )
+    student: Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8", "nvfp4"] = Field(
+        "none", description="scaling of the model that a stage trains"
+    )
+    format: Format = Field("hybrid", description="hybrid: e4m3 forward, e5m2 for gradients; e4m3: for both")
+    weights: bool = Field(False, description="the student's weights are FP8, beside the fp32 main copy; with a distributed optimizer they are gathered so")
+    first_last_layers_bf16: bool = Field(False, description="the student's first and last layer stay in bf16; not with delayed scaling")
+    amax_history: int = Field(1024, ge=1, description="steps that delayed scaling looks back over")
+    amax_algorithm: Literal["max", "most_recent"] = "max"
+    margin: int = Field(0, ge=0, description="powers of two that delayed scaling keeps free below the largest value")
+    emulated: bool = Field(False, description="rounded as FP8 would round, computed in the recipe's precision: to learn and to test without a GPU")
+
+    @property
+    def of_teacher(self) -> ModelFp8 | None:
+        return None if self.teacher == "none" else self._of(self.teacher, weights=True)
+
+    @property
+    def of_student(self) -> ModelFp8 | None:
+        return None if self.student == "none" else self._of(self.student, weights=self.weights, ends_bf16=self.first_last_layers_bf16)
+
+    def _of(self, scaling: Scaling, *, weights: bool, ends_bf16: bool = False) -> ModelFp8:
+        return ModelFp8(scaling, self.format, weights, ends_bf16, self.amax_history, self.amax_algorithm, self.margin, self.emulated)

@@ -42,7 +42,9 @@ class Fp8(Section):
         "none", description="scaling of the model that a stage trains"
     )
     format: Format = Field("hybrid", description="hybrid: e4m3 forward, e5m2 for gradients; e4m3: for both")
-    weights: bool = Field(False, description="the student's weights are FP8, beside the fp32 main copy; with a distributed optimizer they are gathered so")
+    weights: bool = Field(
+        False, description="the student's weights are FP8, beside the fp32 main copy; with a distributed optimizer they are gathered so"
+    )
     first_last_layers_bf16: bool = Field(False, description="the student's first and last layer stay in bf16; not with delayed scaling")
     amax_history: int = Field(1024, ge=1, description="steps that delayed scaling looks back over")
     amax_algorithm: Literal["max", "most_recent"] = "max"

@@ -50,7 +50,11 @@ def test_what_goes_together_is_taken(recipe_file: Recipes, overrides: list[str])
     ("overrides", "start", "mend"),
     [
         (["fp8={}"], "fp8: neither fp8.teacher nor fp8.student names a scaling", "name one of them"),
-        (["fp8.student=delayed", "fp8.first_last_layers_bf16=true"], "fp8.first_last_layers_bf16=true: with delayed scaling", "fp8.student=tensorwise"),
+        (
+            ["fp8.student=delayed", "fp8.first_last_layers_bf16=true"],
+            "fp8.first_last_layers_bf16=true: with delayed scaling",
+            "fp8.student=tensorwise",
+        ),
         (["fp8.student=tensorwise", "fp8.amax_history=16"], "fp8.amax_history: only delayed scaling looks back", "fp8.student=delayed"),
         (["fp8.teacher=tensorwise", "fp8.weights=true"], "fp8.weights: of the student, which is not in FP8", "name fp8.student"),
         (
@@ -70,7 +74,11 @@ def test_what_goes_together_is_taken(recipe_file: Recipes, overrides: list[str])
             "fp8.first_last_layers_bf16=true leaves none of 2 layers in FP8",
             "set it to false",
         ),
-        (["fp8.student=delayed", "distill.sequence_length=4088"], "distill.sequence_length=4088: FP8 delayed multiplies along", "nearest: 4080, 4096"),
+        (
+            ["fp8.student=delayed", "distill.sequence_length=4088"],
+            "distill.sequence_length=4088: FP8 delayed multiplies along",
+            "nearest: 4080, 4096",
+        ),
         (
             ["fp8.teacher=blockwise", "parallel.tensor=4", "parallel.sequence=true", "distill.sequence_length=1280"],
             "distill.sequence_length=1280: FP8 blockwise multiplies along the tokens of a rank, and needs a multiple of 512 under sequence",
@@ -115,7 +123,8 @@ def test_the_teachers_own_layout_is_what_its_sides_are_shared_by(recipe_file: Re
     own = "parallel.teacher={tensor: 2}"
     found = problems(recipe_file(**WIDTH), ["fp8.teacher=blockwise", own, "parallel.tensor=2"], model)
     assert found == [
-        "fp8.teacher=blockwise: the source model has ffn=14464, and its matrices need multiples of 128 on each of 2 tensor ranks; nearest: 14336, 14592"
+        "fp8.teacher=blockwise: the source model has ffn=14464, and its matrices need multiples of 128 on each of 2 tensor ranks; "
+        "nearest: 14336, 14592"
     ]
     assert problems(recipe_file(**WIDTH), ["fp8.teacher=blockwise", "parallel.teacher={tensor: 1}", "parallel.tensor=2"], model) == []
 

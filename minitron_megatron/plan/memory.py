@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from minitron_megatron.config.distill import Training, TrainingRun
 from minitron_megatron.plan.activations import Pass, backward_beside, forward_beside, kept_by_chunk
 from minitron_megatron.plan.buffers import trained_bytes
+from minitron_megatron.plan.fp8 import cast_bytes, frozen_bytes
 from minitron_megatron.plan.loss import LossMemory, handover_bytes, loss_memory
 from minitron_megatron.plan.order import in_flight
 from minitron_megatron.plan.split import Split
-from minitron_megatron.plan.weights import Weight, chunk_weights, elements
+from minitron_megatron.plan.weights import Weight, chunk_weights
 
 BATCH_BYTES = 8 + 8 + 8 + 4
 """Of a token of the step: its id, its label, its position, its weight in the loss."""
@@ -117,13 +118,14 @@ def training_memory(plan: TrainingPlan, rank: int, *, data_rank: int = 0) -> Mem
 
 def _lasting(plan: TrainingPlan, rank: int, data_rank: int) -> dict[str, int]:
     run = plan.run
-    own = trained_bytes(plan.split, plan.weights(rank), plan.training, stage=rank, data_rank=data_rank, width=run.width)
+    own = trained_bytes(plan.split, plan.weights(rank), plan.training, stage=rank, data_rank=data_rank, width=run.width, fp8=run.fp8)
     batches = plan.micro_batches * run.tokens * BATCH_BYTES
     gathered = max([run.whole_state] if plan.split.sequence else [0])
     return {
         "weights": own.weights,
         "gradients (fp32)": own.gradients,
         "optimizer": own.optimizer,
+        "FP8 casts of weights": sum(cast_bytes(chunk, run.fp8, plan.split.arch.layers) for chunk in plan.weights(rank)),
         "teacher's weights": sum(teacher_weights(one.run, _teacher_rank(plan, one, rank)) for one in plan.teachers),
         "teacher's output weight": sum(output_weight(one, plan.split) for one in plan.teachers) if rank == plan.split.pipeline - 1 else 0,
         "tokens of the step": batches,
@@ -133,7 +135,8 @@ def _lasting(plan: TrainingPlan, rank: int, data_rank: int) -> dict[str, int]:
 
 def teacher_weights(run: Pass, rank: int) -> int:
     """Bytes of a frozen model without its output layer, on one of its pipeline ranks."""
-    return run.width * sum(elements(chunk_weights(run.split, chunk, output=False)) for chunk in run.split.chunks(rank))
+    chunks = run.split.chunks(rank)
+    return sum(frozen_bytes(chunk_weights(run.split, chunk, output=False), run.fp8, run.split.arch.layers, run.width) for chunk in chunks)
 
 
 def output_weight(teacher: TeacherPlan, student: Split) -> int:

@@ -83,7 +83,8 @@ def test_a_published_recipe_fills_whole_nodes_of_eight_gpus_that_hold_both_model
     step, source, target = of(name)
     parallel = step.recipe.parallel
     assert parallel.processes % 8 == 0
-    # bytes a parameter: bf16 weights of both, the layers of a teacher in FP8 one; of the student fp32 gradients, and fp32 weights and Adam's moments shared by the data-parallel ranks
+    # bytes a parameter: bf16 weights of both, one of a teacher's layers in FP8; of the student fp32 gradients, and fp32 weights and Adam's moments
+    # shared by the data-parallel ranks
     by_part, fp8 = parameters_by_part(source), step.recipe.fp8 is not None and step.recipe.fp8.teacher != "none"
     of_layers = 0 if not fp8 else parameter_count(source) - by_part["embedding"] - by_part["output"]
     teacher, student = 2 * parameter_count(source) - of_layers, (2 + 4 + 12 / parallel.data) * parameter_count(target)

@@ -20,6 +20,7 @@ from minitron_megatron.plan.buffers import trained_bytes
 from minitron_megatron.plan.case import Case
 from minitron_megatron.plan.cluster import read_cluster
 from minitron_megatron.plan.fp8 import along_columns, along_rows, cast_bytes, is_fp8
+from minitron_megatron.plan.layouts import Choice, problems
 from minitron_megatron.plan.memory import teacher_weights
 from minitron_megatron.plan.split import split_of
 from minitron_megatron.plan.stages import trained_stage, training_plan
@@ -143,3 +144,10 @@ def test_a_teacher_in_fp32_is_counted_so() -> None:
 def test_time_in_fp8_on_a_gpu_without_it_is_refused() -> None:
     with pytest.raises(PlatformError, match="A100-80GB multiplies in no FP8"):
         trained_stage(case(gpu="A100-80GB"), "distill")
+
+
+def test_layouts_whose_ranks_would_have_no_whole_multiples_are_left_out_with_the_reason() -> None:
+    """9232 / 2 = 4616 = 288.5 × 16."""
+    own = case("prune.target.ffn=9232", "prune.align.tensor=1", "parallel.tensor=1", "parallel.sequence=false", "parallel.data=8")
+    assert problems(own, Choice(1, 1, 1, 8, 1, "none")) == []
+    assert problems(own, Choice(2, 1, 1, 4, 1, "none"))[0].startswith("fp8.student=tensorwise: the pruned model has ffn=9232")

@@ -75,9 +75,7 @@ def load_model(model: MegatronModel, folder: Path, *, layers_at_a_time: int | No
     layers = layers_at_a_time or (LAYERS_OF_ROUNDED if any(are_rounded(chunk.config) for chunk in model.chunks) else None)
     missing = [set(chunk.state_dict()) for chunk in model.chunks]
     for part in _parts(model_state(model), layers):
-        loaded = dist_checkpointing.load(part, str(folder))
-        for number, chunk in enumerate(model.chunks):
-            missing[number] &= _take(chunk, loaded.get(f"model{number}", {}))
+        missing = [names & lacking for names, lacking in zip(missing, _load_part(model, part, folder), strict=True)]
     _require_nothing_missing(missing, str(folder))
 
 
@@ -87,15 +85,23 @@ def set_model_state(model: MegatronModel, state: dict[str, Any]) -> None:
     _require_nothing_missing(missing, "a training checkpoint")
 
 
+def _load_part(model: MegatronModel, part: dict[str, Any], folder: Path) -> list[set[str]]:
+    """Names of each chunk that it did not fill; a function of its own, so that what was read is gone before the next part is."""
+    loaded = dist_checkpointing.load(part, str(folder))
+    return [_take(chunk, loaded[f"model{number}"]) for number, chunk in enumerate(model.chunks)]
+
+
 def _parts(state: dict[str, Any], layers: int | None) -> Iterator[dict[str, Any]]:
-    """The state in parts of so many layers of each chunk, as many parts on every process; what belongs to no layer comes with the first."""
+    """The state in parts of so many layers of each chunk, as many parts on every process; what belongs to no layer comes with the first.
+
+    A part is taken out of the state: megatron puts what it reads of an FP8 weight into the weight's entry, which would keep all of it.
+    """
     if layers is None:
         yield state
         return
-    part_of = {name: {key: _layer(key) // layers for key in chunk} for name, chunk in state.items()}
-    last = max((number for parts in part_of.values() for number in parts.values()), default=0)
+    last = max((_layer(key) // layers for chunk in state.values() for key in chunk), default=0)
     for part in range(_highest(last) + 1):
-        yield {name: {key: entry for key, entry in chunk.items() if part_of[name][key] == part} for name, chunk in state.items()}
+        yield {name: {key: chunk.pop(key) for key in list(chunk) if _layer(key) // layers == part} for name, chunk in state.items()}
 
 
 def _layer(key: str) -> int:

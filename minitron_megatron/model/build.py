@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +56,9 @@ def build_model(
     """
     ends = ends or (logits_work(arch) if output_layer else hidden_state_work(arch))
     config = transformer_config(arch, layout, platform, dtype, ends=ends, variable_lengths=variable_lengths, recompute=recompute, fp8=fp8)
-    chunks = [HiddenStateGPT(arch, layout, config, output_layer, stage).to(platform.device) for stage in range(layout.virtual)]
+    # with gradients enabled Transformer Engine would keep a transposed copy of FP8 weights, and megatron their first values in bf16 on the host
+    with nullcontext() if trainable else torch.no_grad():
+        chunks = [HiddenStateGPT(arch, layout, config, output_layer, stage).to(platform.device) for stage in range(layout.virtual)]
     for chunk in chunks:
         for weight in (chunk.embedding.word_embeddings.weight if chunk.pre_process else None, chunk.output_weight()):
             if weight is not None:

@@ -113,6 +113,9 @@ class Job:
             ends=distillation_work(arch, *teachers),
             trainable=True,
             recompute=self.recipe.training.recompute,
+            overlap_exchange=self.recipe.training.overlap_tensor_parallel,
+            deterministic=self.recipe.training.deterministic,
+            fp8=self.recipe.fp8.of_student if self.recipe.fp8 else None,
         )
         load_model(model, checkpoint)
         return model

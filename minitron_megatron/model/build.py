@@ -131,6 +131,7 @@ def transformer_config(
         hidden_dropout=0.0,
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context,
         pipeline_model_parallel_layout=_pipeline_layout(arch, layout, ends),
         sequence_parallel=layout.sequence_parallel,
         params_dtype=dtype,

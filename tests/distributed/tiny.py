@@ -49,7 +49,7 @@ def with_teacher(student: Parallel, teacher: TeacherParallel | Literal["auto", "
 
 
 def layout_name(parallel: Parallel | TeacherParallel) -> str:
-    shorts = {"tp": "tensor", "pp": "pipeline", "vpp": "virtual", "dp": "data", "ep": "expert"}
+    shorts = {"tp": "tensor", "cp": "context", "pp": "pipeline", "vpp": "virtual", "dp": "data", "ep": "expert"}
     sizes = [f"{short}{getattr(parallel, name)}" for short, name in shorts.items() if getattr(parallel, name, 1) > 1]
     marks = ["sp"] if parallel.sequence else []
     if parallel.layers_per_stage != "cost":

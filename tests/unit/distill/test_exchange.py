@@ -56,8 +56,9 @@ def test_every_row_arrives_once_from_a_rank_that_holds_it(
 
 
 def place_of(where: Layout, rank: int) -> Place:
-    """By hand: tensor is the fastest, then data, then pipeline."""
-    return Place(rank % where.tensor, rank // where.tensor % where.data, rank // (where.tensor * where.data))
+    """By hand: tensor is the fastest, then context, then data, then pipeline."""
+    model = where.tensor * where.context
+    return Place(rank % where.tensor, rank // model % where.data, rank // (model * where.data), rank // where.tensor % where.context)
 
 
 @pytest.mark.parametrize(("teacher", "student"), product(SIZES, SIZES))

@@ -126,7 +126,7 @@ def _schedule(model: StageModel, chunks: Sequence[nn.Module]) -> Callable[..., l
 def _call(
     schedule: Callable[..., list[Any]], chunks: Sequence[nn.Module], context: int, step: Any, batches: list[Batch], **arguments: Any
 ) -> list[Any]:
-    """Every chunk draws each batch once. context: ranks that share a sequence; megatron divides its length by them, the batches are divided already."""
+    """Every chunk draws each batch once. context: ranks that share a sequence, of which the batches have a part; megatron wants the whole length."""
     iterators: Any = [iter([Turn(number, position, batch) for position, batch in enumerate(batches)]) for number in range(len(chunks))]
     samples, sequence = batches[0].tokens_BS.shape
     return schedule(

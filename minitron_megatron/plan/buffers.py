@@ -75,7 +75,8 @@ def lay_out(weights: Sequence[Weight], *, ranks: int, shared_out: bool, bucket_e
 
 
 def trained_bytes(split: Split, chunks: Sequence[Sequence[Weight]], training: Training, *, stage: int, data_rank: int, width: int) -> TrainedBytes:
-    """Of one rank. chunks: the weights of each of its chunks; stage: its pipeline rank; data_rank: its number among its replicas; width: bytes of a weight."""
+    """Of one rank. chunks: the weights of each of its chunks; stage: its pipeline rank; data_rank: its number among its replicas;
+    width: bytes of a weight."""
     several = split.replicas > 1  # training/optimizer.py: nothing is shared out over one rank
     shared_out = several and training.distributed_optimizer
     weights = gradients = state = 0
@@ -85,7 +86,9 @@ def trained_bytes(split: Split, chunks: Sequence[Sequence[Weight]], training: Tr
             ranks = split.replicas // split.expert if of_experts else split.replicas
             buckets = several and training.overlap_grad_reduce and stage == 0 and number == 0
             # bucket_size of DistributedDataParallel; later stages and chunks have one bucket
-            buffer = lay_out(own, ranks=ranks, shared_out=shared_out, bucket_elements=max(40_000_000, 1_000_000 * split.replicas) if buckets else None)
+            buffer = lay_out(
+                own, ranks=ranks, shared_out=shared_out, bucket_elements=max(40_000_000, 1_000_000 * split.replicas) if buckets else None
+            )
             plain = sum(weight.elements for weight in own)
             weights += buffer.elements if shared_out else plain
             gradients += buffer.elements

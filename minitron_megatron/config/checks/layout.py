@@ -47,7 +47,9 @@ def _context_problems(recipe: Recipe) -> list[str]:
         lengths["search.short_distillation"] = recipe.search.short_distillation.sequence_length
     for section, length in lengths.items():
         if length % multiple:
-            problems.append(f"{section}.sequence_length={length} is not divisible by {multiple} ({why}); nearest: {nearest_multiples(length, multiple)}")
+            problems.append(
+                f"{section}.sequence_length={length} is not divisible by {multiple} ({why}); nearest: {nearest_multiples(length, multiple)}"
+            )
     return problems
 
 

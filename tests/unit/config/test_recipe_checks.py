@@ -63,9 +63,7 @@ CASES = {
         "parallel.pipeline × virtual = 7 is more than the pruned model's 6 layers; at most 6",
     ],
     "parallel.virtual=2": ["parallel.virtual=2 needs parallel.pipeline of 2 or more; set parallel.virtual=1"],
-    "parallel.context=3": [
-        "distill.sequence_length=32 is not divisible by 6 (two chunks for each of parallel.context=3 ranks); nearest: 30, 36"
-    ],
+    "parallel.context=3": ["distill.sequence_length=32 is not divisible by 6 (two chunks for each of parallel.context=3 ranks); nearest: 30, 36"],
     "parallel={context: 12, tensor: 4, sequence: true}": [
         "distill.sequence_length=32 is not divisible by 48 (two chunks for each of parallel.context=12 ranks, whose tensor ranks share them); "
         "nearest: 48"

@@ -4,7 +4,8 @@ Teacher and student may have different tensor, pipeline and data-parallel sizes 
 teacher's stage that made it, whole on every tensor rank or sharded along the sequence; it is wanted on one of the student's stages, on
 the data-parallel rank that trains on the micro-batch, sharded along the sequence over its tensor ranks. Where that is where it lies, it
 stays. Context ranks, as many in both layouts, have the same tokens of a sample in both: such a state is of one context rank's tokens, and
-goes to the student's context rank of the same number. Everything is known on every rank from the sample ids alone, so all sends and receives are posted in one global order.
+goes to the student's context rank of the same number. Everything is known on every rank from the sample ids alone, so all sends and receives
+are posted in one global order.
 
 Legend: S sequence, or what a context rank has of it, s this rank's part of it, B samples of a micro-batch, E teacher's hidden.
 """

@@ -3,8 +3,8 @@
 It is never pulled from inside the student's schedule: ranks of one teacher group stand at different student micro-batches
 there, and would wait for each other for ever.
 
-Legend: S sequence, or the part of it that this context rank has, s this rank's part of it, B samples of a micro-batch, N tokens of a micro-batch, v this rank's rows of the
-vocabulary, E teacher's hidden.
+Legend: S sequence, or the part of it that this context rank has, s this rank's part of that, B samples of a micro-batch, N tokens of a
+micro-batch, v this rank's rows of the vocabulary, E teacher's hidden.
 """
 
 from __future__ import annotations

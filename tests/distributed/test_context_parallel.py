@@ -104,7 +104,7 @@ def test_each_rank_has_its_tokens_attention_and_gradients_of_the_whole(pool: Poo
 
 def distilled(pool: Pool, house: Path, runs: Path, parallel: Parallel) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Records of the steps and of the held-out windows."""
-    recipe = recipe_for(copy_of(house, runs), parallel, steps=3, validate_every_steps=3)
+    recipe = recipe_for(copy_of(house, runs), parallel, steps=3, validate_every_steps=3, learning_rate={"warmup_steps": 1})
     pool.run(publish_stage, "distill", recipe, processes=parallel.processes)
     files = (runs / "tiny" / "distill" / name for name in ("metrics.jsonl", "validation.jsonl"))
     steps, windows = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)

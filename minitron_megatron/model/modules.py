@@ -1,4 +1,4 @@
-"""Modules of the layer spec that needs neither Transformer Engine nor apex.
+"""Modules of the layer spec that needs neither Transformer Engine nor apex, and which spec a model has.
 
 Legend: S sequence, B batch, D hidden, h this rank's query heads, g this rank's key/value groups, K head channels.
 """
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from minitron_megatron.arch.families import Family
 from minitron_megatron.model.context_attention import context_attention
+from minitron_megatron.model.engine_spec import engine_block_spec
 from minitron_megatron.model.experts import layer_spec
 from minitron_megatron.platform.rms_norm import rms_norm
 from minitron_megatron.platform.short_attention import is_short, short_attention
@@ -112,5 +113,7 @@ def local_layer_spec(config: TransformerConfig) -> ModuleSpec:
 
 
 def block_spec(config: TransformerConfig, layers: int) -> TransformerBlockSubmodules:
-    """The spec of one pipeline stage with this many layers."""
+    """The spec of one pipeline stage with this many layers; platform/activate.py says whose modules they are."""
+    if config.transformer_impl == "transformer_engine":
+        return engine_block_spec(config, layers)
     return TransformerBlockSubmodules(layer_specs=[local_layer_spec(config)] * layers, layer_norm=norm_of(config))

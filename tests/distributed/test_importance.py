@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from fused_layers import fused_layers
 from torch import Tensor
 
 from minitron_megatron.config.criteria import DEFAULT_RANKING, Criteria, Ranking
@@ -101,6 +102,20 @@ def test_data_and_pipeline_parallel_give_the_same_bits(
 ) -> None:
     same = same_bits(measure(pool, house, tmp_path / "scores", parallel), one_process)
     assert identical("importance sums, as one process", layout_name(parallel), same)
+
+
+def run_fused_importance(world: World, recipe: Recipe, folder: Path) -> None:
+    with fused_layers():
+        run_importance(world, recipe, folder)
+
+
+def test_norms_inside_linear_layers_give_the_same_statistics(pool: Pool, house: Path, naive: Sums, tmp_path: Path, measured: Record) -> None:
+    """As Transformer Engine keeps them, from a checkpoint that was written without such layers."""
+    recipe = recipe_for(house, TP2_SP, "fp32")
+    (tmp_path / "scores").mkdir()
+    pool.run(run_fused_importance, recipe, tmp_path / "scores", processes=2)
+    found = Statistics.load(tmp_path / "scores" / "scores.safetensors").sums
+    assert measured("importance against plain fp64, norms inside linear layers", "tp2_sp", worst(found, naive)) <= FP32
 
 
 def test_bf16_gives_the_same_bits_on_two_stages_and_is_close_on_two_tensor_ranks(pool: Pool, house: Path, tmp_path: Path, measured: Record) -> None:

@@ -1,4 +1,4 @@
-"""Models of Transformer Engine's modules are saved under the local spec's names and shapes; on a GPU, and without a driver where its CUDA build imports."""
+"""Models of Transformer Engine's modules are saved as the local spec's are; on a GPU, and without a driver where its CUDA build imports."""
 
 from __future__ import annotations
 

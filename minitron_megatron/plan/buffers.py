@@ -87,24 +87,27 @@ def trained_bytes(
     width: int,
     fp8: ModelFp8 | None = None,
 ) -> TrainedBytes:
-    """Of one rank. chunks: the weights of each of its chunks; stage: its pipeline rank; width: bytes of a weight that is not FP8.
+    """Of one rank. chunks: the weights of each of its chunks; stage: its pipeline rank; data_rank: its number among its replicas;
+    width: bytes of a weight that is not FP8.
 
     FP8 weights lie in buffers of their own, a byte each, and have a main copy as bf16 ones have.
     """
-    several = split.data > 1  # training/optimizer.py: nothing is shared out over one rank
+    several = split.replicas > 1  # training/optimizer.py: nothing is shared out over one rank
     shared_out = several and training.distributed_optimizer
     weights = gradients = state = 0
     for number, chunk in enumerate(chunks):
         for of_experts, of_a_byte in product((False, True), (False, True)):
             own = [weight for weight in chunk if weight.of_experts == of_experts and _is_byte(weight, fp8, split.arch.layers) == of_a_byte]
-            ranks = split.data // split.expert if of_experts else split.data
+            ranks = split.replicas // split.expert if of_experts else split.replicas
             buckets = several and training.overlap_grad_reduce and stage == 0 and number == 0
             # bucket_size of DistributedDataParallel; later stages and chunks have one bucket
-            buffer = lay_out(own, ranks=ranks, shared_out=shared_out, bucket_elements=max(40_000_000, 1_000_000 * split.data) if buckets else None)
+            buffer = lay_out(
+                own, ranks=ranks, shared_out=shared_out, bucket_elements=max(40_000_000, 1_000_000 * split.replicas) if buckets else None
+            )
             plain = sum(weight.elements for weight in own)
             weights += (buffer.elements if shared_out else plain) * (1 if of_a_byte else width)
             gradients += buffer.elements
-            state += buffer.owned(data_rank // (split.data // ranks), ranks) if shared_out else plain
+            state += buffer.owned(data_rank // (split.replicas // ranks), ranks) if shared_out else plain
     of_state = 2 * FP32 + (FP32 if width < FP32 else 0)
     return TrainedBytes(weights, gradients * FP32, state * of_state)
 

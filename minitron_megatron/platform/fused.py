@@ -1,7 +1,7 @@
 """Which fused paths of a GPU are used here, what each rests on, and what is lost without it; every one of them can be missing.
 
-Read in megatron-core 0.16.1 (optimizer/__init__.py, clip_grads.py, rope_utils.py, jit.py) and in Transformer Engine 2.11. What a loss costs is said in
-words: nothing of it has been measured here on a GPU.
+Read in megatron-core 0.16.1 (optimizer/__init__.py, clip_grads.py, rope_utils.py, jit.py) and in Transformer Engine 2.11. What the lack of one costs
+is said in words: nothing of it has been measured here on a GPU.
 """
 
 from __future__ import annotations
@@ -57,9 +57,8 @@ def fused_paths(here: Installed) -> list[FusedPath]:
     """All of them, those that cost most first."""
     te, apex = ("Transformer Engine" if here.engine else None), ("apex" if "apex" in here.modules else None)
     compiled = "torch.compile" if here.compiles and "triton" in here.modules else None
-    with_te = (
-        f"install Transformer Engine {engine.wanted_versions()}" if here.engine_problem == "absent" else f"Transformer Engine: {here.engine_problem}"
-    )
+    absent = here.engine_problem == "absent"
+    with_te = f"install Transformer Engine {engine.wanted_versions()}" if absent else f"Transformer Engine: {here.engine_problem}"
     with_te_or_apex, with_triton = f"{with_te}; or NVIDIA's apex", "install triton, leave TORCHDYNAMO_DISABLE unset"
     return [
         FusedPath("layers", te, "norms run apart from the products behind them; no FP8, no overlap of tensor-parallel exchange, no experts", with_te),
@@ -92,7 +91,7 @@ def fused_paths(here: Installed) -> list[FusedPath]:
 def _attention(here: Installed) -> str:
     """Never missing: no path keeps [S, S] scores, so that apex's fused softmax has nothing to do."""
     if not here.engine:
-        return "torch's scaled_dot_product_attention, without context parallelism"
+        return "torch's scaled_dot_product_attention"
     flash = [name for name, module in (("FlashAttention 3", "flash_attn_interface"), ("FlashAttention 2", "flash_attn")) if module in here.modules]
     return f"Transformer Engine, which chooses among {', '.join([*flash, 'cuDNN'])}"
 

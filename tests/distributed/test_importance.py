@@ -29,7 +29,7 @@ from .conftest import Identical, Record
 from .house import CALIBRATION, SOURCE, TARGET, inputs_of, recipe_for
 from .plain_model import PlainModel, naive_statistics
 from .pool import Pool
-from .tiny import DP2, ONE, PP2, PP2_EVEN, PP2_VPP2, SEQUENCE, TP2, TP2_PP2, TP2_SP, layout_name, name_of, relative_difference
+from .tiny import CP2, DP2, ONE, PP2, PP2_EVEN, PP2_VPP2, SEQUENCE, TP2, TP2_PP2, TP2_SP, layout_name, name_of, relative_difference
 
 FP32 = 1e-5  # another order of additions over 16 tokens (design: numbers that must not move)
 P1 = Criteria(ffn="before_activation", heads="per_token_norm", channels="all_norms")
@@ -96,7 +96,7 @@ def test_statistics_equal_a_plain_model_in_fp64_one_sample_after_another(one_pro
     assert measured("importance against plain fp64", "one", worst(one_process, naive)) <= FP32
 
 
-@pytest.mark.parametrize("parallel", [DP2, PP2, PP2_EVEN, PP2_VPP2, Parallel(data=3), Parallel(pipeline=2, virtual=3, data=2)], ids=layout_name)
+@pytest.mark.parametrize("parallel", [DP2, CP2, PP2, PP2_EVEN, PP2_VPP2, Parallel(data=3), Parallel(pipeline=2, virtual=3, data=2)], ids=layout_name)
 def test_data_and_pipeline_parallel_give_the_same_bits(
     pool: Pool, house: Path, one_process: Sums, tmp_path: Path, identical: Identical, parallel: Parallel
 ) -> None:

@@ -16,6 +16,7 @@ from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.checkpoint.sharded import chunk_state, load_model
 from minitron_megatron.checkpoint.torch_dist import MegatronSource
 from minitron_megatron.config.distill import Distill, LearningRate, Training
+from minitron_megatron.config.fp8 import Fp8
 from minitron_megatron.config.parallel import Parallel
 from minitron_megatron.distill.teacher import load_teacher
 from minitron_megatron.distill.teachers import Teachers, settle_teacher
@@ -54,6 +55,7 @@ class Job:
     global_batch: int = 8
     micro_batch: int = 2
     dtype: torch.dtype = torch.float32
+    fp8: Fp8 = field(default_factory=Fp8)
 
     def settings(self) -> Distill:
         return Distill(
@@ -101,7 +103,8 @@ def train(world: World, job: Job) -> Seen:
     layout, samples = global_layout(job.parallel, world), WatchedSamples()
     arch, folder = teacher_of(job.student), job.weights / "teacher"
     own = teacher_layout(settle_teacher(job.parallel, arch, job.student, job.dtype, world), world, layout)
-    teacher = load_teacher(MegatronSource(folder, arch), folder, own, layout, world.platform, job.dtype, budget_bytes=1e9)
+    source = MegatronSource(folder, arch)
+    teacher = load_teacher(source, folder, own, layout, world.platform, job.dtype, budget_bytes=1e9, fp8=job.fp8.of_teacher)
     model = build_model(
         job.student,
         layout,
@@ -111,6 +114,7 @@ def train(world: World, job: Job) -> Seen:
         ends=distillation_work(job.student, arch),
         trainable=True,
         recompute=job.training.recompute,
+        fp8=job.fp8.of_student,
     )
     load_model(model, job.weights / "student")
     student = make_student(model, job.settings(), job.training)
@@ -179,7 +183,7 @@ def named_state(layout: Layout, student: Student) -> dict[str, list[Piece]]:
 
 
 def shared_out_state(optimizers: list[Any], parameter: Tensor, layout: Layout) -> dict[str, Tensor]:
-    """Each data-parallel rank that holds a parameter puts its part of the parameter's state into zeros; the sum is whole."""
+    """Each data-parallel or context rank that holds a parameter puts its part of the parameter's state into zeros; the sum is whole."""
     found = {moment: torch.zeros(parameter.numel()) for moment in MOMENTS}
     for inner in [inner for inner in optimizers if parameter in inner.model_param_gbuf_map]:
         part = inner._get_model_param_range_map(parameter)["param"]
@@ -189,5 +193,5 @@ def shared_out_state(optimizers: list[Any], parameter: Tensor, layout: Layout) -
         for moment in MOMENTS:
             found[moment][part.start : part.end] = state[moment]
     for whole in found.values():
-        dist.all_reduce(whole, group=layout.groups.dp if getattr(parameter, "allreduce", True) else layout.groups.expt_dp)
+        dist.all_reduce(whole, group=layout.groups.dp_cp if getattr(parameter, "allreduce", True) else layout.groups.expt_dp)
     return {moment: whole.view(parameter.shape) for moment, whole in found.items()}

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from minitron_megatron.arch.architecture import Architecture
+from minitron_megatron.errors import PlatformError
 from minitron_megatron.model.build import transformer_config
 from minitron_megatron.parallel.split import EndWork
-from minitron_megatron.platform import Platform
+from minitron_megatron.platform import Platform, activate
 
 
 @pytest.mark.parametrize(("family", "fused"), [("llama", True), ("nemotron", False)])
@@ -19,3 +20,15 @@ def test_on_a_gpu_the_activation_is_fused_where_megatron_can(layout: Any, family
     arch = Architecture(family, 3, 24, 8, 2, 6, 16, 131, False, 64, 1e-5, 10000.0)
     config = transformer_config(arch, layout, Platform("cuda", "nccl", torch.device("cuda")), torch.bfloat16, ends=EndWork(0, 0))
     assert config.bias_activation_fusion is fused
+
+
+def test_overlap_and_deterministic_mode_are_megatrons_on_a_gpu_alone(layout: Any) -> None:
+    """A CPU gives the same bits anyway, and has nothing to overlap with."""
+    arch, gpu = Architecture("llama", 3, 64, 8, 2, 8, 64, 131, False, 64, 1e-5, 10000.0), torch.device("cuda")
+    engine = Platform("cuda", "nccl", gpu, transformer_engine=True)
+    asked = {"ends": EndWork(0, 0), "deterministic": True}
+    on_gpu = transformer_config(arch, layout, engine, torch.bfloat16, overlap_exchange=True, **asked)
+    assert on_gpu.tp_comm_overlap and on_gpu.deterministic_mode
+    assert not transformer_config(arch, layout, activate("cpu"), torch.bfloat16, **asked).deterministic_mode
+    with pytest.raises(PlatformError, match="overlap_tensor_parallel=true needs Transformer Engine on CUDA"):
+        transformer_config(arch, layout, Platform("cuda", "nccl", gpu), torch.bfloat16, overlap_exchange=True, **asked)

@@ -9,6 +9,7 @@ import torch
 
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.errors import PlatformError
+from minitron_megatron.model import build
 from minitron_megatron.model.build import transformer_config
 from minitron_megatron.parallel.split import EndWork
 from minitron_megatron.platform import Platform, activate
@@ -22,13 +23,15 @@ def test_on_a_gpu_the_activation_is_fused_where_megatron_can(layout: Any, family
     assert config.bias_activation_fusion is fused
 
 
-def test_overlap_and_deterministic_mode_are_megatrons_on_a_gpu_alone(layout: Any) -> None:
+def test_overlap_and_deterministic_mode_are_megatrons_on_a_gpu_alone(layout: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU gives the same bits anyway, and has nothing to overlap with."""
     arch, gpu = Architecture("llama", 3, 64, 8, 2, 8, 64, 131, False, 64, 1e-5, 10000.0), torch.device("cuda")
-    engine = Platform("cuda", "nccl", gpu, transformer_engine=True)
-    asked = {"ends": EndWork(0, 0), "deterministic": True}
-    on_gpu = transformer_config(arch, layout, engine, torch.bfloat16, overlap_exchange=True, **asked)
-    assert on_gpu.tp_comm_overlap and on_gpu.deterministic_mode
+    asked: dict[str, Any] = {"ends": EndWork(0, 0), "deterministic": True}
+    without_engine = Platform("cuda", "nccl", gpu)
+    assert transformer_config(arch, layout, without_engine, torch.bfloat16, **asked).deterministic_mode
     assert not transformer_config(arch, layout, activate("cpu"), torch.bfloat16, **asked).deterministic_mode
     with pytest.raises(PlatformError, match="overlap_tensor_parallel=true needs Transformer Engine on CUDA"):
-        transformer_config(arch, layout, Platform("cuda", "nccl", gpu), torch.bfloat16, overlap_exchange=True, **asked)
+        transformer_config(arch, layout, without_engine, torch.bfloat16, overlap_exchange=True, **asked)
+    monkeypatch.setattr(build, "megatron_flags", lambda platform, activation: {})  # those of a GPU need what is not installed here
+    engine = Platform("cuda", "nccl", gpu, transformer_engine=True)
+    assert transformer_config(arch, layout, engine, torch.bfloat16, overlap_exchange=True, **asked).tp_comm_overlap

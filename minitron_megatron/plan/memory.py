@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from minitron_megatron.config.distill import Training, TrainingRun
 from minitron_megatron.plan.activations import Pass, backward_beside, forward_beside, kept_by_chunk
 from minitron_megatron.plan.buffers import trained_bytes
-from minitron_megatron.plan.fp8 import cast_bytes, frozen_bytes
+from minitron_megatron.plan.fp8 import cast_bytes, frozen_bytes, is_fp8
 from minitron_megatron.plan.loss import LossMemory, handover_bytes, loss_memory
 from minitron_megatron.plan.order import in_flight
 from minitron_megatron.plan.split import Split
@@ -76,6 +76,14 @@ class TrainingPlan:
         learned = [self.projections[stage] if self.projections else () for stage in stages]
         chunks = zip(self.split.chunks(rank), learned, strict=True)
         return [[*chunk_weights(self.split, chunk), *map(Weight, more)] for chunk, more in chunks]
+
+    @property
+    def weight_width(self) -> float:
+        """Bytes of a weight on average, as data-parallel ranks gather it."""
+        fp8, layers = self.run.fp8, self.split.arch.layers
+        every = [weight for rank in range(self.split.pipeline) for chunk in self.weights(rank) for weight in chunk]
+        eight = sum(weight.elements for weight in every if fp8 and fp8.weights and is_fp8(weight, fp8, layers))
+        return self.run.width - (self.run.width - 1) * eight / sum(weight.elements for weight in every)
 
     def kept(self, rank: int) -> list[int]:
         """Bytes that each chunk of a pipeline rank keeps of a micro-batch; a compared state is kept once more as the teacher's channels."""

@@ -81,7 +81,7 @@ def training_time(plan: TrainingPlan, machine: Machine) -> StepTime:
     works, order, beside = _works(plan, machine)
     passes = beside + pipeline_seconds(works, number, order)
     largest = max(elements([weight for chunk in plan.weights(rank) for weight in chunk]) for rank in range(split.pipeline))
-    sent = gradient_bytes(largest, plan.training, split.replicas, plan.run.width)
+    sent = gradient_bytes(largest, plan.training, split.replicas, plan.weight_width)
     reduction = sent / machine.link(split.tensor * split.replicas)
     # what is reduced while the last micro-batch goes back, and gathered while the first one comes
     last, first = works.backward[0], sum(works.forward[:: split.pipeline])

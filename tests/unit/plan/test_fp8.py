@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from minitron_megatron.arch.architecture import Architecture
+from minitron_megatron.arch.architecture import Architecture, parameter_count
 from minitron_megatron.config.distill import Training
 from minitron_megatron.config.family import checked_steps, picked_steps
 from minitron_megatron.config.fp8 import ModelFp8, Scaling
@@ -151,3 +151,11 @@ def test_layouts_whose_ranks_would_have_no_whole_multiples_are_left_out_with_the
     own = case("prune.target.ffn=9232", "prune.align.tensor=1", "parallel.tensor=1", "parallel.sequence=false", "parallel.data=8")
     assert problems(own, Choice(1, 1, 1, 8, 1, "none")) == []
     assert problems(own, Choice(2, 1, 1, 4, 1, "none"))[0].startswith("fp8.student=tensorwise: the pruned model has ffn=9232")
+
+
+def test_fp8_weights_are_gathered_as_a_byte_each() -> None:
+    """Embedding, output layer, norms and both ends stay in bf16: of 4.51 billion weights 3.5 are FP8."""
+    bf16, fp8 = training_plan(case("fp8.weights=false"), "distill"), training_plan(case(), "distill")
+    matrices = 30 * 3072 * (4096 + 6144 + 2 * 9216 + 9216)  # of 30 layers of 32
+    assert bf16.weight_width == 2
+    assert fp8.weight_width == pytest.approx(2 - matrices / parameter_count(bf16.split.arch), rel=1e-3)

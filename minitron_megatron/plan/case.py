@@ -60,6 +60,12 @@ class Case:
     def width(self) -> int:
         return WIDTH[self.precision]
 
+    @property
+    def in_fp8(self) -> bool:
+        """Whether any model of it is."""
+        fp8 = self.recipe.fp8
+        return fp8 is not None and not fp8.emulated
+
     @cached_property
     def teachers(self) -> list[Architecture]:
         """Whose logits the distillation makes."""

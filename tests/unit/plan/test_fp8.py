@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from minitron_megatron.arch.architecture import Architecture, parameter_count
 from minitron_megatron.config.distill import Training
@@ -23,7 +25,8 @@ from minitron_megatron.plan.fp8 import along_columns, along_rows, cast_bytes, is
 from minitron_megatron.plan.layouts import Choice, problems
 from minitron_megatron.plan.memory import teacher_weights
 from minitron_megatron.plan.split import split_of
-from minitron_megatron.plan.stages import trained_stage, training_plan
+from minitron_megatron.plan.stages import stage_plans, trained_stage, training_plan
+from minitron_megatron.plan.tables import print_plan
 from minitron_megatron.plan.weights import chunk_weights
 from minitron_megatron.plan.work import layer_backward, layer_forward
 
@@ -159,3 +162,11 @@ def test_fp8_weights_are_gathered_as_a_byte_each() -> None:
     matrices = 30 * 3072 * (4096 + 6144 + 2 * 9216 + 9216)  # of 30 layers of 32
     assert bf16.weight_width == 2
     assert fp8.weight_width == pytest.approx(2 - matrices / parameter_count(bf16.split.arch), rel=1e-3)
+
+
+def test_a_plan_in_fp8_says_so_and_what_of_it_is_guessed() -> None:
+    for own, said in ((case(), True), (case("fp8=null"), False)):
+        console = Console(width=250, file=StringIO(), record=True)
+        print_plan(own, stage_plans(own), console)
+        text = " ".join(console.export_text().split())  # titles are folded to their table
+        assert ("bf16 and FP8" in text and "55% of the FP8 peak in those of layers: a guess" in text) is said

@@ -133,14 +133,13 @@ def _platform_problems(recipe: Recipe, fp8: Fp8) -> list[str]:
     problems = []
     if recipe.platform == "cpu":
         problems.append(f"fp8: a CPU multiplies in no FP8; {EMULATE}, or leave the section out")
-    for section, precision, scaling in (
-        ("precision", recipe.precision, fp8.student),
-        ("teacher_precision", recipe.precision_of_teacher, fp8.teacher),
-    ):
-        if precision == "fp32" and scaling != "none":
-            problems.append(
-                f"{section}={precision}: what is not FP8 beside it is bf16, which its kernels are made for; set bf16, or fp8.emulated=true"
-            )
+    of_teacher = "precision" if recipe.teacher_precision == "same" else "teacher_precision"
+    asked = ((fp8.student, "precision", recipe.precision), (fp8.teacher, of_teacher, recipe.precision_of_teacher))
+    problems += [
+        f"{name}=fp32: what is not FP8 beside it is bf16, which its kernels are made for; set bf16, or fp8.emulated=true"
+        for scaling, name, precision in asked
+        if precision == "fp32" and scaling != "none"
+    ]
     return list(dict.fromkeys(problems))
 
 

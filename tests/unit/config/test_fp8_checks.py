@@ -201,6 +201,20 @@ def test_a_search_leaves_out_what_fp8_cannot_train(recipe_file: Recipes) -> None
     assert reason == "fp8.student=blockwise: a candidate has ffn=9200, and its matrices need multiples of 128; nearest: 9088, 9216"
 
 
+def test_a_search_is_told_once_what_its_short_distillation_alone_cannot_do(recipe_file: Recipes) -> None:
+    space = {"space": {"ffn": [9216]}, "parameters": 4.5e9, "tolerance": 0.9, "short_distillation": {"sequence_length": 1000}}
+    file = recipe_file(prune=None, search=space, distill={"sequence_length": 4096})
+    [problem] = problems(file, ["fp8.teacher=tensorwise"])
+    assert problem.startswith("search.short_distillation, with what it does not name from distill: distill.sequence_length=1000: FP8 tensorwise")
+    [known] = problems(recipe_file(prune=None, search=space, distill={"sequence_length": 1000}), ["fp8.teacher=tensorwise"])
+    assert known.startswith("distill.sequence_length=1000")
+
+
+def test_one_precision_of_both_models_is_told_once(recipe_file: Recipes) -> None:
+    told = problems(recipe_file(**WIDTH), ["fp8.teacher=tensorwise", "fp8.student=tensorwise", "precision=fp32"])
+    assert len(told) == 1 and told[0].startswith("precision=fp32")
+
+
 def test_factors_of_a_search_give_widths_that_fp8_can_train(recipe_file: Recipes) -> None:
     space = {"space": {"ffn_factor": [2.9, 3.0], "hidden": [3072]}, "parameters": 4.5e9, "tolerance": 0.5}
     recipe = load_recipe(recipe_file(prune=None, search=space, distill={"sequence_length": 4096}), ["fp8.student=blockwise"])

@@ -31,7 +31,7 @@ def fp8_problems(recipe: Recipe, source: Architecture, target: Architecture | No
         for arch in dict.fromkeys(teacher_architectures(recipe, source, planned)):
             problems += _teacher_size_problems(recipe, fp8.teacher, arch, "the source model" if arch == source else "a teacher")
     if fp8.student != "none" and recipe.correct:
-        problems += size_problems(fp8.student, source, recipe.parallel.tensor, "correct trains the source model", f"fp8.student={fp8.student}")
+        problems += _fixed_size_problems("fp8.student", fp8.student, source, recipe.parallel.tensor, "the source model, which correct trains,")
     if target is not None:
         tensor = recipe.parallel.tensor
         mend = "" if recipe.prune.align.tensor == tensor else f"; set prune.align.tensor={tensor}, which rounds what prune.target names"
@@ -43,19 +43,31 @@ def student_size_problems(recipe: Recipe, target: Architecture, whose: str = "th
     """Of a model that the recipe would train: pruned sizes are multiples by then (checks/align.py), for prune.align.tensor ranks."""
     if recipe.fp8 is None or recipe.fp8.student == "none" or recipe.fp8.emulated:
         return []
-    return size_problems(recipe.fp8.student, target, recipe.parallel.tensor, whose, f"fp8.student={recipe.fp8.student}")
-
-
-def size_problems(scaling: Scaling, arch: Architecture, tensor: int, whose: str, asked_by: str) -> list[str]:
-    """Of both sides of every matrix of a layer on a tensor-parallel rank; one line for each that is no multiple."""
-    multiple, sizes = MULTIPLE[scaling], _sides(arch)
-    split = "" if tensor == 1 else f" on each of {tensor} tensor ranks"
+    scaling, tensor = recipe.fp8.student, recipe.parallel.tensor
     return [
-        f"{asked_by}: {whose} has {name}={size}, and its matrices need multiples of {multiple}{split}; "
-        f"nearest: {nearest_multiples(size, multiple * ranks)}"
-        for name, size, shared in sizes
-        if size % (multiple * (ranks := tensor if shared else 1))
+        f"fp8.student={scaling}: {whose} has {_needed(name, size, scaling, tensor)}; nearest: {nearest_multiples(size, multiple)}"
+        for name, size, multiple in _no_multiples(scaling, target, tensor)
     ]
+
+
+def _fixed_size_problems(setting: str, scaling: Scaling, arch: Architecture, tensor: int, whose: str) -> list[str]:
+    """Of a model whose sizes are what they are."""
+    instead = "none" if MULTIPLE[scaling] == 16 else "tensorwise, which needs multiples of 16, or to none"
+    mend = f"set {setting} to {instead}" + (", or parallel.tensor to less" if tensor > 1 else "")
+    return [
+        f"{setting}={scaling}: {whose} has {_needed(name, size, scaling, tensor)}; {mend}" for name, size, _ in _no_multiples(scaling, arch, tensor)
+    ]
+
+
+def _needed(name: str, size: int, scaling: Scaling, tensor: int) -> str:
+    split = "" if tensor == 1 else f" on each of {tensor} tensor ranks"
+    return f"{name}={size}, and its matrices need multiples of {MULTIPLE[scaling]}{split}"
+
+
+def _no_multiples(scaling: Scaling, arch: Architecture, tensor: int) -> list[tuple[str, int, int]]:
+    """(name, size, what it should be a multiple of) of both sides of every matrix of a layer."""
+    asked = [(name, size, MULTIPLE[scaling] * (tensor if shared else 1)) for name, size, shared in _sides(arch)]
+    return [(name, size, multiple) for name, size, multiple in asked if size % multiple]
 
 
 def _sides(arch: Architecture) -> list[tuple[str, int, bool]]:
@@ -73,8 +85,7 @@ def _teacher_size_problems(recipe: Recipe, scaling: Scaling, arch: Architecture,
     own = recipe.parallel.teacher
     layouts = {own.tensor} if isinstance(own, TeacherParallel) else {recipe.parallel.tensor}
     layouts |= {recipe.parallel.tensor} if recipe.teacher_logits else set()
-    asked_by = f"fp8.teacher={scaling}"
-    return [problem for tensor in sorted(layouts) for problem in size_problems(scaling, arch, tensor, whose, asked_by)]
+    return [problem for tensor in sorted(layouts) for problem in _fixed_size_problems("fp8.teacher", scaling, arch, tensor, whose)]
 
 
 def _section_problems(fp8: Fp8, recipe: Recipe) -> list[str]:

@@ -115,7 +115,7 @@ def test_a_source_whose_sides_are_no_multiples_is_refused_side_by_side(recipe_fi
     """By hand: of 48, 48, 80 and 60, the last alone is no multiple of 16; of 128 none is."""
     small = {"prune": {"target": {"hidden": 36}}, "distill": {"sequence_length": 128}}
     told = problems(recipe_file(**small), ["fp8.teacher=tensorwise"], ODD)
-    assert told == ["fp8.teacher=tensorwise: the source model has ffn=60, and its matrices need multiples of 16; nearest: 48, 64"]
+    assert told == ["fp8.teacher=tensorwise: the source model has ffn=60, and its matrices need multiples of 16; set fp8.teacher to none"]
     told = problems(recipe_file(**small), ["fp8.teacher=blockwise"], ODD)
     assert [line.split("=")[1].split("has ")[1] for line in told] == [
         "hidden",
@@ -139,7 +139,7 @@ def test_the_teachers_own_layout_is_what_its_sides_are_shared_by(recipe_file: Re
     found = problems(recipe_file(**WIDTH), ["fp8.teacher=blockwise", own, "parallel.tensor=2"], model)
     assert found == [
         "fp8.teacher=blockwise: the source model has ffn=14464, and its matrices need multiples of 128 on each of 2 tensor ranks; "
-        "nearest: 14336, 14592"
+        "set fp8.teacher to tensorwise, which needs multiples of 16, or to none, or parallel.tensor to less"
     ]
     assert problems(recipe_file(**WIDTH), ["fp8.teacher=blockwise", "parallel.teacher={tensor: 1}", "parallel.tensor=2"], model) == []
 

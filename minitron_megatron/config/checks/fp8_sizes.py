@@ -1,6 +1,6 @@
 """Sizes of models, and tokens that they see at a time, that FP8 kernels cannot multiply.
 
-Read in the sources of Transformer Engine 2.11: `assert_dim_for_fp8_exec`, `is_quantizable` and `make_empty` of its tensors. An emulation is asked nothing.
+Read in Transformer Engine 2.11: `assert_dim_for_fp8_exec`, `is_quantizable` and `make_empty` of its tensors. An emulation asks for none of it.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def write_text(folder: Path, files: int = 24) -> None:
         (folder / f"{number:02d}.txt").write_text(" ".join(sentences))
 
 
-def write_model(folder: Path, text: Path, *, experts: int = 0, **sizes: int) -> None:
+def write_model(folder: Path, text: Path, *, experts: int = 0, **sizes: Any) -> None:
     """A Llama of 4 layers with 8 heads in 2 groups and head channels that are not hidden / heads, untied; with experts a Mixtral.
 
     sizes: other ones, by their names in config.json.

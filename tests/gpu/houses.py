@@ -27,6 +27,8 @@ SMALL_SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 64,
+    # 1/√256 or so: larger ones make attention pick one token, and of rounding a difference of whole tokens
+    "initializer_range": 0.05,
 }
 SMALL_TARGET = {"layers": 2, "hidden": 128, "ffn": 256}
 SMOLLM2_STAGES = ("import", "data", "importance", "prune")

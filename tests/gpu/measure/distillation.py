@@ -28,13 +28,15 @@ def distilled(
     settled += ["training.deterministic=true"] if setting.deterministic else []
     for pause in pauses or []:
         copy.stage("distill", setting, *settled, f"distill.pause_after_steps={pause}")
+        if (made := copy.artifacts / "distill").exists():
+            raise RuntimeError(f"{made}: published before step {steps}, though it was to pause after {pause}")
     copy.stage("distill", setting, *settled)
     made = copy.artifacts / "distill"
     records = [json.loads(line) for line in (made / "metrics.jsonl").read_text().splitlines()]
     trained = [record for record in records if "loss" in record]
     result = json.loads((made / "result.json").read_text())
     figures = {"losses": [record["loss"] for record in trained], "norms": [record["gradient_norm"] for record in trained]}
-    return {**figures, "steps": [record["step"] for record in trained], "weights": result["weights_sha256"], "starts": len(result["starts"])}
+    return {**figures, "steps": [record["step"] for record in trained], "weights": result["weights_sha256"]}
 
 
 def _fp8(setting: Setting, teacher: str) -> list[str]:

@@ -68,7 +68,7 @@ def against_plain(setting: Setting, folder: Path, *, tokens: int, hidden: int, v
         total.backward()
         value, of_hidden, of_weight = case.plain()
         found = {"hidden": (case.hidden_ND.grad, of_hidden), "weight": (case.weight_VD.grad, of_weight)}
-        errors = {name: relative(actual, expected) for name, (actual, expected) in found.items() if actual is not None}
+        errors = {name: relative(actual.detach(), expected) for name, (actual, expected) in found.items() if actual is not None}
         return {"value": abs(float(total.detach()) / value - 1), **errors}
 
 

@@ -30,7 +30,7 @@ def rounded(setting: Setting, folder: Path) -> dict[str, Any]:
         found.backward(grad.to(setting.device))
     expected = {"output": x.double() @ weight.double().t(), "input": grad.double() @ weight.double(), "weight": grad.double().t() @ x.double()}
     actual: dict[str, Tensor | None] = {"output": found.detach(), "input": given.grad, "weight": linear.weight.grad}
-    return {name: relative(value.cpu(), expected[name]) for name, value in actual.items() if value is not None}
+    return {name: relative(value.detach().cpu(), expected[name]) for name, value in actual.items() if value is not None}
 
 
 def _linear(setting: Setting) -> nn.Module:

@@ -32,12 +32,16 @@ class Measured:
         return {"seconds": self.seconds, "runs": self.runs, "peak_gib": self.peak_gib, "over_gib": self.over_gib}
 
 
-def measured(step: Callable[[], Any], platform: Platform, *, runs: int, warm_up: int = 2) -> Measured:
-    """Each run from an idle device to an idle device. What is compiled, allocated or tuned once happens in the runs before."""
+def measured(step: Callable[[], Any], platform: Platform, *, runs: int, warm_up: int = 2, held: int | None = None) -> Measured:
+    """Each run from an idle device to an idle device. What is compiled, allocated or tuned once happens in the runs before.
+
+    held: bytes that memory is counted over; by default what is held behind those first runs, with the buffers that they leave behind.
+    """
     for _ in range(warm_up):
         step()
     platform.synchronize()
-    before = reset_peak(platform)
+    now = reset_peak(platform)
+    before = now if held is None else held
     seconds = []
     for _ in range(runs):
         began = time.monotonic()

@@ -35,7 +35,13 @@ def main() -> None:
 def body(figures: dict[str, dict[str, Any]], asked: Any) -> list[str]:
     plain = figures[FORWARD]
     rows = [
-        [side, f"{x['seconds']:.3f} s", f"{x['seconds'] / plain['seconds']:.3f}", f"{x['over_gib']:.2f} GiB", f"{x['over_gib'] - plain['over_gib']:+.2f} GiB"]
+        [
+            side,
+            f"{x['seconds']:.3f} s",
+            f"{x['seconds'] / plain['seconds']:.3f}",
+            f"{x['over_gib']:.2f} GiB",
+            f"{x['over_gib'] - plain['over_gib']:+.2f} GiB",
+        ]
         for side, x in figures.items()
     ]
     head = f"{asked.samples} samples of {asked.sequence:,} tokens in micro-batches of one, bf16, medians of {asked.runs}; random weights."

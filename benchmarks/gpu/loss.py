@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-from clock import measured, release
+from clock import measured, release, reset_peak
 from options import command_line, one_process
 from writer import table, write
 
@@ -67,25 +67,25 @@ def body(figures: dict[str, Any], sizes: Sizes) -> list[str]:
 def all_measured(sizes: Sizes, world: Any, layout: Any, asked: argparse.Namespace) -> dict[int, dict[str, Any]]:
     found: dict[int, dict[str, Any]] = {}
     for tokens in sizes.tokens:
-        case = make_case(tokens, sizes, world, layout)
-        found[tokens] = {}
-        for side, step in sides().items():
-            found[tokens][side] = attempted(step, case, world.platform, 1 if asked.tiny else asked.runs)
+        make, runs = partial(make_case, tokens, sizes, world, layout), 1 if asked.tiny else asked.runs
+        found[tokens] = {side: attempted(step, make, world.platform, runs) for side, step in sides().items()}
     return found
 
 
-def attempted(step: Callable[[Case], float], case: Case, platform: Any, runs: int) -> dict[str, Any]:
-    """Where a side does not fit or fails, why."""
+def attempted(step: Callable[[Case], Any], make: Callable[[], Case], platform: Any, runs: int) -> dict[str, Any]:
+    """On tensors of its own, so that no side's buffers are another's memory; where a side does not fit or fails, why."""
+    case = make()
+    held = reset_peak(platform)
 
     def fresh() -> None:
         case.hidden_ND.grad = case.weight_VD.grad = None
         step(case)
 
     try:
-        found: dict[str, Any] = measured(fresh, platform, runs=runs).to_dict()
+        found: dict[str, Any] = measured(fresh, platform, runs=runs, held=held).to_dict()
     except Exception as error:
         found = {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]}
-    case.hidden_ND.grad = case.weight_VD.grad = None
+    del case, fresh
     release(platform)
     return found
 

@@ -62,7 +62,9 @@ def frozen_model(arch: Architecture, world: World, layout: Layout, fp8: ModelFp8
         return randomized(build_model(arch, layout, world.platform, WEIGHTS, fp8=fp8, **more))
 
 
-def our_step(teacher: Architecture, student: Architecture, world: World, layout: Layout, settings: Distill, precision: Precision) -> Callable[[], Any]:
+def our_step(
+    teacher: Architecture, student: Architecture, world: World, layout: Layout, settings: Distill, precision: Precision
+) -> Callable[[], Any]:
     """A step as the training loop takes it, teacher's states, loss and optimizer included; returns its record."""
     frozen = frozen_model(teacher, world, layout, precision.teacher, output_layer=None)
     weight_VE = 0.02 * torch.randn(teacher.vocab, teacher.hidden, dtype=WEIGHTS, device=world.platform.device)

@@ -25,20 +25,26 @@ def write_text(folder: Path, files: int = 24) -> None:
         (folder / f"{number:02d}.txt").write_text(" ".join(sentences))
 
 
-def write_model(folder: Path, text: Path, *, experts: int = 0) -> None:
-    """A Llama of 4 layers with 8 heads in 2 groups and head channels that are not hidden / heads, untied; with experts a Mixtral."""
+def write_model(folder: Path, text: Path, *, experts: int = 0, **sizes: int) -> None:
+    """A Llama of 4 layers with 8 heads in 2 groups and head channels that are not hidden / heads, untied; with experts a Mixtral.
+
+    sizes: fields of its config that are others.
+    """
     folder.mkdir()
     vocabulary = _write_tokenizer(folder, text)
     torch.manual_seed(0)
     family, model = (MixtralConfig, MixtralForCausalLM) if experts else (LlamaConfig, LlamaForCausalLM)
     config = family(
         vocab_size=vocabulary + 3,  # a padded vocabulary, as many models have
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=6,
+        **{
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "head_dim": 6,
+            **sizes,
+        },
         max_position_embeddings=128,
         initializer_range=0.2,
         tie_word_embeddings=False,

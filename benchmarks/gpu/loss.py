@@ -75,19 +75,19 @@ def all_measured(sizes: Sizes, world: Any, layout: Any, asked: argparse.Namespac
 def attempted(step: Callable[[Case], Any], make: Callable[[], Case], platform: Any, runs: int) -> dict[str, Any]:
     """On tensors of its own, so that no side's buffers are another's memory; where a side does not fit or fails, why."""
     case = make()
-    held = reset_peak(platform)
-
-    def fresh() -> None:
-        case.hidden_ND.grad = case.weight_VD.grad = None
-        step(case)
-
     try:
-        found: dict[str, Any] = measured(fresh, platform, runs=runs, held=held).to_dict()
+        found: dict[str, Any] = measured(partial(fresh, step, case), platform, runs=runs, held=reset_peak(platform)).to_dict()
     except Exception as error:
         found = {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]}
-    del case, fresh
+    del case
     release(platform)
     return found
+
+
+def fresh(step: Callable[[Case], Any], case: Case) -> None:
+    """Without the gradients of the run before."""
+    case.hidden_ND.grad = case.weight_VD.grad = None
+    step(case)
 
 
 def sides() -> dict[str, Callable[[Case], Any]]:

@@ -52,7 +52,7 @@ def peer_model(source: StageModel) -> Any:
 
 def _plain(source: StageModel) -> GPTModel:
     [chunk] = source.chunks
-    arch, spec = chunk.architecture, block_spec(chunk.config, chunk.config.num_layers)
+    arch, spec = chunk.architecture, block_spec(chunk.config, range(chunk.config.num_layers))
     spec.layer_norm = PeerNorm
     for layer in spec.layer_specs:
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = PeerNorm

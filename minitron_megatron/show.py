@@ -63,7 +63,7 @@ def show_recipe(recipe: Recipe, source: Architecture, target: Architecture, cons
 
 def trimming_notes(recipe: Recipe, source: Architecture, target: Architecture) -> list[str]:
     """What the table does not say: sizes that alignment changed, layers that are named, and FFNs of different widths."""
-    notes = [] if recipe.search else [f"Rounded: {note}" for note in rounded_target(recipe.prune, source)[1]]
+    notes = [] if recipe.search else [f"Rounded: {note}" for note in rounded_target(recipe.prune, source, recipe.fp8_multiple)[1]]
     if recipe.prune.drop_layers:
         notes.append(f"Dropped layers: {', '.join(map(str, recipe.prune.drop_layers))}")
     if recipe.prune.ffn_by == "global":

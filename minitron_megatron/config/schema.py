@@ -13,7 +13,7 @@ from minitron_megatron.config.distill import Distill, Training, TrainingRun
 from minitron_megatron.config.evaluate import Evaluate
 from minitron_megatron.config.export import Export
 from minitron_megatron.config.finetune import Finetune
-from minitron_megatron.config.fp8 import Fp8
+from minitron_megatron.config.fp8 import MULTIPLE, Fp8, Fp8Multiple, Numbers
 from minitron_megatron.config.importance import Importance
 from minitron_megatron.config.labels import Labels
 from minitron_megatron.config.parallel import Parallel
@@ -32,6 +32,7 @@ class Recipe(Section):
     runs: str = "runs"
     platform: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the machine multiplies in it, else fp32")
+    teacher_precision: Literal["same", "fp32", "bf16"] = Field("same", description="of the frozen teacher; same: as `precision`")
     model: Model
     data: Data
     chat: Chat | None = None
@@ -64,6 +65,36 @@ class Recipe(Section):
     def distilled_text(self) -> DistilledText:
         """What stored outputs of a teacher are of."""
         return DistilledText(text=self.distill.text, sequence_length=self.distill.sequence_length, seed=self.distill.seed)
+
+    @property
+    def student_fp8(self) -> Numbers | None:
+        """Of every model that a stage trains."""
+        student = self.fp8.of_student if self.fp8 else None
+        return Numbers(fp8=student.shaping()) if student else None
+
+    @property
+    def teacher_numbers(self) -> Numbers | None:
+        """Of the frozen teacher."""
+        own, fp8 = self.teacher_precision, self.fp8.of_teacher if self.fp8 else None
+        if own == "same" and fp8 is None:
+            return None
+        return Numbers(precision=None if own == "same" else own, fp8=fp8.shaping() if fp8 else None)
+
+    @property
+    def live_teacher_numbers(self) -> Numbers | None:
+        """Of a teacher that the distillation itself runs."""
+        return self.teacher_numbers if self.distill.teacher_outputs == "live" else None
+
+    @property
+    def fp8_multiple(self) -> Fp8Multiple | None:
+        """What pruning has to leave for the training that follows; an emulation has no kernels that would ask."""
+        student = self.fp8.of_student if self.fp8 else None
+        return Fp8Multiple(multiple=MULTIPLE[student.scaling], scaling=student.scaling) if student and not student.emulated else None
+
+    @property
+    def precision_of_teacher(self) -> str:
+        """fp32 or bf16 once `precision` is settled for a machine."""
+        return self.precision if self.teacher_precision == "same" else self.teacher_precision
 
     def training_runs(self) -> dict[str, TrainingRun]:
         """The sections of stages that train."""

@@ -22,6 +22,7 @@ from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.checkpoint.sharded import load_model
 from minitron_megatron.checkpoint.tensors import tensor_table
 from minitron_megatron.checkpoint.torch_dist import MegatronSource
+from minitron_megatron.config.fp8 import ModelFp8
 from minitron_megatron.data.batches import Batch, MicroBatches, of_data_rank
 from minitron_megatron.distill.exchange import Exchange, Route, StateShape
 from minitron_megatron.distill.handover import HandoverStore, Held
@@ -162,9 +163,13 @@ def load_teacher(
     *,
     budget_bytes: float,
     share: float = 1.0,
+    fp8: ModelFp8 | None = None,
 ) -> Teacher:
-    """Builds and fills the teacher, share: its weight among several; every process calls this, because a group for the exchange is made."""
-    model = build_model(source.arch, layout, platform, dtype, output_layer=None)
+    """Builds and fills the teacher; share: its weight among several, fp8: how it computes in FP8.
+
+    Every process calls this, because a group for the exchange is made.
+    """
+    model = build_model(source.arch, layout, platform, dtype, output_layer=None, fp8=fp8)
     load_model(model, checkpoint)
     group = dist.new_group(timeout=student.timeout)
     weight = output_weight(source, model, student, dtype) if student.is_last_stage else None

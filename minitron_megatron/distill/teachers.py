@@ -131,6 +131,7 @@ def load_teachers(job: Job, inputs: Mapping[str, Artifact], student: Architectur
             job.dtype,
             budget_bytes=budget,
             share=given.weight,
+            fp8=recipe.fp8.of_teacher if recipe.fp8 else None,
         )
         for given, own in zip(teachers, layouts, strict=True)
     ]

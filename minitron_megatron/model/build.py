@@ -17,6 +17,7 @@ from torch import nn
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.config.fp8 import ModelFp8
 from minitron_megatron.model.experts import expert_settings
+from minitron_megatron.model.fp8_emulation.delayed import move_with_passes
 from minitron_megatron.model.fp8_flags import fp8_settings
 from minitron_megatron.model.gpt import HiddenStateGPT, OutputLayer, StageModel
 from minitron_megatron.model.modules import family_settings
@@ -61,6 +62,7 @@ def build_model(
             if weight is not None:
                 weight.data.zero_()  # padded rows are loaded from nowhere
         mark_shards(chunk)
+        move_with_passes(chunk.decoder, layout.groups.tp_dp_cp)
     model = StageModel(arch, layout, chunks)
     return model if trainable else model.frozen()
 

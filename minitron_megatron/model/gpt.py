@@ -31,7 +31,7 @@ class HiddenStateGPT(GPTModel):
         self._output_layer_class = output_layer
         super().__init__(
             config,
-            block_spec(config, layers_of_stage(config, layout, virtual_stage)),
+            block_spec(config, stage_layers(config, virtual_stage)),
             vocab_size=padded_vocab(arch.vocab, layout.tensor),
             max_sequence_length=arch.max_positions,
             pre_process=layout.is_first_stage and virtual_stage == 0,
@@ -157,6 +157,10 @@ def padded_vocab(vocab: int, tensor: int) -> int:
     return -(-vocab // tensor) * tensor
 
 
-def layers_of_stage(config: TransformerConfig, layout: Layout, virtual_stage: int) -> int:
+def stage_layers(config: TransformerConfig, virtual_stage: int) -> range:
+    """Of this process, counted from 0 over the whole model."""
     stages = config.pipeline_model_parallel_layout
-    return config.num_layers if stages is None else stages.get_num_layers_to_build(vp_stage=virtual_stage)
+    if stages is None:
+        return range(config.num_layers)
+    first = stages.get_layer_offset(vp_stage=virtual_stage)
+    return range(first, first + stages.get_num_layers_to_build(vp_stage=virtual_stage))

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minitron_megatron.arch.families import Family
+from minitron_megatron.config.fp8 import ModelFp8
 from minitron_megatron.model.experts import layer_spec
+from minitron_megatron.model.fp8_emulation.linear import put_emulated_linears
 from minitron_megatron.platform.rms_norm import rms_norm
 from minitron_megatron.platform.short_attention import is_short, short_attention
 
@@ -92,17 +94,22 @@ class CausalAttention(nn.Module):
         return context_BhSK.permute(2, 0, 1, 3).flatten(2)
 
 
-def local_layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """megatron-core's local layer with our norm and core attention in it."""
+def local_layer_spec(config: TransformerConfig, *, emulated: bool = False) -> ModuleSpec:
+    """megatron-core's local layer with our norm and core attention in it; emulated: with linears that round as FP8 would."""
     spec = layer_spec(config)
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = norm_of(config)
     attention.core_attention = CausalAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if emulated:
+        put_emulated_linears(layer)
     return spec
 
 
-def block_spec(config: TransformerConfig, layers: int) -> TransformerBlockSubmodules:
-    """The spec of one pipeline stage with this many layers."""
-    return TransformerBlockSubmodules(layer_specs=[local_layer_spec(config)] * layers, layer_norm=norm_of(config))
+def block_spec(config: TransformerConfig, layers: range) -> TransformerBlockSubmodules:
+    """The spec of one pipeline stage; layers: its own, counted from 0 over the whole model."""
+    fp8: ModelFp8 | None = getattr(config, "emulated_fp8", None)
+    ends = {0, config.num_layers - 1} if fp8 and fp8.first_last_layers_bf16 else set()
+    specs = {emulated: local_layer_spec(config, emulated=emulated) for emulated in (False, True)}
+    return TransformerBlockSubmodules(layer_specs=[specs[fp8 is not None and layer not in ends] for layer in layers], layer_norm=norm_of(config))

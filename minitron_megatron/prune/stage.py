@@ -32,7 +32,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
     original = inputs["import"]
     arch = Architecture.from_dict(original.result["architecture"])
     source = MegatronSource(original.path / "checkpoint", arch)
-    plan = world.from_main(_plan(recipe.prune, inputs, source, folder) if world.is_main else None)
+    plan = world.from_main(_plan(recipe, inputs, source, folder) if world.is_main else None)
     target = plan.target
     # the processes' parts are equal but for one tensor: the main one's, times their number, is what all have written
     with byte_progress("prune", pruned_bytes(source, plan), is_main=world.is_main) as on_bytes:
@@ -64,22 +64,22 @@ def outside_files(recipe: Recipe) -> list[Path]:
     return [Path(file)] if file is not None else []
 
 
-def _target(settings: Prune, inputs: Mapping[str, Artifact], source: Architecture) -> tuple[Architecture, list[str]]:
+def _target(recipe: Recipe, inputs: Mapping[str, Artifact], source: Architecture) -> tuple[Architecture, list[str]]:
     """What the search has chosen where there is one, else the recipe's sizes; with what alignment changed of them."""
     if "search" in inputs:
         return Architecture.from_dict(json.loads((inputs["search"].path / "architecture.json").read_text())), []
-    return rounded_target(settings, source)
+    return rounded_target(recipe.prune, source, recipe.fp8_multiple)
 
 
-def _plan(settings: Prune, inputs: Mapping[str, Artifact], source: MegatronSource, folder: Path) -> PrunePlan:
+def _plan(recipe: Recipe, inputs: Mapping[str, Artifact], source: MegatronSource, folder: Path) -> PrunePlan:
     """Made by one process: magnitude scores read the whole checkpoint, and free space is asked for before anybody writes."""
-    target, rounding = _target(settings, inputs, source.arch)
+    settings, (target, rounding) = recipe.prune, _target(recipe, inputs, source.arch)
     plan = make_plan(
         _scores(settings, inputs, source),
         source.arch,
         target,
         dropped_layers=inputs["depth"].result["dropped_layers"] if "depth" in inputs else settings.drop_layers,
-        global_ffn_multiple=ffn_multiple(settings) if settings.ffn_by == "global" else None,
+        global_ffn_multiple=ffn_multiple(settings, recipe.fp8_multiple) if settings.ffn_by == "global" else None,
         head_residual=settings.head_residual,
         rounding=rounding,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
+from math import lcm
 from typing import NamedTuple
 
 from minitron_megatron.arch.architecture import Architecture
@@ -22,11 +23,14 @@ class Enumerated(NamedTuple):
     """Combinations that are no model, or larger than the source in some axis."""
 
 
-def enumerate_space(space: Space, source: Architecture) -> Enumerated:
-    """The largest sizes first, so that of equal candidates the least cut one is met first."""
+def enumerate_space(space: Space, source: Architecture, ffn_multiple: int = 1) -> Enumerated:
+    """The largest sizes first, so that of equal candidates the least cut one is met first.
+
+    ffn_multiple: of what ffn_factor gives, beside space.alignment.
+    """
     found: dict[Architecture, None] = {}
     impossible: set[tuple[int, ...]] = set()
-    for sizes in _combinations(space, source):
+    for sizes in _combinations(space, source, lcm(space.alignment, ffn_multiple)):
         try:
             arch = source.resized(**sizes)
         except ArchitectureError:
@@ -39,7 +43,7 @@ def enumerate_space(space: Space, source: Architecture) -> Enumerated:
     return Enumerated(list(found), len(impossible))
 
 
-def _combinations(space: Space, source: Architecture) -> Iterator[dict[str, int]]:
+def _combinations(space: Space, source: Architecture, ffn_multiple: int) -> Iterator[dict[str, int]]:
     axes = {axis: sorted(sizes, reverse=True) for axis, sizes in space.axes().items()}
     for sizes in product(*axes.values()):
         named = dict(zip(axes, sizes, strict=True))
@@ -50,7 +54,7 @@ def _combinations(space: Space, source: Architecture) -> Iterator[dict[str, int]
             continue
         hidden = named.get("hidden", source.hidden)
         for factor in sorted(space.ffn_factor, reverse=True):
-            yield {**named, "ffn": nearest_multiple(factor * hidden, space.alignment)}
+            yield {**named, "ffn": nearest_multiple(factor * hidden, ffn_multiple)}
 
 
 def nearest_multiple(value: float, of: int) -> int:

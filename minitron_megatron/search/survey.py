@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from minitron_megatron.arch.architecture import Architecture, kv_cache_bytes_per_token, nonembedding_parameter_count, parameter_count
+from minitron_megatron.config.checks.fp8 import student_size_problems
 from minitron_megatron.config.checks.layout import layout_problems, list_problems
 from minitron_megatron.config.checks.target import target_architecture
 from minitron_megatron.config.checks.teachers import teacher_architectures
@@ -112,7 +113,8 @@ class Survey:
 
 def survey(recipe: Recipe, search: Search, source: Architecture, latency: LatencyModel | None = None) -> Survey:
     """latency: the fitted one where it is measured; without it a measured latency removes nothing."""
-    everything = enumerate_space(search.space, source)
+    fp8 = recipe.fp8_multiple
+    everything = enumerate_space(search.space, source, fp8.multiple * recipe.prune.align.tensor if fp8 else 1)
     budgets = budgets_of(search, latency)
     candidates = [_judged(arch, source, budgets) for arch in everything.architectures]
     teacher = teacher_architectures(recipe, source)[0]
@@ -176,6 +178,8 @@ def _judged(arch: Architecture, source: Architecture, budgets: list[Budget]) -> 
 def _obstacle(recipe: Recipe, search: Search, source: Architecture, arch: Architecture, teacher: Architecture) -> str:
     """Why this recipe cannot prune to the shape or train it; empty where it can."""
     trial = trial_recipe(recipe, search, cut_sizes(arch, source))
+    if sizes := student_size_problems(recipe, arch, "a candidate"):
+        return sizes[0]
     try:
         target = target_architecture(trial, source)
     except RecipeError as error:

@@ -64,7 +64,8 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
         require_disk_space(folder, int(needed), "the teacher's outputs")
     layout = global_layout(recipe.parallel, world)
     if left:
-        model = build_model(teacher.architecture, layout, world.platform, torch_dtype(recipe.precision))
+        fp8 = recipe.fp8.of_teacher if recipe.fp8 else None
+        model = build_model(teacher.architecture, layout, world.platform, torch_dtype(recipe.precision), fp8=fp8)
         load_model(model, teacher.checkpoint)
         write_blocks(model, parts, left, settings, form, folder, world)
     world.barrier()

@@ -112,6 +112,7 @@ class Job:
             ends=distillation_work(arch, *teachers),
             trainable=True,
             recompute=self.recipe.training.recompute,
+            fp8=self.recipe.fp8.of_student if self.recipe.fp8 else None,
         )
         load_model(model, checkpoint)
         return model

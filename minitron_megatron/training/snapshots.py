@@ -32,6 +32,7 @@ class Snapshots:
         if recipe.correct is None:
             raise RuntimeError("snapshots are a correction's")
         settings = {"correct": recipe.correct.lasting(), "precision": recipe.precision}
+        settings |= {"student_fp8": recipe.student_fp8.shaping()} if recipe.student_fp8 else {}
         identity = artifact_id("correct", settings, {"import": source.id, "data": data.id}, [])
         return Snapshots(Path(recipe.runs) / recipe.name / "corrected", identity)
 

@@ -30,6 +30,7 @@ from minitron_megatron.platform import versions
 from minitron_megatron.platform.lifetime import run_ending_with_parent
 from minitron_megatron.training.optimizer import whole_parameters
 from minitron_megatron.training.optimizer_state import OptimizerState
+from minitron_megatron.training.scaling_checkpoint import load_scaling, scaling_entries
 from minitron_megatron.training.student import Student
 
 PROGRESS = "progress.json"
@@ -90,6 +91,7 @@ class TrainingCheckpoints:
         state = dist_checkpointing.load({"model": weights, "optimizer": optimizer.tensors()}, folder)
         shared_out = dist_checkpointing.load(optimizer.weights(), folder) if optimizer.has_weights else {}
         set_model_state(student.model, state["model"])
+        load_scaling(student.model, Path(folder))
         optimizer.load({**state["optimizer"], **shared_out}, finished_steps=progress.step)
         return replace(progress, extra=state.get("extra", {}))
 
@@ -138,7 +140,7 @@ class TrainingCheckpoints:
     def _request(self, progress: Progress, student: Student, folder: Path) -> Any:
         weights = model_state(student.model)
         optimizer = OptimizerState(student.optimizer, weights, loading=False)
-        state = {"model": weights, "optimizer": optimizer.tensors(), "extra": progress.extra}
+        state = {"model": weights, "optimizer": optimizer.tensors(), "fp8": scaling_entries(student.model), "extra": progress.extra}
         return dist_checkpointing.save(state, str(folder), async_sharded_save=True, **versions.asynchronous_save())
 
     @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.checkpoint.sharded import load_model, model_state, save_state
 from minitron_megatron.checkpoint.torch_dist import MegatronSource
 from minitron_megatron.config.distill import Distill, HiddenLoss, Training
+from minitron_megatron.config.fp8 import Fp8
 from minitron_megatron.config.parallel import Parallel
 from minitron_megatron.data.batches import Batch, MicroBatches, collate, micro_batches, of_data_rank
 from minitron_megatron.distill.hidden.map import Term, hidden_terms
@@ -49,6 +50,7 @@ class Pair:
     student: Architecture
     folder: Path
     teacher_hidden: int = 32
+    fp8: Fp8 = field(default_factory=Fp8)
 
     @property
     def teacher(self) -> Architecture:
@@ -122,9 +124,20 @@ def load_pair(world: World, parallel: Parallel, pair: Pair, distill: Distill, tr
     wanted = settle_teacher(parallel, pair.teacher, pair.student, fp32, world)
     own = teacher_layout(wanted, world, layout)
     budget = distill.handover_device_gib * 2**30
-    teacher = load_teacher(MegatronSource(folder, pair.teacher), folder, own, layout, world.platform, fp32, budget_bytes=budget)
+    source = MegatronSource(folder, pair.teacher)
+    teacher = load_teacher(source, folder, own, layout, world.platform, fp32, budget_bytes=budget, fp8=pair.fp8.of_teacher)
     ends = distillation_work(pair.student, pair.teacher)
-    model = build_model(pair.student, layout, world.platform, fp32, output_layer=DistillationOutputLayer, ends=ends, trainable=True)
+    model = build_model(
+        pair.student,
+        layout,
+        world.platform,
+        fp32,
+        output_layer=DistillationOutputLayer,
+        ends=ends,
+        trainable=True,
+        recompute=training.recompute if training else "none",
+        fp8=pair.fp8.of_student,
+    )
     load_model(model, pair.folder / "student")
     return teacher, make_student(model, distill, training, hidden_of(model, teacher, pair, distill))
 

@@ -16,6 +16,7 @@ from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.checkpoint.sharded import chunk_state, load_model
 from minitron_megatron.checkpoint.torch_dist import MegatronSource
 from minitron_megatron.config.distill import Distill, LearningRate, Training
+from minitron_megatron.config.fp8 import Fp8
 from minitron_megatron.config.parallel import Parallel
 from minitron_megatron.distill.teacher import load_teacher
 from minitron_megatron.distill.teachers import Teachers, settle_teacher
@@ -54,6 +55,7 @@ class Job:
     global_batch: int = 8
     micro_batch: int = 2
     dtype: torch.dtype = torch.float32
+    fp8: Fp8 = field(default_factory=Fp8)
 
     def settings(self) -> Distill:
         return Distill(
@@ -101,7 +103,8 @@ def train(world: World, job: Job) -> Seen:
     layout, samples = global_layout(job.parallel, world), WatchedSamples()
     arch, folder = teacher_of(job.student), job.weights / "teacher"
     own = teacher_layout(settle_teacher(job.parallel, arch, job.student, job.dtype, world), world, layout)
-    teacher = load_teacher(MegatronSource(folder, arch), folder, own, layout, world.platform, job.dtype, budget_bytes=1e9)
+    source = MegatronSource(folder, arch)
+    teacher = load_teacher(source, folder, own, layout, world.platform, job.dtype, budget_bytes=1e9, fp8=job.fp8.of_teacher)
     model = build_model(
         job.student,
         layout,
@@ -111,6 +114,7 @@ def train(world: World, job: Job) -> Seen:
         ends=distillation_work(job.student, arch),
         trainable=True,
         recompute=job.training.recompute,
+        fp8=job.fp8.of_student,
     )
     load_model(model, job.weights / "student")
     student = make_student(model, job.settings(), job.training)

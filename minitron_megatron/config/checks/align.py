@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import lcm
+from math import gcd, lcm
 
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.config.checks.widths import Size, width_limits
+from minitron_megatron.config.fp8 import Fp8Multiple
 from minitron_megatron.config.prune import Prune
 
 
@@ -17,6 +18,8 @@ class Rounded:
     sizes: dict[str, Size]
     notes: list[str] = field(default_factory=list)
     """One line for each size that changed: "ffn 9215 → 9216 (multiple of 64)"."""
+    fp8: str = ""
+    """Why a multiple is not prune.align's alone: " for FP8 blockwise under tensor 4"."""
     problems: list[str] = field(default_factory=list)
 
     def of(self, name: str, source: Architecture) -> int:
@@ -25,28 +28,41 @@ class Rounded:
         return size if isinstance(size, int) else max(size)
 
 
-def rounded_sizes(prune: Prune, source: Architecture) -> Rounded:
+def rounded_sizes(prune: Prune, source: Architecture, fp8: Fp8Multiple | None = None) -> Rounded:
     """prune.target with its named sizes rounded; a size that equals the source's stays, for nothing is cut there.
 
     Key/value groups come first, for heads are a multiple of them where heads are aligned at all; hidden comes last, for transformers
-    wants a multiple of the heads for some families.
+    wants a multiple of the heads for some families. fp8: of what the pruned model is then trained in.
     """
-    align, found = prune.align, Rounded(prune.target.sizes())
-    _round(found, "kv_groups", lcm(align.kv_groups, align.tensor), [source.kv_groups])
+    align, found = prune.align, Rounded(prune.target.sizes(), fp8=_reason(prune, fp8))
+    of_heads = _heads_of_a_multiple(prune, source, fp8)
+    _round(found, "kv_groups", lcm(align.kv_groups, align.tensor, of_heads), [source.kv_groups])
     groups = found.of("kv_groups", source)
     if "kv_groups" in found.sizes:
         found.sizes.setdefault("heads", source.heads_per_group * groups)
-    if not found.problems and max(align.heads, align.tensor) > 1:
-        _round(found, "heads", lcm(align.heads, align.tensor, groups), [source.heads_per_group * groups])
-    _round(found, "ffn", ffn_multiple(prune), _ffn_limits(prune, source))
+    if not found.problems and max(align.heads, align.tensor, of_heads) > 1:
+        _round(found, "heads", lcm(align.heads, align.tensor, of_heads, groups), [source.heads_per_group * groups])
+    _round(found, "ffn", ffn_multiple(prune, fp8), _ffn_limits(prune, source))
     heads = found.of("heads", source) if source.family.hidden_multiple_of_heads else 1
-    if align.hidden > 1:
-        _round(found, "hidden", lcm(align.hidden, heads), [source.hidden])
+    if (hidden := lcm(align.hidden, fp8.multiple if fp8 else 1)) > 1:
+        _round(found, "hidden", lcm(hidden, heads), [source.hidden])
     return found
 
 
-def ffn_multiple(prune: Prune) -> int:
-    return lcm(prune.align.ffn, prune.align.tensor)
+def ffn_multiple(prune: Prune, fp8: Fp8Multiple | None = None) -> int:
+    return lcm(prune.align.ffn, prune.align.tensor * (fp8.multiple if fp8 else 1))
+
+
+def _heads_of_a_multiple(prune: Prune, source: Architecture, fp8: Fp8Multiple | None) -> int:
+    """How many heads have whole multiples of channels on every tensor rank: then queries, keys, values and their output have them too."""
+    if fp8 is None:
+        return 1
+    channels = fp8.multiple * prune.align.tensor
+    return channels // gcd(channels, source.head_channels)
+
+
+def _reason(prune: Prune, fp8: Fp8Multiple | None) -> str:
+    return f" for FP8 {fp8.scaling} under tensor {prune.align.tensor}" if fp8 else ""
 
 
 def nearest_multiple(size: int, multiple: int, limit: int) -> int | None:
@@ -75,9 +91,9 @@ def _round(found: Rounded, name: str, multiple: int, limits: list[int]) -> None:
     sizes = [size for size in new if size is not None]
     if len(sizes) < len(new):
         limit = wanted[new.index(None)][1]
-        found.problems.append(f"prune.align: no multiple of {multiple} fits into the source's {name}={limit}; align {name} to less")
+        found.problems.append(f"prune.align: no multiple of {multiple}{found.fp8} fits into the source's {name}={limit}; align {name} to less")
         return
     rounded: Size = sizes[0] if isinstance(named, int) else sizes
     if rounded != named:
-        found.notes.append(f"{name} {named} → {rounded} (multiple of {multiple})")
+        found.notes.append(f"{name} {named} → {rounded} (multiple of {multiple}{found.fp8})")
         found.sizes[name] = rounded

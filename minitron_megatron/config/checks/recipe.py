@@ -6,6 +6,7 @@ from minitron_megatron.arch.architecture import Architecture, nearest_multiples
 from minitron_megatron.config.checks.criteria import criteria_problems, sums_problems
 from minitron_megatron.config.checks.depth import block_size_problems, depth_problems
 from minitron_megatron.config.checks.export import export_problems
+from minitron_megatron.config.checks.fp8 import fp8_problems
 from minitron_megatron.config.checks.layout import layout_problems, list_problems, shape_problems, teacher_problems
 from minitron_megatron.config.checks.losses import vocabulary_problems
 from minitron_megatron.config.checks.search import search_problems
@@ -30,6 +31,7 @@ def check_recipe(recipe: Recipe, source: Architecture, planned: Planned | None =
     else:
         problems, target = _target_problems(recipe, source, planned)
         layers = {source.layers, target.layers}
+    problems += fp8_problems(recipe, source, None if recipe.search or problems else target, planned)
     problems += layout_problems(recipe.parallel, source, "the source model")
     if target != source:
         problems += layout_problems(recipe.parallel, target, "the pruned model")

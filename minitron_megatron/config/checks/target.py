@@ -5,6 +5,7 @@ from __future__ import annotations
 from minitron_megatron.arch.architecture import Architecture, nearest_multiples
 from minitron_megatron.config.checks.align import Rounded, ffn_multiple, rounded_sizes
 from minitron_megatron.config.checks.widths import kept_layers, layer_problems, width_limits, width_problems, widths_in_source
+from minitron_megatron.config.fp8 import Fp8Multiple
 from minitron_megatron.config.prune import Prune
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.errors import RecipeError
@@ -18,16 +19,18 @@ def target_architecture(recipe: Recipe, source: Architecture) -> Architecture:
 
     With prune.ffn_by=global its layers have the mean width: the widths themselves follow from the scores, and stand in the plan.
     """
-    target, _ = rounded_target(recipe.prune, source)
-    if recipe.prune.ffn_by == "global" and ffn_multiple(recipe.prune) % recipe.parallel.tensor:
-        tensor = recipe.parallel.tensor
-        raise RecipeError(f"prune.ffn_by=global: parallel.tensor={tensor} has to divide every layer's width; set prune.align.tensor={tensor}")
+    fp8 = recipe.fp8_multiple
+    target, _ = rounded_target(recipe.prune, source, fp8)
+    tensor, of_rank = recipe.parallel.tensor, fp8.multiple if fp8 else 1
+    if recipe.prune.ffn_by == "global" and ffn_multiple(recipe.prune, fp8) % (tensor * of_rank):
+        widths = f"leave multiples of {of_rank} on each rank (FP8)" if fp8 else "divide every layer's width"
+        raise RecipeError(f"prune.ffn_by=global: parallel.tensor={tensor} has to {widths}; set prune.align.tensor={tensor}")
     return target
 
 
-def rounded_target(prune: Prune, source: Architecture) -> tuple[Architecture, list[str]]:
-    """That architecture whatever the layout, and what alignment changed of the recipe's sizes."""
-    rounded = rounded_sizes(prune, source)
+def rounded_target(prune: Prune, source: Architecture, fp8: Fp8Multiple | None = None) -> tuple[Architecture, list[str]]:
+    """That architecture whatever the layout, and what alignment changed of the recipe's sizes. fp8: Recipe.fp8_multiple."""
+    rounded = rounded_sizes(prune, source, fp8)
     problems = layer_problems(prune, source) + _too_large(rounded, source) + rounded.problems
     problems += _expert_problems(rounded, source) + _head_problems(prune, rounded, source)
     if not problems:
@@ -38,7 +41,7 @@ def rounded_target(prune: Prune, source: Architecture) -> tuple[Architecture, li
     if source.ffn_per_layer:
         sizes.setdefault("ffn", widths_in_source(prune, source) or source.ffn)
     target = source.resized(**sizes)  # type: ignore[arg-type]  # only ffn may be a list
-    problems = _align_problems(prune, target) + _budget_problems(prune, target, source)
+    problems = _align_problems(prune, target, fp8) + _budget_problems(prune, target, source, fp8)
     if problems:
         raise RecipeError(problems)
     return target, rounded.notes
@@ -79,9 +82,9 @@ def _hidden_problems(rounded: Rounded, source: Architecture) -> list[str]:
     ]
 
 
-def _align_problems(prune: Prune, target: Architecture) -> list[str]:
+def _align_problems(prune: Prune, target: Architecture, fp8: Fp8Multiple | None) -> list[str]:
     """Sizes that are not pruned are not rounded."""
-    tensor, multiple = prune.align.tensor, ffn_multiple(prune)
+    tensor, multiple = prune.align.tensor, ffn_multiple(prune, fp8)
     sizes = [("kv_groups", target.kv_groups), ("heads", target.heads), *(("ffn", width) for width in sorted(set(target.ffn_widths)))]
     problems = [
         f"prune.align.tensor={tensor} does not divide {name}={size}, which is not pruned; name a smaller prune.target.{name}"
@@ -93,11 +96,11 @@ def _align_problems(prune: Prune, target: Architecture) -> list[str]:
     return problems
 
 
-def _budget_problems(prune: Prune, target: Architecture, source: Architecture) -> list[str]:
+def _budget_problems(prune: Prune, target: Architecture, source: Architecture, fp8: Fp8Multiple | None) -> list[str]:
     """Of neurons ranked over all layers, which go in whole blocks, where the source's layers differ in width."""
     if prune.ffn_by != "global":
         return []
-    multiple, widths = ffn_multiple(prune), width_limits(prune, source)
+    multiple, widths = ffn_multiple(prune, fp8), width_limits(prune, source)
     if min(widths) < multiple:
         return [f"prune.ffn_by=global: a layer of {min(widths)} neurons has no whole block of {multiple}; set prune.align.ffn and .tensor to less"]
     most = sum(width // multiple for width in widths) // len(widths) * multiple

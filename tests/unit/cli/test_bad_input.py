@@ -36,6 +36,11 @@ MISTAKES = {
     "an override without a value": (["distill.steps"], "is not of the form key=value"),
     "a model that is not there": (["model.path=nowhere"], "nowhere/config.json: not found"),
     "scores of two kinds": (["prune.scores_file=x", "prune.scores=random"], "prune.scores_file holds activation scores, but prune.scores=random"),
+    "a teacher that would learn": (["fp8.teacher=delayed"], "fp8.teacher: delayed scaling learns its scales from the steps of a training"),
+    "layers out of FP8 under delayed scaling": (
+        ["fp8.student=delayed", "fp8.first_last_layers_bf16=true", "fp8.emulated=true"],
+        "fp8.first_last_layers_bf16=true: with delayed scaling megatron enters FP8 once for all layers",
+    ),
     "a layout that does not divide": (["parallel.tensor=2", "prune.target.ffn=15"], "parallel.tensor=2 does not divide the pruned model's 15 ffn"),
 }
 
@@ -45,6 +50,15 @@ MISTAKES = {
 def test_mistakes_in_a_recipe_are_told_before_anything_starts(verb: str, mistake: str, project: Any, minitron: Run) -> None:
     overrides, expected = MISTAKES[mistake]
     assert_one_line(minitron(verb, project.recipe, *overrides), expected, project)
+
+
+def test_fp8_without_a_gpu_is_told_before_anything_starts(project: Any, minitron: Run) -> None:
+    """Not after the hours before the first stage that trains; sizes are in order here."""
+    edit_config(project, hidden_size=64, num_attention_heads=8, num_key_value_heads=4, head_dim=8, intermediate_size=64)
+    overrides = ["fp8.student=tensorwise", "prune.target.ffn=32", "platform=auto", "precision=auto"]
+    assert_one_line(
+        minitron("run", project.recipe, *overrides), "this process runs on a CPU, which multiplies in no FP8; set fp8.emulated=true", project
+    )
 
 
 FILES = {

@@ -21,6 +21,7 @@ from minitron_megatron.failure import LAUNCHED, STOPPED, tell
 from minitron_megatron.health import require_links
 from minitron_megatron.parallel.world import World, distributed_world, rank_and_size
 from minitron_megatron.platform import Platform, activate
+from minitron_megatron.platform.deterministic import be_deterministic
 from minitron_megatron.platform.fp8_support import require_fp8
 from minitron_megatron.platform.lifetime import end_with_parent
 from minitron_megatron.search.survey import surviving
@@ -39,6 +40,8 @@ def prepare(recipe_path: str, overrides: list[str], *, needs_device: bool = True
     if recipe.search:
         surviving(recipe, recipe.search, source)  # ahead of the hours before the search
     platform = activate(recipe.platform if needs_device else "cpu")
+    if recipe.training.deterministic:
+        be_deterministic(platform)
     if needs_device:
         require_fp8(recipe.fp8, platform)  # ahead of the hours before the first stage that trains
     precision = recipe.precision if recipe.precision != "auto" else ("bf16" if platform.supports_bf16_matmul() else "fp32")

@@ -147,3 +147,7 @@ class Training(Section):
         "none", description="activations computed again in backward instead of kept: of each FFN (selective) or of each layer (full)"
     )
     asynchronous_checkpoints: bool = Field(True, description="another process writes a checkpoint while training goes on")
+    overlap_tensor_parallel: bool = Field(
+        False, description="the student's layers exchange sequence shards while they multiply; needs Transformer Engine and parallel.sequence"
+    )
+    deterministic: bool = Field(False, description="on CUDA kernels that give the same bits each time, slower: resuming is then exact there too")

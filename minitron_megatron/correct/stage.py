@@ -8,13 +8,14 @@ from typing import Any
 
 from minitron_megatron.arch.architecture import Architecture, parameter_count
 from minitron_megatron.artifact import Artifact
-from minitron_megatron.checkpoint.sharded import model_state, save_state
+from minitron_megatron.checkpoint.sharded import save_state
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.errors import RecipeError
-from minitron_megatron.model.gpt import StageModel
 from minitron_megatron.parallel.world import World
 from minitron_megatron.training import job
+from minitron_megatron.training.published import published_state
 from minitron_megatron.training.snapshots import Snapshots
+from minitron_megatron.training.student import Student
 from minitron_megatron.training.training_checkpoint import Progress
 
 SCRATCH = job.SCRATCH
@@ -30,8 +31,8 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
     before = correction.begin(arch, further_bytes=kept * correction.dtype.itemsize * parameter_count(arch))
     snapshots = Snapshots.of(recipe, source, data)
 
-    def publish(model: StageModel, progress: Progress) -> None:
-        snapshots.publish(progress.step, lambda path: save_state(model_state(model), path), world, keep=settings.keep_snapshots)
+    def publish(student: Student, progress: Progress) -> None:
+        snapshots.publish(progress.step, lambda path: save_state(published_state(student), path), world, keep=settings.keep_snapshots)
 
     texts = correction.texts(inputs, before, mask_boundaries=settings.mask_boundaries)
     return correction.train_alone(arch, source.path / "checkpoint", texts, publish if settings.beside else None)

@@ -10,7 +10,6 @@ from typing import Any
 
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.artifact import Artifact
-from minitron_megatron.checkpoint.sharded import model_state
 from minitron_megatron.config.distill import Distill
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.distill.hidden.projection import without_projections
@@ -22,6 +21,7 @@ from minitron_megatron.parallel.world import World
 from minitron_megatron.training import job
 from minitron_megatron.training.loop import TrainingLoop
 from minitron_megatron.training.losses.settings import OF_STORED
+from minitron_megatron.training.published import published_state
 from minitron_megatron.training.student import make_student
 
 SCRATCH = job.SCRATCH
@@ -53,7 +53,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
         if world.is_main:
             print(f"distill: paused after step {loop.progress.step} of {settings.steps}; the next start goes on from there", flush=True)
         return None
-    distillation.publish_weights({name: without_projections(chunk) for name, chunk in model_state(model).items()})
+    distillation.publish_weights({name: without_projections(chunk) for name, chunk in published_state(student).items()})
     kl = next(last[name] for name in ("forward_kl", *OF_STORED.values()) if name in last)
     told = f"kl {kl:.3f}, perplexity {last['perplexity']:.2f}"
     return distillation.result(arch, loop, last, told, f" (teacher {teachers.describe()})")

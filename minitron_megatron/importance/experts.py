@@ -89,11 +89,28 @@ def hook_experts(mlp: Any, sums: ExpertSums, samples_B: Callable[[], Tensor]) ->
     def routed(module: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
         sums.route(output[0].detach(), output[1], samples_B(), inputs[0].shape[0])
 
-    handles = [mlp.router.register_forward_hook(routed)]
-    for number, expert in enumerate(mlp.experts.local_experts):
+    return [mlp.router.register_forward_hook(routed), *_hook_second_matrices(mlp.experts, sums)]
+
+
+def _hook_second_matrices(experts: Any, sums: ExpertSums) -> list[Any]:
+    """Transformer Engine keeps those of all experts in one module, which is given the tokens expert after expert."""
+    if not hasattr(experts, "local_experts"):
+        return [experts.linear_fc2.register_forward_hook(_grouped_hook(sums))]
+    handles = []
+    for number, expert in enumerate(experts.local_experts):
         handles.append(expert.linear_fc2.register_forward_pre_hook(_input_hook(sums, number)))
         handles.append(expert.linear_fc2.register_forward_hook(_output_hook(sums, number)))
     return handles
+
+
+def _grouped_hook(sums: ExpertSums) -> Callable[..., None]:
+    def hook(module: nn.Module, inputs: tuple[Tensor, list[int]], output: tuple[Tensor, Any]) -> None:
+        x_NF, per_expert = inputs
+        for number, (x_nF, y_nD) in enumerate(zip(x_NF.detach().split(per_expert), output[0].detach().split(per_expert), strict=True)):
+            sums.see_input(number, x_nF)
+            sums.see_output(number, y_nD)
+
+    return hook
 
 
 def _input_hook(sums: ExpertSums, number: int) -> Callable[..., None]:

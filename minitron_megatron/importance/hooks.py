@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from minitron_megatron.config.importance import KeptSums
 from minitron_megatron.importance.experts import ExpertSums, hook_experts, is_sparse
 from minitron_megatron.importance.token_sums import absolute_sums, cosine_sums, head_norm_sums, token_norms, token_sums
+from minitron_megatron.model.normed import See, attention_norm, mlp_norm, on_state
 from minitron_megatron.scores.statistics import FINAL_NORM, INFLUENCE
 
 
@@ -52,7 +53,7 @@ def collecting(layers: Iterable[Any], final_norm: nn.Module | None = None, *, ke
     found, held, norms = MicroBatchSums(kept), list(layers), _Norms()
     handles = [handle for layer in held for handle in _hook_layer(layer, found, norms)]
     if final_norm is not None and kept == "all":
-        handles.append(final_norm.register_forward_hook(_sums_of_output(found, (held[-1].layer_number - 1, FINAL_NORM))))
+        handles.append(on_state(final_norm, _sums_of_state(found, (held[-1].layer_number - 1, FINAL_NORM))))
     try:
         yield found
     finally:
@@ -65,8 +66,8 @@ def _hook_layer(layer: Any, found: MicroBatchSums, norms: _Norms) -> list[Any]:
     return [
         *_hook_mlp(layer.mlp, number, found),
         _hook_heads(layer, number, found),
-        layer.input_layernorm.register_forward_hook(_sums_of_output(found, (number, "attention_norm"))),
-        layer.pre_mlp_layernorm.register_forward_hook(_sums_of_output(found, (number, "mlp_norm"))),
+        on_state(attention_norm(layer), _sums_of_state(found, (number, "attention_norm"))),
+        on_state(mlp_norm(layer), _sums_of_state(found, (number, "mlp_norm"))),
         layer.register_forward_hook(_cosine(found, number, norms), with_kwargs=True),
     ]
 
@@ -85,7 +86,7 @@ def _hook_mlp(mlp: Any, number: int, found: MicroBatchSums) -> list[Any]:
             *([mlp.linear_fc1.register_forward_hook(before)] if found.kept == "all" else []),
             mlp.linear_fc2.register_forward_pre_hook(_sums_of_input(found, (number, "ffn"))),
         ]
-    found.experts[number] = ExpertSums(mlp.token_dispatcher, len(mlp.experts.local_experts))
+    found.experts[number] = ExpertSums(mlp.token_dispatcher, mlp.experts.num_local_experts)
     return hook_experts(mlp, found.experts[number], lambda: found.sample_ids_B)
 
 
@@ -129,11 +130,11 @@ def _sums_before_activation(found: MicroBatchSums, key: tuple[int, str], *, gate
     return hook
 
 
-def _sums_of_output(found: MicroBatchSums, key: tuple[int, str]) -> Callable[..., None]:
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        found.token_sums[key] = _sums(output.detach(), found)
+def _sums_of_state(found: MicroBatchSums, key: tuple[int, str]) -> See:
+    def see(state: Callable[[], Tensor], handed_on: Tensor) -> None:
+        found.token_sums[key] = _sums(state().detach(), found)
 
-    return hook
+    return see
 
 
 class _Norms:

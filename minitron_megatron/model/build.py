@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.config.fp8 import ModelFp8
+from minitron_megatron.errors import PlatformError
 from minitron_megatron.model.experts import expert_settings
 from minitron_megatron.model.fp8_emulation.delayed import move_with_passes
 from minitron_megatron.model.fp8_flags import fp8_settings
@@ -47,16 +49,32 @@ def build_model(
     variable_lengths: bool = False,
     recompute: str = "none",
     fp8: ModelFp8 | None = None,
+    overlap_exchange: bool = False,
+    deterministic: bool = False,
 ) -> StageModel:
     """This process's part of a model, weights zero until they are loaded.
 
     output_layer: its class; None where only hidden states are wanted. ends: work of the first and last pipeline stage beyond their
     layers, by default that of a forward pass. variable_lengths: micro-batches of one schedule may differ in shape (evaluation of tasks).
     recompute: a key of RECOMPUTE. fp8: how it computes in FP8.
+    overlap_exchange: of sequence shards, through the buffers of model/user_buffers.py. deterministic: the same bits each time, on CUDA.
     """
     ends = ends or (logits_work(arch) if output_layer else hidden_state_work(arch))
-    config = transformer_config(arch, layout, platform, dtype, ends=ends, variable_lengths=variable_lengths, recompute=recompute, fp8=fp8)
-    chunks = [HiddenStateGPT(arch, layout, config, output_layer, stage).to(platform.device) for stage in range(layout.virtual)]
+    config = transformer_config(
+        arch,
+        layout,
+        platform,
+        dtype,
+        ends=ends,
+        variable_lengths=variable_lengths,
+        recompute=recompute,
+        fp8=fp8,
+        overlap_exchange=overlap_exchange,
+        deterministic=deterministic,
+    )
+    # with gradients enabled Transformer Engine would keep a transposed copy of FP8 weights, and megatron their first values in bf16 on the host
+    with nullcontext() if trainable else torch.no_grad():
+        chunks = [HiddenStateGPT(arch, layout, config, output_layer, stage).to(platform.device) for stage in range(layout.virtual)]
     for chunk in chunks:
         for weight in (chunk.embedding.word_embeddings.weight if chunk.pre_process else None, chunk.output_weight()):
             if weight is not None:
@@ -108,6 +126,8 @@ def transformer_config(
     variable_lengths: bool = False,
     recompute: str = "none",
     fp8: ModelFp8 | None = None,
+    overlap_exchange: bool = False,
+    deterministic: bool = False,
 ) -> LayerConfig:
     """Architecture × Layout → megatron's config; what depends on the machine comes from the platform."""
     flags = megatron_flags(platform, arch.family.activation)
@@ -115,6 +135,8 @@ def transformer_config(
         # batched sends and receives make the gradients of two stages with a virtual pipeline silently wrong; and ranks that wait for each
         # send stand in step with each other pass by pass, which a last stage with the loss in its forward pass makes slow
         flags |= {"batch_p2p_comm": False, "overlap_p2p_comm": True}
+    if overlap_exchange:
+        flags |= _overlap_flags(platform)
     if arch.ffn_per_layer:
         flags |= {"ffn_per_layer": arch.ffn_per_layer, "heterogeneous_block_specs": True}
     return LayerConfig(
@@ -146,10 +168,18 @@ def transformer_config(
         moe_token_dispatcher_type="alltoall",
         **expert_settings(arch, layout, platform),
         **_recompute(recompute, arch),
+        # a CPU gives them anyway, and by faster ways than those that megatron takes then
+        deterministic_mode=deterministic and platform.kind == "cuda",
         emulated_fp8=fp8 if fp8 and fp8.emulated else None,
         **fp8_settings(fp8),
         **flags,
     )
+
+
+def _overlap_flags(platform: Platform) -> dict[str, Any]:
+    if not platform.transformer_engine:
+        raise PlatformError("training.overlap_tensor_parallel=true needs Transformer Engine on CUDA; install it, or set it to false")
+    return {"tp_comm_overlap": True}
 
 
 def _recompute(recompute: str, arch: Architecture) -> dict[str, Any]:

@@ -5,7 +5,6 @@ Legend: E experts, S sequence, B samples of a micro-batch.
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -28,9 +27,12 @@ def expert_settings(arch: Architecture, layout: Layout, platform: Platform) -> d
     """
     if not arch.experts:
         return {}
-    if platform.kind == "cuda" and importlib.util.find_spec("transformer_engine") is None:
+    if platform.kind == "cuda" and not platform.transformer_engine:
         # its name te_general_gemm is undefined then; on CPU platform/retarget.py defines it
-        raise PlatformError("experts on CUDA need Transformer Engine, which megatron-core's router calls; install it, or set platform=cpu")
+        raise PlatformError(
+            "experts on CUDA need Transformer Engine, which megatron-core's router calls; install it (minitron doctor says which versions), "
+            "or set platform=cpu"
+        )
     return {
         "num_moe_experts": arch.experts,
         "moe_router_topk": arch.experts_per_token,
@@ -41,6 +43,7 @@ def expert_settings(arch: Architecture, layout: Layout, platform: Platform) -> d
         "moe_aux_loss_coeff": 0.0,
         "moe_router_dtype": "fp32",
         "expert_model_parallel_size": layout.expert,
+        "moe_grouped_gemm": platform.transformer_engine,
     }
 
 

@@ -1,4 +1,4 @@
-"""Modules of the layer spec that needs neither Transformer Engine nor apex.
+"""Modules of the layer spec that needs neither Transformer Engine nor apex, and which spec a model has.
 
 Legend: S sequence, B batch, D hidden, h this rank's query heads, g this rank's key/value groups, K head channels.
 """
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from minitron_megatron.arch.families import Family
 from minitron_megatron.config.fp8 import ModelFp8
+from minitron_megatron.model.engine_spec import engine_block_spec
 from minitron_megatron.model.experts import layer_spec
 from minitron_megatron.model.fp8_emulation.linear import put_emulated_linears
 from minitron_megatron.platform.rms_norm import rms_norm
@@ -108,7 +109,9 @@ def local_layer_spec(config: TransformerConfig, *, emulated: bool = False) -> Mo
 
 
 def block_spec(config: TransformerConfig, layers: range) -> TransformerBlockSubmodules:
-    """The spec of one pipeline stage; layers: its own, counted from 0 over the whole model."""
+    """The spec of one pipeline stage; layers: its own, counted from 0 over the whole model. platform/activate.py says whose modules they are."""
+    if config.transformer_impl == "transformer_engine":
+        return engine_block_spec(config, len(layers))
     fp8: ModelFp8 | None = getattr(config, "emulated_fp8", None)
     ends = {0, config.num_layers - 1} if fp8 and fp8.first_last_layers_bf16 else set()
     specs = {emulated: local_layer_spec(config, emulated=emulated) for emulated in (False, True)}

@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from minitron_megatron.errors import PlatformError
-from minitron_megatron.platform import quiet, retarget, versions
+from minitron_megatron.platform import engine, quiet, retarget, versions
 
 Kind = Literal["cpu", "cuda"]
 
@@ -26,6 +26,8 @@ class Platform:
     kind: Kind
     backend: Literal["gloo", "nccl"]
     device: torch.device
+    transformer_engine: bool = False
+    """Whether models are built of Transformer Engine's modules."""
 
     def synchronize(self) -> None:
         """Wait until the device has done what was asked of it, so that a clock may be read."""
@@ -72,7 +74,7 @@ def activate(kind: Literal["auto", "cpu", "cuda"] = "auto") -> Platform:
 
 def megatron_flags(platform: Platform, activation: str) -> dict[str, Any]:
     """TransformerConfig arguments that depend on the machine and on what is installed; activation: of the model's FFN."""
-    return _cpu_flags() if platform.kind == "cpu" else _cuda_flags(activation)
+    return _cpu_flags() if platform.kind == "cpu" else _cuda_flags(activation, platform.transformer_engine)
 
 
 def cpu_flags() -> frozenset[str]:
@@ -116,7 +118,7 @@ def _activate_cuda() -> Platform:
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
-    return Platform("cuda", "nccl", device)
+    return Platform("cuda", "nccl", device, transformer_engine=engine.import_problem() is None)
 
 
 def _request_one_hardware_queue() -> None:
@@ -127,6 +129,7 @@ def _request_one_hardware_queue() -> None:
 
 def _cpu_flags() -> dict[str, Any]:
     return {
+        "transformer_impl": "local",
         "use_cpu_initialization": True,
         "masked_softmax_fusion": False,
         "bias_activation_fusion": False,
@@ -139,14 +142,15 @@ def _cpu_flags() -> dict[str, Any]:
     }
 
 
-def _cuda_flags(activation: str) -> dict[str, Any]:
+def _cuda_flags(activation: str, transformer_engine: bool) -> dict[str, Any]:
     installed = {name for name in _KERNEL_MODULES if importlib.util.find_spec(name) is not None}
     return {
+        "transformer_impl": "transformer_engine" if transformer_engine else "local",
         "use_cpu_initialization": False,
         "masked_softmax_fusion": "scaled_upper_triang_masked_softmax_cuda" in installed,
         "bias_activation_fusion": activation == "swiglu",  # of squared ReLU megatron has no fused kernel, and raises
         "bias_dropout_fusion": True,
-        "apply_rope_fusion": "transformer_engine" in installed,
+        "apply_rope_fusion": transformer_engine,
         # megatron raises when the output layer is built, even with Transformer Engine, if the kernel is absent
         "gradient_accumulation_fusion": "fused_weight_gradient_mlp_cuda" in installed,
         "persist_layer_norm": "fast_layer_norm" in installed,
@@ -154,10 +158,9 @@ def _cuda_flags(activation: str) -> dict[str, Any]:
     }
 
 
-# top-level extension modules: three built with NVIDIA's apex, and Transformer Engine
+# top-level extension modules, built with NVIDIA's apex
 _KERNEL_MODULES = (
     "scaled_upper_triang_masked_softmax_cuda",
     "fused_weight_gradient_mlp_cuda",
     "fast_layer_norm",
-    "transformer_engine",
 )

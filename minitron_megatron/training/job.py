@@ -13,7 +13,7 @@ import torch
 
 from minitron_megatron.arch.architecture import Architecture, parameter_count
 from minitron_megatron.artifact import Artifact, require_disk_space
-from minitron_megatron.checkpoint.sharded import load_model, model_state, save_state
+from minitron_megatron.checkpoint.sharded import load_model, save_state
 from minitron_megatron.checkpoint.torch_dist import MegatronSource, weights_digest
 from minitron_megatron.config.distill import TrainingRun
 from minitron_megatron.config.schema import Recipe
@@ -30,7 +30,8 @@ from minitron_megatron.parallel.split import distillation_work
 from minitron_megatron.parallel.world import World
 from minitron_megatron.training.loop import TrainingLoop
 from minitron_megatron.training.output_layer import DistillationOutputLayer
-from minitron_megatron.training.student import make_student
+from minitron_megatron.training.published import published_state
+from minitron_megatron.training.student import Student, make_student
 from minitron_megatron.training.teachers import NoTeachers
 from minitron_megatron.training.training_checkpoint import Progress, newest_progress
 
@@ -112,22 +113,24 @@ class Job:
             ends=distillation_work(arch, *teachers),
             trainable=True,
             recompute=self.recipe.training.recompute,
+            overlap_exchange=self.recipe.training.overlap_tensor_parallel,
+            deterministic=self.recipe.training.deterministic,
             fp8=self.recipe.fp8.of_student if self.recipe.fp8 else None,
         )
         load_model(model, checkpoint)
         return model
 
     def train_alone(
-        self, arch: Architecture, checkpoint: Path, texts: Texts, saved: Callable[[StageModel, Progress], None] | None = None
+        self, arch: Architecture, checkpoint: Path, texts: Texts, saved: Callable[[Student, Progress], None] | None = None
     ) -> dict[str, Any]:
         """Trains a model without a teacher, on the cross-entropy alone, publishes its weights and returns the stage's result."""
         model, settings = self.student(arch, checkpoint), self.settings
         student = make_student(model, settings, self.recipe.training)
         loop = TrainingLoop(self.stage, settings, self.layout, self.world, NoTeachers(), student, *texts)
         if saved:
-            loop.saved = lambda progress: saved(model, progress)
+            loop.saved = lambda progress: saved(student, progress)
         last = loop.run(self.folder, self.recipe)
-        self.publish_weights(model_state(model))
+        self.publish_weights(published_state(student))
         return self.result(arch, loop, last, f"perplexity {last['perplexity']:.2f}")
 
     def publish_weights(self, state: dict[str, Any]) -> None:

@@ -19,7 +19,9 @@ from minitron_megatron.config.distill import TrainingRun
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.data.batches import Batch, MicroBatches, TokenDataset, collate, micro_batches, of_data_rank
 from minitron_megatron.errors import TrainingError
+from minitron_megatron.model.fp8_state import unmoved_scaling
 from minitron_megatron.model.run import forward_backward, forward_only
+from minitron_megatron.model.user_buffers import user_buffers, without_buffers
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.parallel.world import World
 from minitron_megatron.status import StepStatus
@@ -65,7 +67,8 @@ class TrainingLoop:
 
     def run(self, folder: Path, recipe: Recipe) -> dict[str, float]:
         """Trains to the last step from the newest checkpoint in the folder; returns the validation after it. Raises Stopped where it was asked to."""
-        with self.stop.listening():
+        buffers = user_buffers(self.student.model, samples=self.settings.micro_batch, sequence=self.settings.sequence_length)
+        with self.stop.listening(), buffers:
             with self._checkpoints(folder / "training", recipe) as checkpoints:
                 last = self._train(checkpoints, folder, recipe)
             if self.stopping and self.progress.step < self.last_step:
@@ -189,7 +192,7 @@ class TrainingLoop:
     def _forward_only(self, teacher: TeacherStates, batches: list[Batch], hidden: HiddenTraining | None = None) -> list[dict[str, Tensor]]:
         """The student's losses without gradients; those of hidden states too where they are asked for."""
         model = self.student.model.eval()
-        with hidden.measuring() if hidden else nullcontext():
+        with hidden.measuring() if hidden else nullcontext(), without_buffers(model), unmoved_scaling(model):
             before = partial(hidden.expect, teacher) if hidden else None
             logged = forward_only(model, batches, before=before, consume=lambda states, batch: self.student.loss(teacher, states, batch)[2])
         model.train()

@@ -11,9 +11,11 @@ from megatron.core import optimizer as megatron_optimizer
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from minitron_megatron.config.distill import Training, TrainingRun
 from minitron_megatron.errors import PlatformError
+from minitron_megatron.model.fp8_weights import are_rounded, complete_copies
 from minitron_megatron.model.gpt import HiddenStateGPT
 
 
@@ -22,12 +24,16 @@ def make_optimizer(
 ) -> tuple[list[DistributedDataParallel], MegatronOptimizer]:
     """Wraps the chunks of this process's stage; parameters of bf16 models have an fp32 main copy, gradients are fp32.
 
-    Over one data-parallel rank there is nothing to share out and nothing to overlap: such a model has the plain optimizer.
-    Raises PlatformError where the state of the distributed optimizer could be saved but not loaded.
+    Over one data-parallel rank there is nothing to share out and nothing to overlap: such a model has the plain optimizer, but where
+    its weights are FP8, which only the distributed optimizer can write. Raises PlatformError where its state could be saved but not loaded.
     """
-    bf16 = chunks[0].config.params_dtype == torch.bfloat16
+    config = chunks[0].config
     several_ranks = chunks[0].layout.groups.dp_cp.size() > 1
-    ddp = _ddp_config(training, len(chunks)) if several_ranks else DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+    ddp = (
+        _ddp_config(training, config, len(chunks))
+        if several_ranks or are_rounded(config)
+        else DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+    )
     if ddp.use_distributed_optimizer:
         _require_loadable_state()
     wrapped = [
@@ -36,7 +42,8 @@ def make_optimizer(
         for number, chunk in enumerate(chunks)
     ]
     _count_padding(wrapped)
-    optimizer = get_megatron_optimizer(_optimizer_config(settings, bf16, ddp), wrapped)
+    _fuse_weight_gradients(chunks)
+    optimizer = get_megatron_optimizer(_optimizer_config(settings, config, ddp), wrapped)
     for chunk in chunks:
         _connect(chunk.config, wrapped, optimizer, finalize)
     return wrapped, optimizer
@@ -49,17 +56,42 @@ def whole_parameters(wrapped: Sequence[DistributedDataParallel]) -> Iterator[Non
         for chunk in wrapped:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.disable_forward_pre_hook(param_sync=True)
+                complete_copies(chunk.parameters())
                 stack.callback(chunk.enable_forward_pre_hook)
         yield
 
 
-def _ddp_config(training: Training, chunks: int) -> DistributedDataParallelConfig:
+def write_main_into_weights(optimizer: MegatronOptimizer, wrapped: Sequence[DistributedDataParallel]) -> None:
+    """FP8 weights rounded anew from the fp32 main copy and gathered, as a step does it: what a checkpoint holds of them is rounded twice."""
+    if not are_rounded(wrapped[0].module.config):
+        return
+    with torch.no_grad():
+        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+            part._copy_main_params_to_model_params()
+        for chunk in wrapped:
+            chunk.start_param_sync(force_sync=True)
+            complete_copies(chunk.parameters())
+
+
+def _fuse_weight_gradients(chunks: Sequence[HiddenStateGPT]) -> None:
+    """Transformer Engine's linears add their weight gradients to main_grad in the product's own kernel, with or without apex.
+
+    Set here, where main_grad has come to be, and not in megatron's config: with that its own linears, such as the output layer, raise without apex.
+    """
+    for chunk in chunks:
+        for module in chunk.modules():
+            if hasattr(module, "fuse_wgrad_accumulation"):
+                module.fuse_wgrad_accumulation = True
+
+
+def _ddp_config(training: Training, config: TransformerConfig, chunks: int) -> DistributedDataParallelConfig:
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=training.distributed_optimizer,
         overlap_grad_reduce=training.overlap_grad_reduce,
         overlap_param_gather=training.overlap_param_gather,
         align_param_gather=training.overlap_param_gather and chunks > 1,
+        fp8_param_gather=config.fp8_param,
     )
 
 
@@ -100,8 +132,8 @@ def _require_loadable_state() -> None:
         )
 
 
-def _optimizer_config(settings: TrainingRun, bf16: bool, ddp: DistributedDataParallelConfig) -> OptimizerConfig:
-    adam = settings.adam
+def _optimizer_config(settings: TrainingRun, config: TransformerConfig, ddp: DistributedDataParallelConfig) -> OptimizerConfig:
+    adam, bf16 = settings.adam, config.params_dtype == torch.bfloat16
     return OptimizerConfig(
         optimizer="adam",
         lr=settings.learning_rate.peak,
@@ -115,4 +147,6 @@ def _optimizer_config(settings: TrainingRun, bf16: bool, ddp: DistributedDataPar
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=ddp.use_distributed_optimizer,
         overlap_param_gather=ddp.overlap_param_gather,
+        # how it writes FP8 weights; of a model whose weights are not, it asks for nothing
+        fp8_recipe=config.fp8_recipe if config.fp8_param else None,
     )

@@ -28,7 +28,7 @@ from minitron_megatron.errors import TrainingError
 from minitron_megatron.parallel.world import World
 from minitron_megatron.platform import versions
 from minitron_megatron.platform.lifetime import run_ending_with_parent
-from minitron_megatron.training.optimizer import whole_parameters
+from minitron_megatron.training.optimizer import whole_parameters, write_main_into_weights
 from minitron_megatron.training.optimizer_state import OptimizerState
 from minitron_megatron.training.scaling_checkpoint import load_scaling, scaling_entries
 from minitron_megatron.training.student import Student
@@ -93,6 +93,7 @@ class TrainingCheckpoints:
         set_model_state(student.model, state["model"])
         load_scaling(student.model, Path(folder))
         optimizer.load({**state["optimizer"], **shared_out}, finished_steps=progress.step)
+        write_main_into_weights(student.optimizer, student.wrapped)
         return replace(progress, extra=state.get("extra", {}))
 
     def save(self, progress: Progress, student: Student) -> None:

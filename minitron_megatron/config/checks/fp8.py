@@ -105,8 +105,9 @@ def _weights_problems(fp8: Fp8, recipe: Recipe) -> list[str]:
     problems = []
     if not recipe.training.distributed_optimizer:
         problems.append("fp8.weights=true: megatron casts FP8 weights in its distributed optimizer alone; set training.distributed_optimizer=true")
-    if fp8.student in ("mxfp8", "nvfp4"):
+    if fp8.student in ("delayed", "mxfp8", "nvfp4"):
         why = {
+            "delayed": "weights are cast with the scale of earlier steps, and the first steps have none",
             "mxfp8": "its two copies of a weight, along rows and along columns, share no buffer that could be gathered",
             "nvfp4": "Transformer Engine 2.11 casts no main copy to it",
         }

@@ -14,7 +14,7 @@ from minitron_megatron.config.checks.target import target_architecture
 from minitron_megatron.config.checks.teacher_logits import stored_problems
 from minitron_megatron.config.checks.teachers import Planned, models_problems, stage_problems, teacher_architectures
 from minitron_megatron.config.checks.text import text_problems
-from minitron_megatron.config.checks.training import batch_problems, hidden_problems, training_problems
+from minitron_megatron.config.checks.training import batch_problems, hidden_problems, overlap_problems, training_problems
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.errors import RecipeError
 
@@ -45,7 +45,7 @@ def check_recipe(recipe: Recipe, source: Architecture, planned: Planned | None =
     if recipe.prune.scores_file and recipe.prune.scores != "activation":
         problems.append(f"prune.scores_file holds activation scores, but prune.scores={recipe.prune.scores}; leave one of them out")
     problems += criteria_problems(recipe.prune, source) + sums_problems(recipe.importance, recipe.prune)
-    problems += training_problems(recipe.training)
+    problems += training_problems(recipe.training) + overlap_problems(recipe)
     problems += export_problems(recipe, source)
     if problems:
         raise RecipeError(list(dict.fromkeys(problems)))

@@ -74,3 +74,21 @@ def training_problems(training: Training) -> list[str]:
         return []
     mend = " and ".join(f"training.{name}=true" for name in needed)
     return [f"training.overlap_param_gather=true needs {mend}; set that, or training.overlap_param_gather=false"]
+
+
+def overlap_problems(recipe: Recipe) -> list[str]:
+    """What Transformer Engine's user buffers cannot do: read in its 2.11 (initialize_ub, fill_userbuffers_buffer_for_all_gather)."""
+    if not recipe.training.overlap_tensor_parallel:
+        return []
+    where, parallel, problems = "training.overlap_tensor_parallel=true", recipe.parallel, []
+    if recipe.platform == "cpu":
+        problems.append(f"{where} is Transformer Engine's, on CUDA; set it to false, or platform=cuda")
+    if parallel.tensor == 1 or not parallel.sequence:
+        problems.append(
+            f"{where} overlaps the exchange of sequence shards; set parallel.tensor=2 or more and parallel.sequence=true, or leave it out"
+        )
+    if recipe.precision == "fp32":
+        problems.append(f"{where}: its buffers hold bf16 or FP8; set precision=bf16, or leave it out")
+    if recipe.fp8 and recipe.fp8.student in ("blockwise", "nvfp4"):
+        problems.append(f"{where}: its buffers do not carry {recipe.fp8.student} scales; set fp8.student=tensorwise, or leave it out")
+    return problems

@@ -11,13 +11,14 @@ from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from minitron_megatron.distill.hidden.map import StateName, Term
 from minitron_megatron.distill.hidden.states import state_modules
 from minitron_megatron.model.gpt import HiddenStateGPT
+from minitron_megatron.model.normed import See, on_state
 
 Kind = Literal["cosine", "mse"]
 
@@ -30,11 +31,14 @@ def summed_loss(projected_SBE: Tensor, teacher_SBE: Tensor, token_weights_SB: Te
 
 
 class InjectLoss(torch.autograd.Function):
-    """Identity of a state that hands a loss its gradient when backward comes by, as megatron's MoE auxiliary loss does."""
+    """Identity of a tensor that hands a loss its gradient when backward comes by, as megatron's MoE auxiliary loss does."""
 
     @staticmethod
     def forward(ctx: Any, state: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
-        """state as it is; loss: []; scale: [] the loss's gradient. Returned as itself the state would become a view, which megatron refuses."""
+        """state as it is, or what was computed from it; loss: []; scale: [] the loss's gradient.
+
+        Returned as itself the tensor would become a view, which megatron refuses.
+        """
         ctx.save_for_backward(scale)
         return state.detach()
 
@@ -74,7 +78,7 @@ class HiddenLosses:
         for name, module in state_modules(chunk).items():
             if any(term.student == name for term in terms):
                 self._queues[name] = deque()
-                self._handles.append(module.register_forward_hook(self._hook(name)))
+                self._handles.append(on_state(module, self._see(name)))
 
     @property
     def teacher_states(self) -> list[StateName]:
@@ -136,23 +140,23 @@ class HiddenLosses:
             for queue in self._queues.values():
                 queue.clear()
 
-    def _hook(self, name: StateName) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
+    def _see(self, name: StateName) -> See:
         terms, queue = self._terms_at(name), self._queues[name]
 
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        def see(state: Callable[[], Tensor], handed_on: Tensor) -> Tensor | None:
             if self._mode == "off" or (self._mode == "training" and not torch.is_grad_enabled()):
                 return None
             # first in, first out: micro-batches are recomputed in the order in which they went forward
-            loss = self._compare(output, terms, queue.popleft())
-            return InjectLoss.apply(output, loss, self._alpha()) if self._mode == "training" else None
+            loss = self._compare(state(), terms, queue.popleft())
+            return InjectLoss.apply(handed_on, loss, self._alpha()) if self._mode == "training" else None
 
-        return hook
+        return see
 
-    def _compare(self, output_SBD: Tensor, terms: list[tuple[int, Term]], expected: _Expected) -> Tensor:
+    def _compare(self, state_SBD: Tensor, terms: list[tuple[int, Term]], expected: _Expected) -> Tensor:
         """[] the losses of all terms at one module; each is added to the sums."""
-        total = output_SBD.new_zeros((), dtype=torch.float32)
+        total = state_SBD.new_zeros((), dtype=torch.float32)
         for (number, term), teacher_SBE in zip(terms, expected.teacher_SBE, strict=True):
-            projected_SBE = self._chunk.distillation_projections[term.projection](output_SBD)
+            projected_SBE = self._chunk.distillation_projections[term.projection](state_SBD)
             # recomputed in backward: the fp32 copies of both states would be the largest activations of the layer
             loss = checkpoint(
                 summed_loss,

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from minitron_megatron.distill.hidden.map import EMBEDDING, StateName, layer_state
 from minitron_megatron.model.gpt import HiddenStateGPT
+from minitron_megatron.model.normed import See, attention_norm, on_state
 
 
 def state_modules(chunk: HiddenStateGPT) -> dict[StateName, nn.Module]:
-    """The module whose output is each state that arises in this chunk."""
+    """The module at which each state of this chunk arises: model/normed.py reads it there."""
     found: dict[StateName, nn.Module] = {EMBEDDING: chunk.embedding} if chunk.pre_process else {}
     # megatron counts layers from 1
-    return found | {layer_state(layer.layer_number - 1): layer.input_layernorm for layer in chunk.decoder.layers}
+    return found | {layer_state(layer.layer_number - 1): attention_norm(layer) for layer in chunk.decoder.layers}
 
 
 class StateCapture:
@@ -28,7 +29,7 @@ class StateCapture:
         self.names = [name for name in dict.fromkeys(wanted) if name in modules]
         """Those of the wanted states that arise here."""
         self._found: dict[StateName, Tensor] = {}
-        self._handles = [modules[name].register_forward_hook(self._collect(name)) for name in self.names]
+        self._handles = [on_state(modules[name], self._collect(name)) for name in self.names]
 
     def take(self) -> dict[StateName, Tensor]:
         """[S, B, D] by name: what has come up since the last call; under sequence parallelism this rank's part of S."""
@@ -39,8 +40,8 @@ class StateCapture:
         for handle in self._handles:
             handle.remove()
 
-    def _collect(self, name: StateName) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            self._found[name] = output.detach()
+    def _collect(self, name: StateName) -> See:
+        def see(state: Callable[[], Tensor], handed_on: Tensor) -> None:
+            self._found[name] = state().detach()
 
-        return hook
+        return see

@@ -39,7 +39,7 @@ def problems(file: Path, overrides: list[str], source: Architecture = LLAMA_8B) 
         ["fp8.teacher=blockwise", "fp8.student=blockwise", "fp8.weights=true", "parallel.tensor=4", "parallel.sequence=true"],
         ["fp8.student=mxfp8", "fp8.first_last_layers_bf16=true"],
         ["fp8.teacher=nvfp4", "fp8.student=nvfp4"],
-        ["fp8.student=delayed", "fp8.amax_history=16", "fp8.weights=true"],
+        ["fp8.student=delayed", "fp8.amax_history=16"],
     ],
 )
 def test_what_goes_together_is_taken(recipe_file: Recipes, overrides: list[str]) -> None:
@@ -58,11 +58,16 @@ def test_what_goes_together_is_taken(recipe_file: Recipes, overrides: list[str])
         (["fp8.student=tensorwise", "fp8.amax_history=16"], "fp8.amax_history: only delayed scaling looks back", "fp8.student=delayed"),
         (["fp8.teacher=tensorwise", "fp8.weights=true"], "fp8.weights: of the student, which is not in FP8", "name fp8.student"),
         (
-            ["fp8.student=delayed", "fp8.weights=true", "training.distributed_optimizer=false"],
+            ["fp8.student=tensorwise", "fp8.weights=true", "training.distributed_optimizer=false"],
             "fp8.weights=true: megatron casts FP8 weights in its distributed optimizer",
             "set training.distributed_optimizer=true",
         ),
         (["fp8.student=mxfp8", "fp8.weights=true"], "fp8.weights=true with fp8.student=mxfp8", "set fp8.weights=false"),
+        (
+            ["fp8.student=delayed", "fp8.weights=true"],
+            "fp8.weights=true with fp8.student=delayed: weights are cast with the scale of earlier steps",
+            "set fp8.weights=false",
+        ),
         (["fp8.student=nvfp4", "fp8.weights=true"], "fp8.weights=true with fp8.student=nvfp4", "set fp8.weights=false"),
         (["fp8.student=nvfp4", "fp8.format=e4m3"], "fp8.format: nvfp4 has one format", "leave it out"),
         (["fp8.student=nvfp4", "fp8.emulated=true"], "fp8.emulated=true rounds to 8 bits", "choose another scaling"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import pytest
@@ -17,7 +16,6 @@ MIXTRAL = Architecture("mixtral", 3, 24, 8, 2, 6, 16, 131, False, 64, 1e-5, 1000
 DENSE = Architecture("mistral", 3, 24, 8, 2, 6, 16, 131, False, 64, 1e-5, 10000.0)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is not None, reason="is about its absence")
 def test_experts_on_cuda_without_transformer_engine_are_refused_and_dense_models_are_not(layout: Any) -> None:
     cuda = Platform("cuda", "nccl", torch.device("cuda"))
     with pytest.raises(PlatformError, match=r"need Transformer Engine, .*install it, or set platform=cpu"):

@@ -23,6 +23,7 @@ from minitron_megatron.distill.exchange import Exchange
 from minitron_megatron.distill.teacher import Teacher
 from minitron_megatron.distill.teachers import Teachers
 from minitron_megatron.model.build import build_model, mark_shards, transformer_config
+from minitron_megatron.model.fp8_weights import INITIAL_VALUE
 from minitron_megatron.model.gpt import StageModel
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.parallel.split import distillation_work, logits_work
@@ -49,17 +50,18 @@ class RandomTokens:
 
 @torch.no_grad()
 def randomized(model: StageModel) -> StageModel:
-    """Matrices of a small standard deviation; norms stay at 1. Copied into each weight, which FP8 weights round for themselves."""
+    """Matrices of a small standard deviation; norms stay at 1. FP8 weights round for themselves what is copied into them."""
     for weight in model.parameters():
         if weight.dim() > 1:
-            weight.copy_(0.02 * torch.randn(weight.shape, dtype=weight.dtype, device=weight.device))
+            value = 0.02 * torch.randn(weight.shape, dtype=weight.dtype, device=weight.device)
+            weight.copy_(value)
+            if hasattr(weight, INITIAL_VALUE):  # what the main copy of an FP8 weight begins with
+                setattr(weight, INITIAL_VALUE, value.cpu())
     return model
 
 
 def frozen_model(arch: Architecture, world: World, layout: Layout, fp8: ModelFp8 | None, **more: Any) -> StageModel:
-    """Under no_grad: otherwise Transformer Engine keeps a second copy of FP8 weights for gradients."""
-    with torch.no_grad():
-        return randomized(build_model(arch, layout, world.platform, WEIGHTS, fp8=fp8, **more))
+    return randomized(build_model(arch, layout, world.platform, WEIGHTS, fp8=fp8, **more))
 
 
 def our_step(
@@ -110,7 +112,7 @@ def batches(settings: Distill, vocab: int, world: World) -> list[Batch]:
 
 
 def _plain(arch: Architecture, world: World, layout: Layout, fp8: ModelFp8 | None, *, trainable: bool = True) -> StageModel:
-    """megatron's own GPTModel, built as ours is."""
+    """megatron's own GPTModel, built as ours is: one that is not trained without gradients, or FP8 weights would have a transposed copy."""
     with torch.set_grad_enabled(trainable):
         config = transformer_config(arch, layout, world.platform, WEIGHTS, ends=logits_work(arch), fp8=fp8)
         chunk = PlainGPT(arch, layout, config, ColumnParallelLinear, 0).to(world.platform.device)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from options import command_line
 from planned import H200, TOKENS_OF_A_STEP, memory_of, plan_of, settings_of, step_flops
-from shapes import BF16, FP8, PRECISIONS, Precision, precision, shapes
+from shapes import BF16, PRECISIONS, Precision, precision, shapes
 from writer import table
 
 from minitron_megatron.arch.architecture import Architecture, layer_costs, parameter_count
@@ -161,15 +161,15 @@ def attention(plan: TrainingPlan, rates: Rates) -> list[Part]:
 
 
 def around(plan: TrainingPlan, chosen: Precision, rates: Rates) -> list[Part]:
-    """What a layer keeps is written and read once forward; backward its gradients as well. Gradients of weights are made in bf16, then added
-    to fp32 sums (2 + 2 + 8 bytes), where no kernel does both."""
-    [teacher], number = plan.teachers, plan.micro_batches
+    """What a layer keeps is written and read once forward; backward its gradients as well. Gradients of weights are added to fp32 sums in the
+    product's own kernel (4 + 4 bytes a weight and micro-batch), which hides none of it where products are counted at what they reach alone."""
+    number = plan.micro_batches
     once = {name: number * sum(kept_by_layer(run, width) for width in run.split.arch.ffn_widths) for name, run in runs(plan).items()}
-    gradients = 12.0 * number * sum(layer_costs(plan.run.split.arch))
+    gradients = 8.0 * number * sum(layer_costs(plan.run.split.arch))
     found = [
         Part("norms, rotary, gates, additions: teacher", 2.0 * once["teacher"], "byte", rates.memory),
         Part("norms, rotary, gates, additions: student", 6.0 * once["student"], "byte", rates.memory),
-        Part("gradients of weights added up (unfused)", gradients, "byte", rates.memory),
+        Part("gradients of weights added up", gradients, "byte", rates.memory),
     ]
     casts = cast_bytes(plan, chosen)
     return [*found, Part("FP8 casts", casts, "byte", rates.memory)] if casts else found
@@ -182,14 +182,15 @@ def runs(plan: TrainingPlan) -> dict[str, Pass]:
 
 def cast_bytes(plan: TrainingPlan, chosen: Precision) -> float:
     """Inputs of the four products of a layer: read for the largest value (not with delayed scaling or in blocks) and for the cast (2 bytes each),
-    written row-wise (1), in training column-wise too (1). In training their outputs' gradients likewise; the student's weights once a micro-batch."""
+    written row-wise (1), in training column-wise too (1). In training their outputs' gradients likewise; the student's weights once a step, where
+    they are not FP8 themselves. None of it is taken to be fused with a norm or a gate: the most that casts can cost."""
     tokens, found = tokens_of(plan), 0.0
     if chosen.teacher:
         found += tokens * inputs(plan.teachers[0].run.split.arch) * (looks(chosen.teacher) + 2 + 1)
     if chosen.student:
         arch, each = plan.run.split.arch, looks(chosen.student) + 2 + 2
         found += tokens * (inputs(arch) + outputs(arch)) * each
-        found += plan.micro_batches * sum(layer_costs(arch)) * (0 if chosen.student.weights else each)
+        found += sum(layer_costs(arch)) * (0 if chosen.student.weights else each)
     return found
 
 

@@ -1,24 +1,26 @@
 """A distillation step at the shapes of Llama-3.1-8B → 4B by width: time, MFU and memory in bf16 and in FP8, beside its parts and ModelOpt's step.
 
-As many layers as fit the card, and half of them: what a layer costs is their difference, from which all 32 follow where they do not fit.
-16,384 tokens a step in micro-batches of one sample. Each precision is a process of its own; what fails is in the table with its reason.
+All layers where they fit the card with the optimizer, by `minitron plan`'s count; else as many as fit, and half of them: what a layer costs is
+their difference, from which all 32 follow. 16,384 tokens a step in micro-batches of one sample. Each precision is a process of its own; what fails
+is in the table with its reason. What other commands have measured into the same folder is told with it.
 
 MFU = (teacher forward + 3 × student forward, in multiply-adds counted as two: every matrix that a token meets, output layers included, and
 causal attention over half of the sequence) ÷ (seconds × peak). Nothing that is computed again counts. The peak is the data sheet's, dense:
 of an H200 989 TFLOP/s in bf16; a second figure sets FP8 runs against the 1,979 of FP8.
 
-    bash benchmarks/gpu/run.sh step                        # all; about 12 minutes, more than some machines give to one command
-    bash benchmarks/gpu/run.sh step --precisions bf16 --profile
+    bash benchmarks/gpu/run.sh step                        # all: about 12 minutes
+    bash benchmarks/gpu/run.sh step --precisions bf16 --profile        # with ModelOpt's step, about 4 minutes
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
 from typing import Any
 
-from options import command_line
+from options import command_line, folder_of
 from shapes import BF16, PRECISIONS
 from step_table import report
 
@@ -41,7 +43,16 @@ def main() -> None:
         from step_cases import measure_all
 
         return measure_all(asked)
-    report([case for name in asked.precisions for case in in_own_process(name)], asked)
+    found = [case for name in asked.precisions for case in in_own_process(name)]
+    report([*earlier(asked), *found], asked)
+
+
+def earlier(asked: argparse.Namespace) -> list[dict[str, Any]]:
+    """Cases of the other precisions that the folder of the results has."""
+    folder = folder_of(asked)
+    path = folder / "gpu_step.json" if folder else None
+    before = json.loads(path.read_text()) if path and path.is_file() else {"figures": {"cases": []}}
+    return [case for case in before["figures"]["cases"] if case["precision"] not in asked.precisions]
 
 
 def in_own_process(name: str) -> list[dict[str, Any]]:

@@ -34,10 +34,10 @@ def measure_all(asked: argparse.Namespace) -> None:
 
 
 def depths(teacher: Architecture, student: Architecture, settings: Distill, chosen: Precision, world: Any) -> list[int]:
-    """Half of what fits, and what fits."""
+    """All layers where they fit; else half of what fits, and what fits."""
     free = world.platform.free_memory_bytes() - KEPT_FREE_GIB * GIB
     most = most_layers(teacher, student, settings, chosen, free)
-    return sorted({max(1, most // 2), most})
+    return [most] if most == teacher.layers else sorted({max(1, most // 2), most})
 
 
 def of_case(pair: tuple[Architecture, Architecture], settings: Distill, chosen: Precision, world: Any, layout: Any, asked: Any) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from e2e.tiny_model import write_model, write_recipe, write_text
 
 ROOT = Path(__file__).resolve().parents[3]
 FOLDERS = [str(ROOT / "benchmarks" / "gpu"), str(ROOT / "benchmarks")]
@@ -158,12 +160,9 @@ def run(name: str, out: Path, *options: str) -> dict[str, Any]:
 
 
 def tiny_recipe(folder: Path) -> Path:
-    import yaml
-
-    tiny = importlib.import_module("tests.e2e.tiny_model") if str(ROOT) in sys.path else importlib.import_module("e2e.tiny_model")
-    tiny.write_text(folder / "text")
-    tiny.write_model(folder / "model", folder / "text", hidden_size=64, intermediate_size=128, head_dim=16, num_attention_heads=4)
-    path = tiny.write_recipe(folder)
+    write_text(folder / "text")
+    write_model(folder / "model", folder / "text", hidden_size=64, intermediate_size=128, head_dim=16, num_attention_heads=4)
+    path = write_recipe(folder)
     recipe = yaml.safe_load(path.read_text())
     recipe["prune"]["target"] = {"layers": 3, "ffn": 96}
     path.write_text(yaml.safe_dump(recipe))

@@ -136,7 +136,7 @@ def counted(shape: Any, loop: TrainingLoop) -> dict[str, Any]:
     layout = loop.layout
     case = Case(recipe_of(shape), teacher, student, Cluster(None, 2))
     plan = training_plan(case, "distill")
-    memory = training_memory(plan, layout.stage, data_rank=layout.data_rank)
+    memory = training_memory(plan, layout.stage, data_rank=layout.groups.dp_cp.rank())
     return {
         "exact": {name: memory.parts.get(part, 0) for name, part in EXACT.items()},
         "kept": plan.kept(layout.stage)[0],

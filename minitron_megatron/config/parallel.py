@@ -47,7 +47,9 @@ class Parallel(Section):
     virtual: int = Field(1, ge=1, description="virtual pipeline stages of each process (interleaved 1F1B)")
     data: int = Field(1, ge=1)
     expert: int = Field(1, ge=1, description="data-parallel ranks that share the experts of a layer out among themselves; divides data")
-    context: int = Field(1, ge=1, description="context parallel: Transformer Engine on a GPU only")
+    context: int = Field(
+        1, ge=1, description="ranks that share each sequence out in training, the teacher's too; other stages take them as data-parallel ranks"
+    )
     sequence: bool = Field(False, description="sequence parallel: activations between tensor-parallel regions are sharded along the sequence")
     layers_per_stage: LayersPerStage = Field(
         "cost", description="cost: stages of equal work, embedding and output layer counted; even: equal numbers; a list: layers of each stage"
@@ -62,6 +64,10 @@ class Parallel(Section):
         """For passes whose micro-batches differ in shape, which an interleaved pipeline does not take; a list was for the virtual stages."""
         rule = self.layers_per_stage if self.virtual == 1 else "cost"
         return self.model_copy(update={"virtual": 1, "layers_per_stage": rule})
+
+    def without_context(self) -> Parallel:
+        """For stages that do not train: the ranks of a sequence are data-parallel ranks there, which change no bit of a sample's arithmetic."""
+        return self.model_copy(update={"context": 1, "data": self.context * self.data})
 
     @property
     def processes(self) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from minitron_megatron.errors import DataError
+from minitron_megatron.parallel.context import part_of_rank
 
 
 class TokenDataset(Protocol):
@@ -33,7 +34,8 @@ class WeightedDataset(TokenDataset, Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch; sample_ids are global, so that teacher and student can meet whatever their layouts."""
+    """One micro-batch, or a context rank's part of its sequences; sample_ids are global, so that teacher and student can meet whatever their
+    layouts."""
 
     tokens_BS: Tensor
     labels_BS: Tensor
@@ -91,3 +93,9 @@ def micro_batches(first_sample: int, *, global_batch: int, micro_batch: int) -> 
 def of_data_rank(groups: MicroBatches, data_rank: int, data_size: int) -> MicroBatches:
     """What a data-parallel rank takes: micro-batches are dealt round."""
     return groups[data_rank::data_size]
+
+
+def of_context_rank(batch: Batch, context_rank: int, context_size: int) -> Batch:
+    """The tokens of every sample that a context rank takes; the samples are the same on all of them."""
+    own = {item.name: part_of_rank(getattr(batch, item.name), 1, context_rank, context_size) for item in fields(batch) if item.name != "sample_ids_B"}
+    return replace(batch, **own)

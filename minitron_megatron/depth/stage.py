@@ -104,7 +104,8 @@ def _measure_on_use(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path
 def _model(recipe: Recipe, inputs: Mapping[str, Artifact], world: World) -> StageModel:
     asks_tasks = section(recipe).criterion == "task"
     # tasks have requests of many lengths, which an interleaved pipeline does not take
-    layout = global_layout(recipe.parallel.without_virtual_stages() if asks_tasks else recipe.parallel, world)
+    parallel = recipe.parallel.without_virtual_stages() if asks_tasks else recipe.parallel
+    layout = global_layout(parallel.without_context(), world)
     arch = Architecture.from_dict(inputs["import"].result["architecture"])
     model = build_model(arch, layout, world.platform, torch_dtype(recipe.precision), variable_lengths=asks_tasks)
     load_model(model, inputs["import"].path / "checkpoint")

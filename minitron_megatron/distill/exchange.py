@@ -3,15 +3,17 @@
 Teacher and student may have different tensor, pipeline and data-parallel sizes on the same ranks. A state of a micro-batch lies on the
 teacher's stage that made it, whole on every tensor rank or sharded along the sequence; it is wanted on one of the student's stages, on
 the data-parallel rank that trains on the micro-batch, sharded along the sequence over its tensor ranks. Where that is where it lies, it
-stays. Everything is known on every rank from the sample ids alone, so all sends and receives are posted in one global order.
+stays. Context ranks, as many in both layouts, have the same tokens of a sample in both: such a state is of one context rank's tokens, and
+goes to the student's context rank of the same number. Everything is known on every rank from the sample ids alone, so all sends and receives
+are posted in one global order.
 
-Legend: S sequence, s this rank's part of it, B samples of a micro-batch, E teacher's hidden.
+Legend: S sequence, or what a context rank has of it, s this rank's part of it, B samples of a micro-batch, E teacher's hidden.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -31,6 +33,8 @@ class Route:
     name: Hashable
     source_stage: int
     target_stage: int
+    context: int = 0
+    """Of which context rank's tokens."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class Exchange:
         """
         self._wait_for_sends()
         together = max(self.teacher.data, self.student.data)
+        routes = [replace(route, context=context) for route in routes for context in range(self.student.context)]
         for first in range(0, len(groups), together):
             numbers = range(first, min(first + together, len(groups)))
             self._round([(route, number, groups[number]) for number in numbers for route in routes], made, wanted, shape)
@@ -104,7 +109,9 @@ class Exchange:
             if self.stays(route, number):
                 self._keep(key, route, number, made, wanted)
                 continue
-            arrived = self._post(moves, key, list(self.pieces(route, number, shape.sequence)), made, shape)
+            pieces = list(self.pieces(route, number, shape.sequence))
+            source = made.take(key).states if self._makes(key, route, pieces, made) else None
+            arrived = self._post(moves, source, pieces, shape)
             if arrived is not None:
                 arriving.append((key, arrived))
         self._start(moves)
@@ -114,9 +121,9 @@ class Exchange:
     def _takes_part(self, route: Route, number: int) -> bool:
         """Whether the state is made or wanted here: of hundreds of data-parallel ranks, which all know of all states, most do neither."""
         made, wanted = self._in_teacher, self._in_student
-        if (made.stage, made.data) == (route.source_stage, number % self.teacher.data):
+        if (made.stage, made.data, made.context) == (route.source_stage, number % self.teacher.data, route.context):
             return True
-        return (wanted.stage, wanted.data) == (route.target_stage, number % self.student.data)
+        return (wanted.stage, wanted.data, wanted.context) == (route.target_stage, number % self.student.data, route.context)
 
     def _start(self, moves: list[dist.P2POp]) -> None:
         """Waits for what arrives. NCCL has one work for all moves, and its wait holds up no host."""
@@ -142,9 +149,11 @@ class Exchange:
             self.bytes_kept += held.states.nbytes
         wanted.put(key, held)
 
-    def _post(self, moves: list[dist.P2POp], key: StateKey, pieces: list[Piece], made: HandoverStore, shape: StateShape) -> Held | None:
-        """Adds this rank's sends and receives of one state, makes its local copies; what arrives here, once the moves are done."""
-        source = made.take(key).states if self._makes(key, pieces, made) else None
+    def _post(self, moves: list[dist.P2POp], source: torch.Tensor | None, pieces: list[Piece], shape: StateShape) -> Held | None:
+        """Adds this rank's sends and receives of one state, makes its local copies; what arrives here, once the moves are done.
+
+        source: what this rank made of it.
+        """
         target = None
         if any(piece.target == self._rank for piece in pieces):
             rows = rows_of_rank(shape.sequence, self.student.tensor)
@@ -162,9 +171,9 @@ class Exchange:
                 moves.append(dist.P2POp(dist.irecv, place, piece.source, self._group))
         return None if target is None else Held(target, sharded=self.student.tensor > 1)
 
-    def _makes(self, key: StateKey, pieces: list[Piece], made: HandoverStore) -> bool:
+    def _makes(self, key: StateKey, route: Route, pieces: list[Piece], made: HandoverStore) -> bool:
         """Whether this rank made the state; one that is not asked for it (its tensor ranks hold the same) forgets it."""
-        if key not in made:
+        if key not in made or route.context != self._in_teacher.context:
             return False
         if all(piece.source != self._rank for piece in pieces):
             made.take(key)
@@ -187,10 +196,10 @@ class Exchange:
                 yield rank, tensor * width, part
 
     def _source(self, route: Route, number: int, tensor: int) -> int:
-        return self.teacher.rank_of(Place(tensor, number % self.teacher.data, route.source_stage))
+        return self.teacher.rank_of(Place(tensor, number % self.teacher.data, route.source_stage, route.context))
 
     def _target(self, route: Route, number: int, tensor: int) -> int:
-        return self.student.rank_of(Place(tensor, number % self.student.data, route.target_stage))
+        return self.student.rank_of(Place(tensor, number % self.student.data, route.target_stage, route.context))
 
 
 def rows_of_rank(sequence: int, tensor: int) -> int:

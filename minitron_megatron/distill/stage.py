@@ -36,7 +36,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
     texts = distillation.texts(inputs, before, mask_boundaries=settings.mask_boundaries)
     teachers: Teachers | StoredTeachers
     if settings.teacher_outputs == "stored":
-        teachers = stored_teachers(recipe, inputs["teacher-logits"])
+        teachers = stored_teachers(recipe, inputs["teacher-logits"], distillation.layout)
         teachers.require(vocab=arch.vocab, training=texts[0], heldout=texts[1])
         architectures = []
     else:

@@ -17,6 +17,8 @@ from minitron_megatron.artifact import Artifact
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.data.batches import Batch, MicroBatches, TokenDataset
 from minitron_megatron.errors import ArchitectureError, ArtifactError
+from minitron_megatron.parallel.context import part_of_rank
+from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.stored.blocks import Entry, block_path, mend, read_record, read_table, text_digest
 from minitron_megatron.stored.records import OutputFormat, Record, SampleRecord, TopKRecord
 from minitron_megatron.training.losses.stored import StoredSample, StoredTopK
@@ -25,19 +27,20 @@ from minitron_megatron.training.teachers import Load
 
 
 class StoredTeachers:
-    """Teachers and TeacherStates in one: nothing runs ahead, and nothing is exchanged."""
+    """In the teachers' place: nothing runs ahead, and nothing is exchanged."""
 
     identity = ""
 
-    def __init__(self, artifact: Artifact, *, weight: float = 1.0) -> None:
-        """weight: of the teacher's losses, where the recipe names one."""
+    def __init__(self, artifact: Artifact, *, weight: float = 1.0, student: Layout | None = None) -> None:
+        """weight: of the teacher's losses, where the recipe names one. student: whose context ranks each want their own tokens of a sample."""
         self.form = OutputFormat(**artifact.result["format"])
         self.samples: dict[str, int] = artifact.result["samples"]
         self._folder, self._weight = artifact.path, weight
+        self._context = (student.context_rank, student.context) if student else (0, 1)
         self._table = lru_cache(maxsize=64)(read_table)
 
-    def states(self, groups: MicroBatches, load: Load, wanted: Sequence[Any] = ()) -> StoredTeachers:
-        return self
+    def states(self, groups: MicroBatches, load: Load, wanted: Sequence[Any] = ()) -> StoredStates:
+        return StoredStates(self, load)
 
     def renew(self) -> None:
         """What is stored does not change."""
@@ -45,10 +48,11 @@ class StoredTeachers:
     def describe(self) -> str:
         return "stored"
 
-    def targets(self, batch: Batch) -> list[Target]:
-        """Read when they are asked for: a sample is some hundred kilobytes."""
+    def target(self, batch: Batch) -> Target:
+        """Of whole sequences; for each sample, the places of this context rank."""
         records = [self.record(sample, batch.tokens_BS[place]) for place, sample in enumerate(batch.sample_ids_B.tolist())]
-        return [_target(records, self.form, self._weight, batch.tokens_BS.device)]
+        own = [record._make(part_of_rank(values, 0, *self._context) for values in record) for record in records]
+        return _target(own, self.form, self._weight, batch.tokens_BS.device)
 
     def record(self, sample_id: int, tokens_S: Tensor) -> Record:
         """Of the part, training or held-out, whose sample of this id has this text: outputs follow from the text alone.
@@ -92,9 +96,20 @@ class StoredTeachers:
                 )
 
 
-def stored_teachers(recipe: Recipe, artifact: Artifact) -> StoredTeachers:
+class StoredStates:
+    """What is stored of one global batch."""
+
+    def __init__(self, teachers: StoredTeachers, load: Load) -> None:
+        self._teachers, self._load = teachers, load
+
+    def targets(self, batch: Batch) -> list[Target]:
+        """Read when they are asked for: a sample is some hundred kilobytes."""
+        return [self._teachers.target(self._load(tuple(batch.sample_ids_B.tolist())))]
+
+
+def stored_teachers(recipe: Recipe, artifact: Artifact, student: Layout) -> StoredTeachers:
     """With the weight of the recipe's one teacher."""
-    return StoredTeachers(artifact, weight=recipe.teachers.models[0].weight if recipe.teachers else 1.0)
+    return StoredTeachers(artifact, weight=recipe.teachers.models[0].weight if recipe.teachers else 1.0, student=student)
 
 
 def _target(records: Sequence[Record], form: OutputFormat, weight: float, device: torch.device) -> Target:

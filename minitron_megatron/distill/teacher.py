@@ -3,8 +3,8 @@
 It is never pulled from inside the student's schedule: ranks of one teacher group stand at different student micro-batches
 there, and would wait for each other for ever.
 
-Legend: S sequence, s this rank's part of it, B samples of a micro-batch, N tokens of a micro-batch, v this rank's rows of the
-vocabulary, E teacher's hidden.
+Legend: S sequence, or the part of it that this context rank has, s this rank's part of that, B samples of a micro-batch, N tokens of a
+micro-batch, v this rank's rows of the vocabulary, E teacher's hidden.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from minitron_megatron.checkpoint.sharded import load_model
 from minitron_megatron.checkpoint.tensors import tensor_table
 from minitron_megatron.checkpoint.torch_dist import MegatronSource
 from minitron_megatron.config.fp8 import ModelFp8
-from minitron_megatron.data.batches import Batch, MicroBatches, of_data_rank
+from minitron_megatron.data.batches import Batch, MicroBatches
 from minitron_megatron.distill.exchange import Exchange, Route, StateShape
 from minitron_megatron.distill.handover import HandoverStore, Held
 from minitron_megatron.distill.hidden.map import StateName, stage_of
 from minitron_megatron.distill.hidden.states import StateCapture
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.gpt import StageModel, padded_vocab
-from minitron_megatron.model.run import forward_only
+from minitron_megatron.model.run import batches_of_rank, forward_only
 from minitron_megatron.parallel.collectives import gather_first
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.platform import Platform
@@ -97,12 +97,10 @@ class Teacher:
                 if item.state in found:
                     made.put((item, ids_of(batch)), Held(found[item.state], layout.sequence_parallel))
 
-        batches = [load(ids) for ids in of_data_rank(groups, layout.data_rank, layout.data)]
+        batches = batches_of_rank(groups, load, layout)
         forward_only(self.model, batches, consume=hold, after=hold_inner)
         if groups:
-            self.exchange.run(
-                [self._route(item) for item in (last, *wanted)], groups, made, arrived, self._shape(batches[0] if batches else load(groups[0]))
-            )
+            self.exchange.run([self._route(item) for item in (last, *wanted)], groups, made, arrived, self._shape(load(groups[0])))
         return TeacherStates(self, arrived)
 
     def _route(self, wanted: Wanted) -> Route:
@@ -111,7 +109,7 @@ class Teacher:
 
     def _shape(self, batch: Batch) -> StateShape:
         samples, sequence = batch.tokens_BS.shape
-        return StateShape(sequence, samples, self.model.config.hidden_size, self.model.config.params_dtype)
+        return StateShape(sequence // self.student.context, samples, self.model.config.hidden_size, self.model.config.params_dtype)
 
 
 class TeacherStates:

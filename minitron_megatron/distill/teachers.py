@@ -17,6 +17,7 @@ from minitron_megatron.config.parallel import Parallel, TeacherParallel
 from minitron_megatron.data.batches import Batch, MicroBatches
 from minitron_megatron.distill.teacher import Teacher, TeacherStates, Wanted, load_teacher
 from minitron_megatron.errors import ArchitectureError
+from minitron_megatron.model.precision import torch_dtype
 from minitron_megatron.parallel.layout import teacher_layout
 from minitron_megatron.parallel.world import World
 from minitron_megatron.training.given import Given, given_teachers
@@ -128,7 +129,7 @@ def load_teachers(job: Job, inputs: Mapping[str, Artifact], student: Architectur
             teacher_layout(own, world, job.layout),
             job.layout,
             world.platform,
-            job.dtype,
+            torch_dtype(recipe.precision_of_teacher),
             budget_bytes=budget,
             share=given.weight,
             fp8=recipe.fp8.of_teacher if recipe.fp8 else None,
@@ -149,15 +150,24 @@ def refuse_other_vocabulary(teacher: Architecture, student: Architecture) -> Non
 
 def _layout(job: Job, teacher: Given, student: Architecture, teachers: list[Given]) -> TeacherParallel:
     others = [other.architecture for other in teachers if other is not teacher]
-    return settle_teacher(job.recipe.parallel, teacher.architecture, student, job.dtype, job.world, others=others)
+    frozen = torch_dtype(job.recipe.precision_of_teacher)
+    return settle_teacher(job.recipe.parallel, teacher.architecture, student, job.dtype, job.world, others=others, frozen=frozen)
 
 
 def settle_teacher(
-    parallel: Parallel, teacher: Architecture, student: Architecture, dtype: torch.dtype, world: World, *, others: Sequence[Architecture] = ()
+    parallel: Parallel,
+    teacher: Architecture,
+    student: Architecture,
+    dtype: torch.dtype,
+    world: World,
+    *,
+    others: Sequence[Architecture] = (),
+    frozen: torch.dtype | None = None,
 ) -> TeacherParallel:
     """The teacher's layout; `auto` is one without a pipeline, and so without its bubbles, where all models take at most half of the
     memory that is free on every process. It changes no bit of the teacher's states. A teacher with experts has the student's sizes, because
-    only megatron's global groups have some for experts. others: further teachers."""
+    only megatron's global groups have some for experts. dtype: the student's; frozen: the teachers', by default the same. others: further
+    teachers."""
     if isinstance(parallel.teacher, TeacherParallel):
         return parallel.teacher
     as_student = TeacherParallel(tensor=parallel.tensor, pipeline=parallel.pipeline, sequence=parallel.sequence)
@@ -165,6 +175,6 @@ def settle_teacher(
         return as_student
     free = torch.tensor(world.platform.free_memory_bytes(), device=world.platform.device)
     dist.all_reduce(free, op=dist.ReduceOp.MIN)
-    frozen = dtype.itemsize * sum(map(parameter_count, (teacher, *others))) / parallel.tensor
-    needed = frozen + training_bytes(student, dtype, 1) / (parallel.tensor * parallel.pipeline)
+    teachers = (frozen or dtype).itemsize * sum(map(parameter_count, (teacher, *others))) / parallel.tensor
+    needed = teachers + training_bytes(student, dtype, 1) / (parallel.tensor * parallel.pipeline)
     return as_student.model_copy(update={"pipeline": 1}) if needed <= int(free) / 2 else as_student

@@ -91,7 +91,7 @@ def tokens_per_second(model: StageModel, windows: TokenDataset, world: World) ->
 
 def _load_models(recipe: Recipe, inputs: Mapping[str, Artifact], world: World) -> dict[str, StageModel]:
     # tasks have requests of many lengths, which an interleaved pipeline does not take; weights are the same under every layout
-    layout, models = global_layout(recipe.parallel.without_virtual_stages(), world), {}
+    layout, models = global_layout(recipe.parallel.without_virtual_stages().without_context(), world), {}
     for name, (arch, checkpoint) in compared_models(recipe, inputs).items():
         models[name] = build_model(arch, layout, world.platform, torch_dtype(recipe.precision), variable_lengths=True)
         load_model(models[name], checkpoint)

@@ -40,7 +40,7 @@ SCRATCH = ("cache", "finished")
 
 def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: World) -> dict[str, Any]:
     """Writes scores.safetensors (sufficient statistics, margins) and summary.json (default scores, for people and the report)."""
-    settings, layout = recipe.importance, global_layout(recipe.parallel, world)
+    settings, layout = recipe.importance, global_layout(recipe.parallel.without_context(), world)
     arch = Architecture.from_dict(inputs["import"].result["architecture"])
     model = build_model(arch, layout, world.platform, torch_dtype(recipe.precision), output_layer=None)
     load_model(model, inputs["import"].path / "checkpoint")

@@ -115,11 +115,11 @@ def _teacher(recipe: Recipe, inputs: Mapping[str, Artifact], world: World) -> St
 
 
 def writing_layout(parallel: Parallel, arch: Architecture) -> Parallel:
-    """The same processes without virtual stages, and without sequence parallelism, under which no cache of keys and values helps.
+    """The same processes without virtual stages and context ranks, and without sequence parallelism, under which no cache of keys and values helps.
 
     Experts under tensor parallelism want their sequence shared out: they keep it, and pay with the whole text at each token.
     """
-    return parallel.without_virtual_stages().model_copy(update={"sequence": parallel.sequence and bool(arch.experts)})
+    return parallel.without_virtual_stages().without_context().model_copy(update={"sequence": parallel.sequence and bool(arch.experts)})
 
 
 def _merged(prefixes: list[Path], settings: Labels, folder: Path, layout: str, eod: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import nn
 
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.config.fp8 import ModelFp8
-from minitron_megatron.errors import PlatformError
+from minitron_megatron.errors import LayoutError, PlatformError
 from minitron_megatron.model.experts import expert_settings
 from minitron_megatron.model.fp8_emulation.delayed import move_with_passes
 from minitron_megatron.model.fp8_flags import fp8_settings
@@ -129,7 +129,15 @@ def transformer_config(
     overlap_exchange: bool = False,
     deterministic: bool = False,
 ) -> LayerConfig:
-    """Architecture × Layout → megatron's config; what depends on the machine comes from the platform."""
+    """Architecture × Layout → megatron's config; what depends on the machine comes from the platform.
+
+    Raises LayoutError for context ranks in fp32 where the attention is Transformer Engine's.
+    """
+    if layout.context > 1 and dtype == torch.float32 and platform.transformer_engine:
+        raise LayoutError(
+            f"parallel.context={layout.context}: Transformer Engine's attention shares sequences out in 16 bits only, and the model is fp32; "
+            "set precision=bf16, or parallel.context=1"
+        )
     flags = megatron_flags(platform, arch.family.activation)
     if layout.virtual > 1:
         # batched sends and receives make the gradients of two stages with a virtual pipeline silently wrong; and ranks that wait for each
@@ -155,6 +163,7 @@ def transformer_config(
         hidden_dropout=0.0,
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context,
         pipeline_model_parallel_layout=_pipeline_layout(arch, layout, ends),
         sequence_parallel=layout.sequence_parallel,
         params_dtype=dtype,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from megatron.core.activations import squared_relu
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 
 from minitron_megatron.arch.families import Family
 from minitron_megatron.config.fp8 import ModelFp8
+from minitron_megatron.model.context_attention import context_attention
 from minitron_megatron.model.engine_spec import engine_block_spec
 from minitron_megatron.model.experts import layer_spec
 from minitron_megatron.model.fp8_emulation.linear import put_emulated_linears
@@ -75,10 +77,14 @@ def norm_of(config: TransformerConfig) -> type[nn.Module]:
 
 
 class CausalAttention(nn.Module):
-    """Core attention through torch's scaled_dot_product_attention, which keeps no [S, S] scores; short sequences in bf16 on a CPU go another way."""
+    """Core attention through torch's scaled_dot_product_attention, which keeps no [S, S] scores; short sequences in bf16 on a CPU go another way,
+    and so do those that context ranks share."""
 
-    def __init__(self, config: TransformerConfig, *_: Any, softmax_scale: float | None = None, **__: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, *_: Any, softmax_scale: float | None = None, pg_collection: ProcessGroupCollection | None = None, **__: Any
+    ) -> None:
         super().__init__()
+        self.context = pg_collection.cp if pg_collection and config.context_parallel_size > 1 else None
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
     def forward(self, query_SBhK: Tensor, key_SBgK: Tensor, value_SBgK: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Tensor:
@@ -86,6 +92,8 @@ class CausalAttention(nn.Module):
 
         Where keys of earlier tokens are cached there is one query, which sees them all.
         """
+        if self.context is not None:
+            return context_attention(query_SBhK, key_SBgK, value_SBgK, self.softmax_scale, self.context)
         if is_short(query_SBhK, key_SBgK):
             return short_attention(query_SBhK, key_SBgK, value_SBgK, self.softmax_scale)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBhK, key_SBgK, value_SBgK))

@@ -18,10 +18,11 @@ from megatron.core.pipeline_parallel.schedules import (
 )
 from torch import Tensor, nn
 
-from minitron_megatron.data.batches import Batch, filler
+from minitron_megatron.data.batches import Batch, MicroBatches, filler, of_context_rank, of_data_rank
 from minitron_megatron.errors import LayoutError
 from minitron_megatron.model.experts import same_number_of_passes
 from minitron_megatron.model.gpt import StageModel
+from minitron_megatron.parallel.layout import Layout
 
 BeforeChunk = Callable[[int, Batch], None]
 """Called with the number of this process's chunk and the micro-batch, ahead of the micro-batch's forward pass through the chunk."""
@@ -35,6 +36,12 @@ class Turn(NamedTuple):
     chunk: int
     position: int
     batch: Batch
+
+
+def batches_of_rank(groups: MicroBatches, load: Callable[[tuple[int, ...]], Batch], layout: Layout) -> list[Batch]:
+    """This process's part of a global batch: its micro-batches, of each sample the tokens of its context rank. load: sample ids → whole batch."""
+    mine = of_data_rank(groups, layout.data_rank, layout.data)
+    return [of_context_rank(load(ids), layout.context_rank, layout.context) for ids in mine]
 
 
 @torch.no_grad()
@@ -110,14 +117,16 @@ def _schedule(model: StageModel, chunks: Sequence[nn.Module]) -> Callable[..., l
     """megatron's schedule for the model's own groups: never the global ones by default."""
     groups = model.layout.groups
     if model.layout.pipeline == 1:
-        return partial(_call, forward_backward_no_pipelining, chunks, pg_collection=groups)
+        return partial(_call, forward_backward_no_pipelining, chunks, model.layout.context, pg_collection=groups)
     communicator = P2PCommunicator(groups.pp, model.config)
     schedule = forward_backward_pipelining_with_interleaving if len(chunks) > 1 else forward_backward_pipelining_without_interleaving
-    return partial(_call, schedule, chunks, pg_collection=groups, p2p_communicator=communicator)
+    return partial(_call, schedule, chunks, model.layout.context, pg_collection=groups, p2p_communicator=communicator)
 
 
-def _call(schedule: Callable[..., list[Any]], chunks: Sequence[nn.Module], step: Any, batches: list[Batch], **arguments: Any) -> list[Any]:
-    """Every chunk draws each batch once."""
+def _call(
+    schedule: Callable[..., list[Any]], chunks: Sequence[nn.Module], context: int, step: Any, batches: list[Batch], **arguments: Any
+) -> list[Any]:
+    """Every chunk draws each batch once. context: ranks that share a sequence, of which the batches have a part; megatron wants the whole length."""
     iterators: Any = [iter([Turn(number, position, batch) for position, batch in enumerate(batches)]) for number in range(len(chunks))]
     samples, sequence = batches[0].tokens_BS.shape
     return schedule(
@@ -125,7 +134,7 @@ def _call(schedule: Callable[..., list[Any]], chunks: Sequence[nn.Module], step:
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=list(chunks),
         num_microbatches=len(batches),
-        seq_length=sequence,
+        seq_length=sequence * context,
         micro_batch_size=samples,
         **arguments,
     )

@@ -34,7 +34,7 @@ SHORT = 512
 
 @dataclass(frozen=True)
 class Pass:
-    """How micro-batches go through a model."""
+    """How micro-batches go through a model; sequence: whole, whatever context ranks share it."""
 
     split: Split
     samples: int
@@ -46,7 +46,8 @@ class Pass:
 
     @property
     def tokens(self) -> int:
-        return self.samples * self.sequence
+        """Of this context rank."""
+        return self.samples * self.sequence // self.split.context
 
     @property
     def state(self) -> int:
@@ -137,13 +138,22 @@ def _attention(run: Pass) -> int:
     if arch.family.qk_norm:
         values += heads if heads > groups else 0
         kept += (heads + groups) * tokens * FP32
-    kept += values * arch.head_channels * tokens * run.width
+    kept += values * arch.head_channels * tokens * run.width + _gathered(run)
     return kept + (_probabilities(run, run.width) or heads * tokens * FP32)
+
+
+def _gathered(run: Pass) -> int:
+    """Keys and values of all context ranks, and masks, of model/context_attention.py; Transformer Engine's ring keeps a rank's own."""
+    ranks, (_, groups) = run.split.context, _heads(run)
+    if ranks == 1 or run.kernels == "cuda":
+        return 0
+    chunk = run.sequence // (2 * ranks)
+    return 2 * groups * run.split.arch.head_channels * run.samples * run.sequence * run.width + chunk * chunk * (2 * ranks + 1)
 
 
 def _probabilities(run: Pass, width: int) -> int:
     """Bytes of short attention on a CPU; 0 where a kernel keeps the logarithm of each row's sum in their place."""
-    is_short = run.kernels == "cpu" and run.width < FP32 and run.sequence <= SHORT
+    is_short = run.kernels == "cpu" and run.width < FP32 and run.sequence <= SHORT and run.split.context == 1
     return _heads(run)[0] * run.tokens * run.sequence * width if is_short else 0
 
 

@@ -75,21 +75,24 @@ def lay_out(weights: Sequence[Weight], *, ranks: int, shared_out: bool, bucket_e
 
 
 def trained_bytes(split: Split, chunks: Sequence[Sequence[Weight]], training: Training, *, stage: int, data_rank: int, width: int) -> TrainedBytes:
-    """Of one rank. chunks: the weights of each of its chunks; stage: its pipeline rank; width: bytes of a weight."""
-    several = split.data > 1  # training/optimizer.py: nothing is shared out over one rank
+    """Of one rank. chunks: the weights of each of its chunks; stage: its pipeline rank; data_rank: its number among its replicas;
+    width: bytes of a weight."""
+    several = split.replicas > 1  # training/optimizer.py: nothing is shared out over one rank
     shared_out = several and training.distributed_optimizer
     weights = gradients = state = 0
     for number, chunk in enumerate(chunks):
         for of_experts in (False, True):
             own = [weight for weight in chunk if weight.of_experts == of_experts]
-            ranks = split.data // split.expert if of_experts else split.data
+            ranks = split.replicas // split.expert if of_experts else split.replicas
             buckets = several and training.overlap_grad_reduce and stage == 0 and number == 0
             # bucket_size of DistributedDataParallel; later stages and chunks have one bucket
-            buffer = lay_out(own, ranks=ranks, shared_out=shared_out, bucket_elements=max(40_000_000, 1_000_000 * split.data) if buckets else None)
+            buffer = lay_out(
+                own, ranks=ranks, shared_out=shared_out, bucket_elements=max(40_000_000, 1_000_000 * split.replicas) if buckets else None
+            )
             plain = sum(weight.elements for weight in own)
             weights += buffer.elements if shared_out else plain
             gradients += buffer.elements
-            state += buffer.owned(data_rank // (split.data // ranks), ranks) if shared_out else plain
+            state += buffer.owned(data_rank // (split.replicas // ranks), ranks) if shared_out else plain
     of_state = 2 * FP32 + (FP32 if width < FP32 else 0)
     return TrainedBytes(weights * width, gradients * FP32, state * of_state)
 

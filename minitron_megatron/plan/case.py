@@ -79,7 +79,9 @@ class Case:
         return split_of(arch, self.recipe.parallel, ends)
 
     def forward(self, arch: Architecture, samples: int, sequence: int, ends: EndWork) -> Pass:
-        return Pass(self.split(arch, ends), samples, sequence, self.width, "none", self.kernels)
+        """Of a stage that does not train: context ranks are data-parallel ranks there."""
+        split = split_of(arch, self.recipe.parallel.without_context(), ends)
+        return Pass(split, samples, sequence, self.width, "none", self.kernels)
 
     def training(self, arch: Architecture, settings: TrainingRun) -> TrainingPlan:
         """Of a stage that trains; only the distillation has teachers."""

@@ -26,7 +26,7 @@ STAGE = "distill"
 
 
 class Choice(NamedTuple):
-    """What is tried; the teacher's layout is settled as in a run (parallel.teacher=auto)."""
+    """What is tried; the teacher's layout is settled as in a run (parallel.teacher=auto), parallel.context is the recipe's."""
 
     tensor: int
     pipeline: int
@@ -69,7 +69,7 @@ def all_layouts(case: Case) -> Found:
     processes = case.cluster.processes or case.recipe.parallel.processes
     fitting: list[Fitting] = []
     refused: dict[str, list[Choice]] = {}
-    for choice in choices(processes, case.cluster.per_node):
+    for choice in choices(processes // case.recipe.parallel.context, case.cluster.per_node):
         found = _tried(case, choice, case.machine, case.memory_limit)
         if isinstance(found, str):
             refused.setdefault(found, []).append(choice)

@@ -118,7 +118,9 @@ def training_memory(plan: TrainingPlan, rank: int, *, data_rank: int = 0) -> Mem
 def _lasting(plan: TrainingPlan, rank: int, data_rank: int) -> dict[str, int]:
     run = plan.run
     own = trained_bytes(plan.split, plan.weights(rank), plan.training, stage=rank, data_rank=data_rank, width=run.width)
-    batches = plan.micro_batches * run.tokens * BATCH_BYTES
+    # context ranks read whole samples, and keep their own part besides
+    read = run.samples * run.sequence + (run.tokens if plan.split.context > 1 else 0)
+    batches = plan.micro_batches * read * BATCH_BYTES
     gathered = max([run.whole_state] if plan.split.sequence else [0])
     return {
         "weights": own.weights,
@@ -143,9 +145,9 @@ def output_weight(teacher: TeacherPlan, student: Split) -> int:
 
 def _teacher_rank(plan: TrainingPlan, teacher: TeacherPlan, rank: int) -> int:
     """The teacher's pipeline rank on the student's last, or first, data-parallel rank of this one: ranks are dealt in the same order."""
-    processes = plan.split.tensor * plan.split.data * plan.split.pipeline
-    per_stage = processes // teacher.run.split.pipeline
-    return min(rank * plan.split.tensor * plan.split.data // per_stage, teacher.run.split.pipeline - 1)
+    of_stage = plan.split.tensor * plan.split.replicas
+    per_stage = of_stage * plan.split.pipeline // teacher.run.split.pipeline
+    return min(rank * of_stage // per_stage, teacher.run.split.pipeline - 1)
 
 
 def _states(plan: TrainingPlan, rank: int) -> tuple[int, int]:

@@ -35,6 +35,12 @@ class Split:
     layers: tuple[int, ...]
     """Of every stage in the order of the model's depth: pipeline × virtual of them."""
     expert: int = 1
+    context: int = 1
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same weights: gradients are summed over them, and the optimizer's state is shared out over them."""
+        return self.data * self.context
 
     @property
     def virtual(self) -> int:
@@ -48,8 +54,8 @@ class Split:
         return (self._chunk(stage) for stage in range(len(self.layers)))
 
     def tokens(self, samples: int, sequence: int) -> int:
-        """Between the tensor-parallel regions on one rank: all of the samples, or under sequence parallelism its part."""
-        return samples * sequence // (self.tensor if self.sequence else 1)
+        """Between the tensor-parallel regions on one rank: all that its context rank has of the samples, or under sequence parallelism its part."""
+        return samples * sequence // self.context // (self.tensor if self.sequence else 1)
 
     @property
     def vocabulary_rows(self) -> int:
@@ -65,11 +71,11 @@ def split_of(arch: Architecture, parallel: Parallel, ends: EndWork) -> Split:
     """As model/build.py deals it out; raises LayoutError for more stages than layers."""
     stages = parallel.pipeline * parallel.virtual
     layers = split_layers(arch.layers, stages, parallel.layers_per_stage, ends, layer_works(arch), ranks=parallel.pipeline)
-    return Split(arch, parallel.tensor, parallel.pipeline, parallel.data, parallel.sequence, layers, parallel.expert)
+    return Split(arch, parallel.tensor, parallel.pipeline, parallel.data, parallel.sequence, layers, parallel.expert, parallel.context)
 
 
 def teacher_split(arch: Architecture, own: TeacherParallel, parallel: Parallel, ends: EndWork) -> Split:
     """own: the teacher's sizes; its data-parallel size is what the processes leave."""
     layers = split_layers(arch.layers, own.pipeline, own.layers_per_stage, ends, layer_works(arch), ranks=own.pipeline)
-    data = parallel.processes // (own.tensor * own.pipeline)
-    return Split(arch, own.tensor, own.pipeline, data, own.sequence, layers, parallel.expert)
+    data = parallel.processes // (own.tensor * parallel.context * own.pipeline)
+    return Split(arch, own.tensor, own.pipeline, data, own.sequence, layers, parallel.expert, parallel.context)

@@ -40,7 +40,8 @@ def stage_table(case: Case, stages: Sequence[StagePlan]) -> Table:
     """A row for each stage, and their sum where hours are known."""
     cluster, parallel = case.cluster, case.recipe.parallel
     where = f"{parallel.processes} × {cluster.gpu.name}" if case.kernels == "cuda" and cluster.gpu else f"{parallel.processes} CPU processes"
-    sizes = f"tensor {parallel.tensor} × pipeline {parallel.pipeline} × data {parallel.data}"
+    context = f" × context {parallel.context}" if parallel.context > 1 else ""
+    sizes = f"tensor {parallel.tensor}{context} × pipeline {parallel.pipeline} × data {parallel.data}"
     table = Table(title=f"{case.recipe.name}: the stages on {where} ({sizes}, {case.precision})", title_justify="left")
     table.add_column("stage", no_wrap=True)
     for header in ("tokens", "EFLOP", "GiB a rank", "s a step", "hours", "GPU hours", "GB on disk"):

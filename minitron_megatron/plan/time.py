@@ -2,7 +2,7 @@
 
 A pass takes its matrix products at a share of the peak, plus what it moves through memory, plus its tensor-parallel collectives, none of it
 overlapped with the rest; a lower bound would be too good, and these three do not overlap in megatron's forward pass. Sends between pipeline
-stages are overlapped and left out, as in schedule/simulate.py.
+stages are overlapped and left out, as in schedule/simulate.py; so are those of keys and values between context ranks.
 """
 
 from __future__ import annotations
@@ -74,12 +74,12 @@ def training_time(plan: TrainingPlan, machine: Machine) -> StepTime:
     works, order, beside = _works(plan, machine)
     passes = beside + pipeline_seconds(works, number, order)
     largest = max(elements([weight for chunk in plan.weights(rank) for weight in chunk]) for rank in range(split.pipeline))
-    sent = gradient_bytes(largest, plan.training, split.data, plan.run.width)
-    reduction = sent / machine.link(split.tensor * split.data)
+    sent = gradient_bytes(largest, plan.training, split.replicas, plan.run.width)
+    reduction = sent / machine.link(split.tensor * split.replicas)
     # what is reduced while the last micro-batch goes back, and gathered while the first one comes
     last, first = works.backward[0], sum(works.forward[:: split.pipeline])
     hidden = (last if plan.training.overlap_grad_reduce else 0.0) + (first if plan.training.overlap_param_gather else 0.0)
-    exchanged = sum(state_bytes(plan, one) for one in plan.teachers) / machine.link(split.tensor * split.data * split.pipeline)
+    exchanged = sum(state_bytes(plan, one) for one in plan.teachers) / machine.link(split.tensor * split.replicas * split.pipeline)
     waiting = passes - beside - works.ideal(number)
     return StepTime(passes + exchanged, waiting, max(0.0, reduction - hidden), _optimizer(plan, largest, machine))
 
@@ -139,6 +139,6 @@ def chunk_seconds(run: Pass, chunk: Chunk, machine: Machine, *, backward: bool =
 
 def _optimizer(plan: TrainingPlan, largest: int, machine: Machine) -> float:
     """Reads gradients, main weights and both moments, writes the last three and the weights: of this rank's part."""
-    ranks = plan.split.data if plan.training.distributed_optimizer else 1
+    ranks = plan.split.replicas if plan.training.distributed_optimizer else 1
     moved = largest / ranks * (7 * FP32 + plan.run.width) + largest * 2 * FP32  # gradients are zeroed, and their norm is taken
     return machine.seconds(Work(0.0, moved))

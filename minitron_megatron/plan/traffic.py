@@ -68,7 +68,7 @@ def training_traffic(plan: TrainingPlan, largest: int) -> Traffic:
     return Traffic(
         plan.micro_batches * of_layer * layers + of_teachers,
         plan.micro_batches * to_neighbours,
-        gradient_bytes(largest, plan.training, split.data, run.width),
+        gradient_bytes(largest, plan.training, split.replicas, run.width),
         sum(state_bytes(plan, one) for one in plan.teachers),
     )
 

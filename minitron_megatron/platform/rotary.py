@@ -69,6 +69,13 @@ def make_rotate(stock: Rotate) -> Rotate:
     return rotate
 
 
+def angles_of_context_rank(pos_emb: Tensor, seq_dim: int, cp_group: Any) -> Tensor:
+    """megatron's get_pos_emb_on_this_cp_rank, which asks for pinned memory: the angles of chunks r and 2R − 1 − r of 2R."""
+    chunks, rank = pos_emb.chunk(2 * cp_group.size(), seq_dim), cp_group.rank()
+    return torch.cat([chunks[rank], chunks[-1 - rank]], seq_dim)
+
+
 def use_in_rope_utils(module: ModuleType) -> None:
-    """megatron.core.models.common.embeddings.rope_utils, with the fast rotation."""
+    """megatron.core.models.common.embeddings.rope_utils, with the fast rotation and without pinned memory."""
+    module.__dict__["get_pos_emb_on_this_cp_rank"] = angles_of_context_rank
     module.__dict__["_apply_rotary_pos_emb_bshd"] = make_rotate(module.__dict__["_apply_rotary_pos_emb_bshd"])

@@ -62,10 +62,10 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], folder: Path, world: Wor
     if world.is_main:
         needed = sum(len(block.ids) for block in left) * recipe.distill.sequence_length * form.raw_bytes_per_token
         require_disk_space(folder, int(needed), "the teacher's outputs")
-    layout = global_layout(recipe.parallel, world)
+    layout = global_layout(recipe.parallel.without_context(), world)
     if left:
         fp8 = recipe.fp8.of_teacher if recipe.fp8 else None
-        model = build_model(teacher.architecture, layout, world.platform, torch_dtype(recipe.precision), fp8=fp8)
+        model = build_model(teacher.architecture, layout, world.platform, torch_dtype(recipe.precision_of_teacher), fp8=fp8)
         load_model(model, teacher.checkpoint)
         write_blocks(model, parts, left, settings, form, folder, world)
     world.barrier()

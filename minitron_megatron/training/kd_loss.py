@@ -154,7 +154,8 @@ class _MicroBatch:
         return sums
 
     def _chunk_tokens(self, in_flight: int) -> int:
-        rows, of_a_logit = self.weight_vD.shape[0], self.weight_vD.element_size()
+        # a teacher may be in another precision
+        rows, of_a_logit = self.weight_vD.shape[0], max(weight.element_size() for weight in (self.weight_vD, *(x.weight_vE for x in self.live)))
         teachers, device = len(self.live), self.hidden_ND.device
         return tokens_of_a_chunk(self.settings, rows=rows, bytes_of_a_logit=of_a_logit, teachers=teachers, in_flight=in_flight, device=device)
 

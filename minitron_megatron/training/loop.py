@@ -17,10 +17,10 @@ from torch import Tensor
 
 from minitron_megatron.config.distill import TrainingRun
 from minitron_megatron.config.schema import Recipe
-from minitron_megatron.data.batches import Batch, MicroBatches, TokenDataset, collate, micro_batches, of_data_rank
+from minitron_megatron.data.batches import Batch, MicroBatches, TokenDataset, collate, micro_batches
 from minitron_megatron.errors import TrainingError
 from minitron_megatron.model.fp8_state import unmoved_scaling
-from minitron_megatron.model.run import forward_backward, forward_only
+from minitron_megatron.model.run import batches_of_rank, forward_backward, forward_only
 from minitron_megatron.model.user_buffers import user_buffers, without_buffers
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.parallel.world import World
@@ -115,7 +115,7 @@ class TrainingLoop:
         windows: MicroBatches = [(window,) for window in range(len(self.heldout))]
         load = self._loader(self.heldout)
         teachers = self.teachers.states(windows, load)
-        batches = [load(ids) for ids in of_data_rank(windows, self.layout.data_rank, self.layout.data)]
+        batches = batches_of_rank(windows, load, self.layout)
         with whole_parameters(self.student.wrapped):
             logged = self._forward_only(teachers, batches)
         windows_sums = self._over_windows(logged)
@@ -183,7 +183,7 @@ class TrainingLoop:
         """Teachers, then student; the step's sums."""
         student, hidden = self.student, self.student.hidden
         teacher = self.teachers.states(groups, load, hidden.wanted if hidden else ())
-        batches = [load(ids) for ids in of_data_rank(groups, self.layout.data_rank, self.layout.data)]
+        batches = batches_of_rank(groups, load, self.layout)
         with hidden.training() if hidden else nullcontext():
             before = partial(hidden.expect, teacher) if hidden else None
             logged = forward_backward(student.model, student.wrapped, batches, partial(student.loss, teacher), before=before)
@@ -201,7 +201,7 @@ class TrainingLoop:
     def _measure(self, hidden: HiddenTraining | None, groups: MicroBatches, load: Load) -> Sums:
         """What the first weights follow: forward only, over the whole global batch; fewer samples would be others in another layout."""
         teacher = self.teachers.states(groups, load, hidden.wanted if hidden else ())
-        batches = [load(ids) for ids in of_data_rank(groups, self.layout.data_rank, self.layout.data)]
+        batches = batches_of_rank(groups, load, self.layout)
         with whole_parameters(self.student.wrapped):
             logged = self._forward_only(teacher, batches, hidden)
         return self._over_processes(logged, hidden)

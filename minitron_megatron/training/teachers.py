@@ -15,7 +15,7 @@ from minitron_megatron.data.batches import Batch, MicroBatches
 from minitron_megatron.training.losses.target import Target
 
 Load = Callable[[tuple[int, ...]], Batch]
-"""Sample ids → batch on the device."""
+"""Sample ids → batch on the device, of whole sequences: what context ranks take of it depends on the model's layout."""
 
 
 class TeacherStates(Protocol):

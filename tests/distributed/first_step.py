@@ -21,7 +21,7 @@ from minitron_megatron.checkpoint.torch_dist import MegatronSource
 from minitron_megatron.config.distill import Distill, HiddenLoss, Training
 from minitron_megatron.config.fp8 import Fp8
 from minitron_megatron.config.parallel import Parallel
-from minitron_megatron.data.batches import Batch, MicroBatches, collate, micro_batches, of_data_rank
+from minitron_megatron.data.batches import Batch, MicroBatches, collate, micro_batches
 from minitron_megatron.distill.hidden.map import Term, hidden_terms
 from minitron_megatron.distill.hidden.projection import ATTRIBUTE, initial_weight
 from minitron_megatron.distill.hidden.training import HiddenTraining, add_hidden_losses
@@ -29,7 +29,7 @@ from minitron_megatron.distill.teacher import Teacher, load_teacher
 from minitron_megatron.distill.teachers import settle_teacher
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.gpt import StageModel
-from minitron_megatron.model.run import forward_backward
+from minitron_megatron.model.run import batches_of_rank, forward_backward
 from minitron_megatron.parallel.layout import global_layout, teacher_layout
 from minitron_megatron.parallel.split import distillation_work
 from minitron_megatron.parallel.world import World
@@ -158,7 +158,7 @@ def accumulate(teacher: Teacher, student: Student, distill: Distill) -> list[dic
     for chunk in student.wrapped:
         chunk.zero_grad_buffer()
     states = teacher.states(groups, load_batch, hidden.wanted if hidden else ())
-    batches = [load_batch(ids) for ids in of_data_rank(groups, model.layout.data_rank, model.layout.data)]
+    batches = batches_of_rank(groups, load_batch, model.layout)
     with hidden.training() if hidden else nullcontext():
         before = partial(hidden.expect, states) if hidden else None
         return forward_backward(model, student.wrapped, batches, partial(student.loss, states), before=before)

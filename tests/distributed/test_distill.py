@@ -15,9 +15,10 @@ from _pytest.monkeypatch import MonkeyPatch
 
 from minitron_megatron.artifact import find_artifact
 from minitron_megatron.checkpoint.torch_dist import MegatronSource, TorchDistReader, weights_digest
-from minitron_megatron.config.distill import Wandb
+from minitron_megatron.config.distill import HiddenLoss, Wandb
 from minitron_megatron.config.parallel import Parallel, TeacherParallel
 from minitron_megatron.config.schema import Recipe
+from minitron_megatron.distill.handover import HandoverStore, Held
 from minitron_megatron.parallel.world import World
 from minitron_megatron.training import output_layer
 from minitron_megatron.training.loop import TrainingLoop
@@ -114,6 +115,33 @@ def distill_watching_the_teacher(world: World, recipe: Recipe) -> Seen:
     return found[0]
 
 
+def distill_seeing_types(world: World, recipe: Recipe) -> tuple[set[torch.dtype], set[torch.dtype], set[torch.dtype]]:
+    """Publishes the stage; types of the teacher's weights, of its states as they arrive at the student, and of the student's weights."""
+    found: list[tuple[set[torch.dtype], set[torch.dtype]]] = []
+    states: set[torch.dtype] = set()
+
+    def make_put(put: Any) -> Any:
+        def watched(self: HandoverStore, key: Any, held: Held) -> None:
+            states.add(held.states.dtype)
+            put(self, key, held)
+
+        return watched
+
+    def make(run: Any) -> Any:
+        def watched(self: TrainingLoop, *arguments: Any) -> Any:
+            [frozen] = self.teachers.members
+            teacher = [*frozen.model.parameters(), *([] if frozen.output_weight_vE is None else [frozen.output_weight_vE])]
+            found.append(({weight.dtype for weight in teacher}, {weight.dtype for weight in self.student.model.parameters()}))
+            return run(self, *arguments)
+
+        return watched
+
+    with changed(TrainingLoop, "run", make), changed(HandoverStore, "put", make_put):
+        publish_stage(world, "distill", recipe)
+    [(teacher, student)] = found
+    return teacher, states, student
+
+
 def distill_without_the_loss(world: World, recipe: Recipe) -> None:
     def refuse(*_: Any, **__: Any) -> Any:
         raise Interrupted("the KD loss was called")
@@ -197,6 +225,21 @@ def test_a_half_written_checkpoint_is_never_read(pool: Pool, house: Path, whole:
     assert sorted(folder.name[:16] for folder in training.iterdir()) == ["step_00000008", "writing_00000016"]
     pool.run(publish_stage, "distill", recipe_for(runs), processes=1)
     assert Run(runs / "tiny" / "distill", []).bits() == whole(ONE).bits()
+
+
+def test_a_teacher_in_bf16_teaches_a_student_in_fp32_in_every_layout(pool: Pool, house: Path, whole: Whole, tmp_path: Path) -> None:
+    """Its states travel in its own type, of two layouts to another; what it rounds is what its loss differs by."""
+    bf16, fp32, losses = {torch.bfloat16}, {torch.float32}, {}
+    for number, parallel in enumerate((ONE, with_teacher(TP2_SP, TeacherParallel(pipeline=2)))):
+        runs = copy_of(house, tmp_path / str(number))
+        recipe = recipe_for(runs, parallel, steps=4, hidden=HiddenLoss()).model_copy(update={"teacher_precision": "bf16"})
+        seen = pool.run(distill_seeing_types, recipe, processes=parallel.processes)
+        assert all(teacher == bf16 and states <= bf16 and student == fp32 for teacher, states, student in seen)
+        assert any(states for _, states, _ in seen)
+        losses[number] = Run(runs / "tiny" / "distill", []).steps("forward_kl")
+    exact = whole(ONE, "fp32").steps("loss")[0]
+    assert losses[0][0] != exact and relative_difference(losses[0][0], exact) < 1e-2  # 8 bits of the teacher's states and logits
+    assert max(relative_difference(a, b) for a, b in zip(losses[1], losses[0], strict=True)) < 1e-2
 
 
 def test_losses_and_gradient_norms_of_twenty_steps_agree_in_every_layout(whole: Whole, measured: Record) -> None:

@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
+from fused_layers import fused_layers
 from megatron.core import dist_checkpointing, tensor_parallel
 from torch import Tensor
 
@@ -87,6 +88,8 @@ class Case(NamedTuple):
     recompute: str | None = None
     """None, "full" or "norm"."""
     distributed_optimizer: bool = False
+    fused: bool = False
+    """Norms inside the linear layers behind them, as Transformer Engine keeps them."""
 
 
 def distill_of(**hidden: Any) -> Distill:
@@ -152,7 +155,8 @@ def small_buckets() -> Any:
 
 def first_step_of(case: Case, world: World, parallel: Parallel, pair: Pair, distill: Distill, written: Path) -> Answer:
     training = OVERLAPPED if case.distributed_optimizer else Training()
-    with small_buckets() if case.distributed_optimizer else nullcontext(), without_fp8():
+    spec = fused_layers() if case.fused else nullcontext()
+    with spec, small_buckets() if case.distributed_optimizer else nullcontext(), without_fp8():
         return first_step(world, parallel, pair, distill, written, training, lambda student: set_recompute(student, case.recompute))
 
 
@@ -173,6 +177,8 @@ CASES = {
     "pp2_full_recompute": Case(PP2, COSINE, recompute="full"),
     "pp2_dp2_distributed_optimizer": Case(DP2_PP2, COSINE, distributed_optimizer=True),
     "experts_pp2_dp2_ep2": Case(EP2_PP2, COSINE, shape="sparse"),
+    "fused_tp2_sp_full_recompute": Case(TP2_SP, COSINE, recompute="full", fused=True),
+    "fused_pp2_dp2_distributed_optimizer": Case(DP2_PP2, COSINE, distributed_optimizer=True, fused=True),
 }
 SLOW_CASES = {
     "one_mse_per_pair": Case(ONE, MSE_PER_PAIR),
@@ -188,6 +194,7 @@ SLOW_CASES = {
     "tp2_sp-teacher_pp2_mse_per_pair": Case(with_teacher(TP2_SP, TeacherParallel(pipeline=2)), MSE_PER_PAIR),
     "wide_tp4_sp-teacher_tp2_pp2": Case(with_teacher(Parallel(tensor=4, sequence=True), TeacherParallel(tensor=2, pipeline=2)), MSE, shape="wide"),
     "dp2": Case(DP2, COSINE),
+    "fused_pp2_vpp2_mse_per_pair": Case(PP2_VPP2, MSE_PER_PAIR, fused=True),
     "dp2_distributed_optimizer": Case(DP2, COSINE, distributed_optimizer=True),
     "pp2_vpp2_dp2_distributed_optimizer": Case(DP2_PP2_VPP2, COSINE, distributed_optimizer=True),
 }

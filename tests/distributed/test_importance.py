@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from fused_layers import fused_layers
 from torch import Tensor
 
 from minitron_megatron.config.criteria import DEFAULT_RANKING, Criteria, Ranking
@@ -28,7 +29,7 @@ from .conftest import Identical, Record
 from .house import CALIBRATION, SOURCE, TARGET, inputs_of, recipe_for
 from .plain_model import PlainModel, naive_statistics
 from .pool import Pool
-from .tiny import DP2, ONE, PP2, PP2_EVEN, PP2_VPP2, SEQUENCE, TP2, TP2_PP2, TP2_SP, layout_name, name_of, relative_difference
+from .tiny import CP2, DP2, ONE, PP2, PP2_EVEN, PP2_VPP2, SEQUENCE, TP2, TP2_PP2, TP2_SP, layout_name, name_of, relative_difference
 
 FP32 = 1e-5  # another order of additions over 16 tokens (design: numbers that must not move)
 P1 = Criteria(ffn="before_activation", heads="per_token_norm", channels="all_norms")
@@ -95,12 +96,26 @@ def test_statistics_equal_a_plain_model_in_fp64_one_sample_after_another(one_pro
     assert measured("importance against plain fp64", "one", worst(one_process, naive)) <= FP32
 
 
-@pytest.mark.parametrize("parallel", [DP2, PP2, PP2_EVEN, PP2_VPP2, Parallel(data=3), Parallel(pipeline=2, virtual=3, data=2)], ids=layout_name)
+@pytest.mark.parametrize("parallel", [DP2, CP2, PP2, PP2_EVEN, PP2_VPP2, Parallel(data=3), Parallel(pipeline=2, virtual=3, data=2)], ids=layout_name)
 def test_data_and_pipeline_parallel_give_the_same_bits(
     pool: Pool, house: Path, one_process: Sums, tmp_path: Path, identical: Identical, parallel: Parallel
 ) -> None:
     same = same_bits(measure(pool, house, tmp_path / "scores", parallel), one_process)
     assert identical("importance sums, as one process", layout_name(parallel), same)
+
+
+def run_fused_importance(world: World, recipe: Recipe, folder: Path) -> None:
+    with fused_layers():
+        run_importance(world, recipe, folder)
+
+
+def test_norms_inside_linear_layers_give_the_same_statistics(pool: Pool, house: Path, naive: Sums, tmp_path: Path, measured: Record) -> None:
+    """As Transformer Engine keeps them, from a checkpoint that was written without such layers."""
+    recipe = recipe_for(house, TP2_SP, "fp32")
+    (tmp_path / "scores").mkdir()
+    pool.run(run_fused_importance, recipe, tmp_path / "scores", processes=2)
+    found = Statistics.load(tmp_path / "scores" / "scores.safetensors").sums
+    assert measured("importance against plain fp64, norms inside linear layers", "tp2_sp", worst(found, naive)) <= FP32
 
 
 def test_bf16_gives_the_same_bits_on_two_stages_and_is_close_on_two_tensor_ranks(pool: Pool, house: Path, tmp_path: Path, measured: Record) -> None:

@@ -27,16 +27,19 @@ def stand(world: World, parallel: Parallel) -> tuple[Stand, Stand, bool]:
         with_teacher(Parallel(pipeline=2, virtual=2, data=2), TeacherParallel(tensor=2)),
         with_teacher(Parallel(data=4), TeacherParallel(tensor=4)),
         with_teacher(Parallel(tensor=2, data=2), TeacherParallel(tensor=2)),
+        with_teacher(Parallel(context=2, data=2), TeacherParallel(tensor=2)),
+        with_teacher(Parallel(tensor=2, context=2), TeacherParallel(pipeline=2)),
     ],
     ids=name_of,
 )
-def test_ranks_are_dealt_tensor_first_then_data_then_pipeline_in_both_layouts(pool: Pool, parallel: Parallel) -> None:
+def test_ranks_are_dealt_tensor_first_then_context_then_data_then_pipeline_in_both_layouts(pool: Pool, parallel: Parallel) -> None:
     own = parallel.teacher
     assert isinstance(own, TeacherParallel)
     for rank, (student, teacher, shared) in enumerate(pool.run(stand, parallel, processes=4)):
-        assert student == counted_by_hand(rank, tensor=parallel.tensor, pipeline=parallel.pipeline, data=parallel.data)
-        replicas = 4 // (own.tensor * own.pipeline)
-        assert teacher == counted_by_hand(rank, tensor=own.tensor, pipeline=own.pipeline, data=replicas)
+        context = parallel.context
+        assert student == counted_by_hand(rank, tensor=parallel.tensor, pipeline=parallel.pipeline, data=parallel.data, context=context)
+        replicas = 4 // (own.tensor * own.pipeline * context)
+        assert teacher == counted_by_hand(rank, tensor=own.tensor, pipeline=own.pipeline, data=replicas, context=context)
         assert shared == ((own.tensor, own.pipeline) == (parallel.tensor, parallel.pipeline))
 
 

@@ -25,6 +25,7 @@ from minitron_megatron.training.student import make_student
 from .first_step import settings
 from .pool import Pool
 from .tiny import (
+    CP2,
     DP2,
     EP2_OF_DP4,
     LLAMA,
@@ -54,6 +55,8 @@ CASES = [
     (QWEN2_TIED, Parallel(pipeline=2, data=2), OVERLAPPED, "bf16"),
     (LLAMA, Parallel(data=3), OVERLAPPED, "fp32"),
     (MIXTRAL, EP2_OF_DP4, SHARED_OUT, "bf16"),
+    (LLAMA, CP2, PLAIN, "bf16"),
+    (QWEN2_TIED, Parallel(context=2, data=2), OVERLAPPED, "bf16"),
 ]
 IDS = [f"{arch.family_name}-{name_of(parallel)}-{precision}-{number}" for number, (arch, parallel, _, precision) in enumerate(CASES)]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -93,7 +96,8 @@ def test_every_rank_holds_the_bytes_that_are_counted(pool: Pool, arch: Architect
     for rank in pool.run(held, arch, parallel, training, precision, processes=parallel.processes):
         place = rank["place"]
         chunks = [chunk_weights(split, chunk) for chunk in split.chunks(place.stage)]
-        found = trained_bytes(split, chunks, training, stage=place.stage, data_rank=place.data, width=DTYPES[precision].itemsize)
+        replica = place.context + parallel.context * place.data
+        found = trained_bytes(split, chunks, training, stage=place.stage, data_rank=replica, width=DTYPES[precision].itemsize)
         assert found._asdict() == {name: rank[name] for name in found._fields}, place
         assert sum(map(elements, chunks)) == rank["elements"]
         assert sum(elements(chunk_weights(split, chunk, output=False)) for chunk in split.chunks(place.stage)) == rank["frozen"]

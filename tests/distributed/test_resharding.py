@@ -28,6 +28,7 @@ from .house import copy_of, publish_stage, recipe_for
 from .pool import Pool, WorkerError
 from .test_distill import distill_until
 from .tiny import (
+    CP2,
     DP2,
     EP2,
     EP2_OF_DP4,
@@ -57,6 +58,8 @@ PAIRS = [
     ("llama", DP2, "plain", ONE, "plain"),
     ("llama", DP2, "overlapped", TP2, "plain"),
     ("llama", DP2, "overlapped", DP4, "distributed"),
+    ("llama", CP2, "distributed", ONE, "plain"),
+    ("llama", ONE, "plain", CP2, "overlapped"),
     ("qwen2_tied", PP2_EVEN, "plain", DP2, "distributed"),
     # tied embeddings have a bucket of their own, and padding lies between buckets
     ("qwen2_tied", PP2_DP2, "distributed", ONE, "plain"),
@@ -158,7 +161,7 @@ def test_a_run_continues_under_another_layout(
     assert found.seen[0].optimizer == ("DistributedOptimizer" if other_kind != "plain" else "FP32Optimizer")
 
 
-@pytest.mark.parametrize(("parallel", "kind"), [(TP2, "plain"), (DP2, "overlapped")], ids=["tp2", "dp2 overlapped"])
+@pytest.mark.parametrize(("parallel", "kind"), [(TP2, "plain"), (DP2, "overlapped"), (CP2, "distributed")], ids=["tp2", "dp2 overlapped", "cp2"])
 def test_under_the_same_layout_it_continues_to_the_bit(pool: Pool, whole: Whole, tmp_path: Path, parallel: Parallel, kind: str) -> None:
     expected = whole("llama", parallel, kind)
     found = go_on(pool, expected, parallel, kind, tmp_path)

@@ -27,7 +27,7 @@ from .conftest import Record
 from .house import SOURCE, copy_of, publish_stage, recipe_for
 from .plain_model import PlainModel
 from .pool import Pool, WorkerError
-from .tiny import DP2, ONE, PP2, PP2_VPP2, SEQUENCE, TP2_SP, VOCAB, name_of, relative_difference
+from .tiny import CP2, DP2, ONE, PP2, PP2_VPP2, SEQUENCE, TP2_SP, VOCAB, name_of, relative_difference
 
 STEPS = 4
 ALL_BUT_ONE = {"k": VOCAB - 1, "log_probs": "float32"}
@@ -181,7 +181,7 @@ def test_all_tokens_but_one_stored_in_fp32_teach_as_the_live_teacher_does(pool: 
     assert measured("stored against live: later steps", "one", later) <= 1e-5
 
 
-@pytest.mark.parametrize("parallel", [DP2, TP2_SP, PP2], ids=name_of)
+@pytest.mark.parametrize("parallel", [DP2, TP2_SP, PP2, CP2], ids=name_of)
 def test_stored_top_k_teaches_as_live_top_k_does_under_other_layouts_and_micro_batches(
     pool: Pool, written: Path, live_top_5: list[dict[str, Any]], tmp_path: Path, parallel: Parallel, measured: Record
 ) -> None:

@@ -36,6 +36,7 @@ TP2_SP = Parallel(tensor=2, sequence=True)
 PP2 = Parallel(pipeline=2)
 PP2_EVEN = Parallel(pipeline=2, layers_per_stage="even")
 DP2 = Parallel(data=2)
+CP2 = Parallel(context=2)
 EP2 = Parallel(data=2, expert=2)
 EP2_PP2 = Parallel(pipeline=2, data=2, expert=2)
 EP2_OF_DP4 = Parallel(data=4, expert=2)
@@ -49,7 +50,7 @@ def with_teacher(student: Parallel, teacher: TeacherParallel | Literal["auto", "
 
 
 def layout_name(parallel: Parallel | TeacherParallel) -> str:
-    shorts = {"tp": "tensor", "pp": "pipeline", "vpp": "virtual", "dp": "data", "ep": "expert"}
+    shorts = {"tp": "tensor", "cp": "context", "pp": "pipeline", "vpp": "virtual", "dp": "data", "ep": "expert"}
     sizes = [f"{short}{getattr(parallel, name)}" for short, name in shorts.items() if getattr(parallel, name, 1) > 1]
     marks = ["sp"] if parallel.sequence else []
     if parallel.layers_per_stage != "cost":

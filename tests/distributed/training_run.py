@@ -183,7 +183,7 @@ def named_state(layout: Layout, student: Student) -> dict[str, list[Piece]]:
 
 
 def shared_out_state(optimizers: list[Any], parameter: Tensor, layout: Layout) -> dict[str, Tensor]:
-    """Each data-parallel rank that holds a parameter puts its part of the parameter's state into zeros; the sum is whole."""
+    """Each data-parallel or context rank that holds a parameter puts its part of the parameter's state into zeros; the sum is whole."""
     found = {moment: torch.zeros(parameter.numel()) for moment in MOMENTS}
     for inner in [inner for inner in optimizers if parameter in inner.model_param_gbuf_map]:
         part = inner._get_model_param_range_map(parameter)["param"]
@@ -193,5 +193,5 @@ def shared_out_state(optimizers: list[Any], parameter: Tensor, layout: Layout) -
         for moment in MOMENTS:
             found[moment][part.start : part.end] = state[moment]
     for whole in found.values():
-        dist.all_reduce(whole, group=layout.groups.dp if getattr(parameter, "allreduce", True) else layout.groups.expt_dp)
+        dist.all_reduce(whole, group=layout.groups.dp_cp if getattr(parameter, "allreduce", True) else layout.groups.expt_dp)
     return {moment: whole.view(parameter.shape) for moment, whole in found.items()}

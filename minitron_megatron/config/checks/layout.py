@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import lcm
+
 from minitron_megatron.arch.architecture import Architecture, nearest_multiples
 from minitron_megatron.config.parallel import Parallel, Rule, TeacherParallel
 from minitron_megatron.config.schema import Recipe
@@ -22,10 +24,7 @@ def shape_problems(recipe: Recipe) -> list[str]:
     if parallel.virtual > 1 and parallel.pipeline == 1:
         problems.append(f"parallel.virtual={parallel.virtual} needs parallel.pipeline of 2 or more; set parallel.virtual=1")
     if parallel.context > 1:
-        problems.append(
-            f"parallel.context={parallel.context}: megatron-core's context parallelism needs Transformer Engine's attention on a GPU, "
-            "which this layer spec does not use; set parallel.context=1"
-        )
+        problems += _context_problems(recipe)
     for section, run in recipe.training_runs().items():
         micro_batches = run.global_batch // (run.micro_batch * parallel.data)
         if parallel.virtual > 1 and micro_batches % parallel.pipeline:
@@ -33,6 +32,23 @@ def shape_problems(recipe: Recipe) -> list[str]:
             problems.append(
                 f"parallel.virtual={parallel.virtual} needs a multiple of parallel.pipeline={parallel.pipeline} micro-batches a step, but "
                 f"{section}.global_batch / (micro_batch × parallel.data) = {micro_batches}; nearest: {nearest}"
+            )
+    return problems
+
+
+def _context_problems(recipe: Recipe) -> list[str]:
+    """A sequence is cut into two chunks for each context rank, and what a rank has of it once more over its tensor ranks."""
+    parallel, teacher = recipe.parallel, recipe.parallel.teacher
+    shared_by = [own.tensor for own in (parallel, teacher) if not isinstance(own, str) and own.sequence]
+    multiple, problems = lcm(2, *shared_by) * parallel.context, []
+    why = f"two chunks for each of parallel.context={parallel.context} ranks" + (", whose tensor ranks share them" if shared_by else "")
+    lengths = {section: run.sequence_length for section, run in recipe.training_runs().items()}
+    if recipe.search and recipe.search.short_distillation.sequence_length:
+        lengths["search.short_distillation"] = recipe.search.short_distillation.sequence_length
+    for section, length in lengths.items():
+        if length % multiple:
+            problems.append(
+                f"{section}.sequence_length={length} is not divisible by {multiple} ({why}); nearest: {nearest_multiples(length, multiple)}"
             )
     return problems
 
@@ -47,10 +63,11 @@ def teacher_problems(recipe: Recipe, source: Architecture, whose: str = "the sou
     problems = _tensor_problems("parallel.teacher", teacher.tensor, source, whose)
     problems += _stage_problems("parallel.teacher", teacher.pipeline, source, whose)
     problems += list_problems("parallel.teacher", teacher.pipeline, teacher.layers_per_stage, {source.layers})
-    model_processes = teacher.tensor * teacher.pipeline
+    model_processes = teacher.tensor * parallel.context * teacher.pipeline
     if parallel.processes % model_processes:
+        context = f" × context {parallel.context}" if parallel.context > 1 else ""
         problems.append(
-            f"parallel.teacher: tensor {teacher.tensor} × pipeline {teacher.pipeline} = {model_processes} does not divide the "
+            f"parallel.teacher: tensor {teacher.tensor}{context} × pipeline {teacher.pipeline} = {model_processes} does not divide the "
             f"{parallel.processes} processes of parallel; choose sizes whose product does"
         )
     if teacher.sequence and teacher.tensor == 1:
@@ -96,6 +113,8 @@ def _expert_layout_problems(parallel: Parallel, arch: Architecture, whose: str) 
     if not arch.experts:
         return [f"parallel.expert={parallel.expert}, but {whose} has no experts; set parallel.expert=1"] if parallel.expert > 1 else []
     problems = []
+    if parallel.context > 1:
+        problems.append(f"parallel.context={parallel.context} is not supported for {whose}, which has experts; set parallel.context=1")
     if parallel.tensor > 1:
         problems.append(
             f"parallel.tensor={parallel.tensor}: tensor parallelism is not supported for {whose}, which has experts; "

@@ -63,9 +63,13 @@ CASES = {
         "parallel.pipeline × virtual = 7 is more than the pruned model's 6 layers; at most 6",
     ],
     "parallel.virtual=2": ["parallel.virtual=2 needs parallel.pipeline of 2 or more; set parallel.virtual=1"],
-    "parallel.context=2": [
-        "parallel.context=2: megatron-core's context parallelism needs Transformer Engine's attention on a GPU, "
-        "which this layer spec does not use; set parallel.context=1"
+    "parallel.context=3": ["distill.sequence_length=32 is not divisible by 6 (two chunks for each of parallel.context=3 ranks); nearest: 30, 36"],
+    "parallel={context: 12, tensor: 4, sequence: true}": [
+        "distill.sequence_length=32 is not divisible by 48 (two chunks for each of parallel.context=12 ranks, whose tensor ranks share them); "
+        "nearest: 48"
+    ],
+    "parallel={context: 2, teacher: {tensor: 2}}": [
+        "parallel.teacher: tensor 2 × context 2 × pipeline 1 = 4 does not divide the 2 processes of parallel; choose sizes whose product does"
     ],
     "parallel.layers_per_stage=[3,3]": [
         "parallel.layers_per_stage=[3, 3] has 2 entries and 6 layers; it needs 1 entries (pipeline × virtual) that add up to 6 layers, or use cost"
@@ -156,6 +160,10 @@ def test_each_mistake_is_told_with_its_mend(override: str, problems: Callable[..
 
 
 EXPERT_CASES = {
+    "parallel.context=2": [
+        "parallel.context=2 is not supported for the source model, which has experts; set parallel.context=1",
+        "parallel.context=2 is not supported for the pruned model, which has experts; set parallel.context=1",
+    ],
     "prune.target.experts=7": ["prune.target.experts=7 is larger than the source's 6"],
     "export.format=nemo": ["export.format=nemo: .nemo archives of mixtral, which has experts, are not written; set export.format=huggingface"],
     "prune.target.experts=1": ["prune.target.experts=1 is less than the 2 that each token is sent to; at least 2"],

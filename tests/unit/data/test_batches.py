@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from minitron_megatron.data.batches import collate, micro_batches, of_data_rank
+from minitron_megatron.data.batches import collate, micro_batches, of_context_rank, of_data_rank
 from minitron_megatron.errors import DataError
 
 
@@ -36,3 +36,14 @@ def test_labels_are_the_next_tokens_and_every_label_counts() -> None:
     assert torch.equal(batch.position_ids_BS[1], torch.arange(9))
     assert batch.sample_ids_B.tolist() == [2, 0]
     assert batch.tokens_BS.is_contiguous() and batch.labels_BS.is_contiguous()
+
+
+def test_context_ranks_share_every_sequence_of_a_batch_out_with_all_that_belongs_to_its_tokens() -> None:
+    whole = collate(torch.arange(40).view(4, 10)[:, :9], [2, 0])
+    parts = [of_context_rank(whole, rank, 2) for rank in range(2)]
+    assert [part.position_ids_BS[0].tolist() for part in parts] == [[0, 1, 6, 7], [2, 3, 4, 5]]
+    for part in parts:
+        places = part.position_ids_BS[0]
+        for name in ("tokens_BS", "labels_BS", "loss_mask_BS"):
+            assert torch.equal(getattr(part, name), getattr(whole, name)[:, places])
+        assert part.sample_ids_B.tolist() == [2, 0]

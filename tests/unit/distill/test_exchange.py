@@ -15,10 +15,10 @@ from minitron_megatron.parallel.layout import Layout, Place
 SIZES = [(1, 1, 4), (1, 2, 2), (1, 4, 1), (2, 1, 2), (2, 2, 1), (4, 1, 1)]  # tensor, pipeline, data: four processes
 
 
-def layout(sizes: tuple[int, int, int], *, sequence_parallel: bool = False) -> Layout:
+def layout(sizes: tuple[int, int, int], *, sequence_parallel: bool = False, context: int = 1) -> Layout:
     tensor, pipeline, data = sizes
     groups: Any = None
-    return Layout(tensor, pipeline, data, sequence_parallel and tensor > 1, "cost", groups)
+    return Layout(tensor, pipeline, data, sequence_parallel and tensor > 1, "cost", groups, context=context)
 
 
 def exchange(teacher: Layout, student: Layout, rank: int = 0) -> Exchange:
@@ -28,24 +28,25 @@ def exchange(teacher: Layout, student: Layout, rank: int = 0) -> Exchange:
 
 # sequence parallel needs lengths that the teacher's tensor ranks divide: the recipe's checks refuse others
 CASES = [
-    (teacher, student, sequence, sharded)
-    for teacher, student, sequence, sharded in product(SIZES, SIZES, (16, 12, 15, 3), (False, True))
+    (teacher, student, sequence, sharded, context)
+    for teacher, student, (sequence, context), sharded in product(SIZES, SIZES, ((16, 1), (12, 1), (15, 1), (3, 1), (12, 2)), (False, True))
     if not sharded or sequence % teacher[0] == 0
 ]
 
 
-@pytest.mark.parametrize(("teacher", "student", "sequence", "teacher_sequence"), CASES)
+@pytest.mark.parametrize(("teacher", "student", "sequence", "teacher_sequence", "context"), CASES)
 def test_every_row_arrives_once_from_a_rank_that_holds_it(
-    teacher: tuple[int, int, int], student: tuple[int, int, int], sequence: int, teacher_sequence: bool
+    teacher: tuple[int, int, int], student: tuple[int, int, int], sequence: int, teacher_sequence: bool, context: int
 ) -> None:
-    own, wanting = layout(teacher, sequence_parallel=teacher_sequence), layout(student)
+    """sequence: of one context rank."""
+    own, wanting = layout(teacher, sequence_parallel=teacher_sequence, context=context), layout(student, context=context)
     width = rows_of_rank(sequence, wanting.tensor)
-    for number, source, target in product(range(5), range(own.pipeline), range(wanting.pipeline)):
+    for number, source, target, part in product(range(5), range(own.pipeline), range(wanting.pipeline), range(context)):
         seen: dict[int, list[int]] = {}
-        for piece in exchange(own, wanting).pieces(Route("state", source, target), number, sequence):
+        for piece in exchange(own, wanting).pieces(Route("state", source, target, part), number, sequence):
             sender, receiver = place_of(own, piece.source), place_of(wanting, piece.target)
-            assert (sender.stage, sender.data) == (source, number % own.data)
-            assert (receiver.stage, receiver.data) == (target, number % wanting.data)
+            assert (sender.stage, sender.data, sender.context) == (source, number % own.data, part)
+            assert (receiver.stage, receiver.data, receiver.context) == (target, number % wanting.data, part)
             assert len(piece.source_rows) == len(piece.target_rows) > 0
             first = sender.tensor * (sequence // own.tensor) if own.sequence_parallel else 0
             rows = [first + row for row in piece.source_rows]
@@ -56,8 +57,9 @@ def test_every_row_arrives_once_from_a_rank_that_holds_it(
 
 
 def place_of(where: Layout, rank: int) -> Place:
-    """By hand: tensor is the fastest, then data, then pipeline."""
-    return Place(rank % where.tensor, rank // where.tensor % where.data, rank // (where.tensor * where.data))
+    """By hand: tensor is the fastest, then context, then data, then pipeline."""
+    model = where.tensor * where.context
+    return Place(rank % where.tensor, rank // model % where.data, rank // (model * where.data), rank // where.tensor % where.context)
 
 
 @pytest.mark.parametrize(("teacher", "student"), product(SIZES, SIZES))
@@ -65,10 +67,11 @@ def test_a_rank_takes_part_where_its_teacher_makes_a_state_or_its_student_wants_
     teacher: tuple[int, int, int], student: tuple[int, int, int]
 ) -> None:
     """And so in all that it sends, receives or copies: the others' states cost it nothing."""
-    own, wanting = layout(teacher), layout(student)
-    for rank, number, source, target in product(range(4), range(5), range(own.pipeline), range(wanting.pipeline)):
-        route, made, wanted = Route("state", source, target), place_of(own, rank), place_of(wanting, rank)
-        expected = (made.stage, made.data) == (source, number % own.data) or (wanted.stage, wanted.data) == (target, number % wanting.data)
+    own, wanting = layout(teacher, context=2), layout(student, context=2)
+    for rank, number, source, target, part in product(range(8), range(5), range(own.pipeline), range(wanting.pipeline), range(2)):
+        route, made, wanted = Route("state", source, target, part), place_of(own, rank), place_of(wanting, rank)
+        makes = (made.stage, made.data, made.context) == (source, number % own.data, part)
+        expected = makes or (wanted.stage, wanted.data, wanted.context) == (target, number % wanting.data, part)
         one = exchange(own, wanting, rank)
         assert one._takes_part(route, number) == expected
         assert expected or all(rank not in (piece.source, piece.target) for piece in one.pieces(route, number, 16))

@@ -192,6 +192,25 @@ def test_bf16_is_within_a_hundredth_of_fp64(k: int | None, case: Case) -> None:
         assert (actual.double() - plain.double()).norm() / plain.double().norm() < 1e-2
 
 
+@pytest.mark.parametrize("weights", [*ALONE, ALL], ids=lambda weights: "+".join(weights))
+def test_a_teacher_in_bf16_beside_a_student_in_fp32_rounds_its_own_logits_alone(weights: dict[str, float], case: Case) -> None:
+    [target] = case.targets
+    case.targets = [WeightedTarget(target.hidden_NE.bfloat16(), target.weight_vE.bfloat16())]
+    case.settings = replace(case.settings, weights=weights)
+    case.check()  # as exact as with an fp32 teacher: the reference, too, has its logits in bf16
+
+
+@pytest.mark.parametrize("k", [None, 5])
+def test_a_teacher_in_fp32_teaches_a_student_in_bf16(k: int | None, case: Case) -> None:
+    case.hidden, case.weight = case.hidden.detach().bfloat16().requires_grad_(), case.weight.detach().bfloat16().requires_grad_()
+    case.settings = replace(case.settings, weights={"forward_kl": 1.0} if k else ALL, top_k=k)
+    total, expected = case.loss()[0], case.plain()[0]
+    torch.testing.assert_close(total.double(), expected, rtol=1e-2, atol=0)  # the student's logits have 8 bits
+    reference = torch.autograd.grad(expected, (case.hidden, case.weight))
+    for actual, plain in zip(torch.autograd.grad(total, (case.hidden, case.weight)), reference, strict=True):
+        assert actual.dtype == torch.bfloat16 and (actual.double() - plain.double()).norm() / plain.double().norm() < 1e-2
+
+
 def test_large_logits_overflow_nowhere(case: Case) -> None:
     """Logits of several hundred: exp() of them is infinite, and both models are certain."""
     with torch.no_grad():

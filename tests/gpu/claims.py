@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .compare import (
+    Measure,
+    beside_local,
     curve_distance,
     differing_tensors,
     distance,
@@ -17,6 +19,7 @@ from .compare import (
     other_steps,
     ratio,
     score_distance,
+    share,
     units_beyond,
 )
 from .setting import Run, Setting
@@ -94,18 +97,31 @@ def first(ground: Ground) -> list[Claim]:
 
 def parity(ground: Ground) -> list[Claim]:
     """bf16 on the device against fp32 on the CPU, and checkpoints between the layer specs."""
-    runs = tuple(ground.outputs(setting, gradients=True) for setting in (ground.setting(), CPU_FP32))
-    why = "bf16: 8 bits of mantissa, 0.2 % a rounding, a few of them in each layer"
-    measures = {
-        "logits": distance("logits"),
-        "loss": figure_distance("loss"),
-        "loss of the training pass": figure_distance("fused_loss"),
-        "gradients": gradient_distance,
+    device = ground.setting().device
+    ours, local, exact = (ground.outputs(setting, gradients=True) for setting in (ground.setting(), Setting(device, "local"), CPU_FP32))
+    why = "twice what bf16 on a CPU, where no Transformer Engine is, was measured to be off on SmolLM2: "
+    bounded: dict[str, tuple[Measure, float, str]] = {
+        "logits": (distance("logits"), 3e-2, why + "1.7e-2"),
+        "loss": (figure_distance("loss"), 2e-3, "errors of single tokens average out: 1.4e-4 in bf16 on a CPU"),
+        "loss of the training pass": (figure_distance("fused_loss"), 2e-3, "as the loss"),
+        "gradients": (gradient_distance, 9e-2, why + "4.7e-2"),
     }
-    bounds = {"gradients": (3 * BF16, why + "; three products instead of one, through all layers twice")}
-    return [
-        Claim("parity", f"bf16 on {ground.device} against fp32 on CPU: {name}", runs, measure, *bounds.get(name, (BF16, why)), house=ground.house)
-        for name, measure in measures.items()
+    found = [
+        Claim("parity", f"bf16 on {device} against fp32 on CPU: {name}", (ours, exact), measure, bound, reason, house=ground.house)
+        for name, (measure, bound, reason) in bounded.items()
+    ]
+    beside = "the local layers round as often; a quarter for kernels that add in another order"
+    return found + [
+        Claim(
+            "parity",
+            f"{name}: distance from fp32 ÷ that of the local layers",
+            (ours, local, exact),
+            beside_local(of),
+            1.25,
+            beside,
+            house=ground.house,
+        )
+        for name, of in (("logits", distance("logits")), ("gradients", gradient_distance))
     ]
 
 
@@ -152,7 +168,9 @@ def resume(ground: Ground) -> list[Claim]:
     steps, setting = ground.resumed_steps, ground.setting(fp8="delayed", deterministic=ground.device == "cuda")
     whole, interrupted = (ground.distilled(setting, steps, **given) for given in ({}, {"pauses": [steps // 2]}))
     name = f"FP8 delayed, deterministic: {steps} steps in two starts against one; losses, norms and weights with other bits"
-    return [Claim("resume", name, (interrupted, whole), other_steps, 0, "the design: a resumed run reproduces the run to the bit", house=ground.house)]
+    return [
+        Claim("resume", name, (interrupted, whole), other_steps, 0, "the design: a resumed run reproduces the run to the bit", house=ground.house)
+    ]
 
 
 def memory(ground: Ground) -> list[Claim]:
@@ -203,17 +221,20 @@ def loss(ground: Ground) -> list[Claim]:
     why = "logits are rounded to bf16: those that matter are about 8 and off by 0.01 to 0.02, and so are their probabilities, relative"
     claims = [
         Claim("loss", f"fused KD loss in bf16, {name}, against whole fp64 logits", (run,), figure(part), bound, why)
-        for name, part, bound in (("value", "value", BF16), ("gradient of the states", "hidden", 2 * BF16), ("gradient of the weight", "weight", 2 * BF16))
+        for name, part, bound in (
+            ("value", "value", BF16),
+            ("gradient of the states", "hidden", 2 * BF16),
+            ("gradient of the weight", "weight", 2 * BF16),
+        )
     ]
     big = dict(zip(("tokens", "hidden", "vocabulary"), ground.loss_peak_size, strict=True))
     peak = Run.of("loss_memory", ground.setting(), **big, memory_mib=ground.loss_peak_mib)
     shown = "{tokens:,} tokens × {hidden} × {vocabulary:,}".format(**big)
 
-    def over(outcomes: list) -> float:  # type: ignore[type-arg]
-        return outcomes[0].figures["peak"] / outcomes[0].figures["expected"]
-
-    reason = f"{ground.loss_peak_mib} MiB of chunks + the gradients (kd_loss.expected_bytes); 5 % for numbers of a token each and the allocator's rounding"
-    return [*claims, Claim("loss", f"fused KD loss, {shown}: peak memory ÷ formula", (peak,), over, 1.05, reason)]
+    reason = (
+        f"{ground.loss_peak_mib} MiB of chunks + the gradients (kd_loss.expected_bytes); 5 % for numbers of a token each and the allocator's rounding"
+    )
+    return [*claims, Claim("loss", f"fused KD loss, {shown}: peak memory ÷ formula", (peak,), share("peak", "expected"), 1.05, reason)]
 
 
 def on_smollm2(ground: Ground) -> list[Claim]:

@@ -17,24 +17,30 @@ from minitron_megatron.scores.units import UnitScores, activation_scores
 from .setting import Outcome
 
 Outcomes = list[Outcome]
+Measure = Callable[[Outcomes], float]
 
 
-def figure(name: str) -> Callable[[Outcomes], float]:
+def figure(name: str) -> Measure:
     """A figure of the only run."""
     return lambda outcomes: float(outcomes[0].figures[name])
 
 
-def ratio(name: str) -> Callable[[Outcomes], float]:
+def ratio(name: str) -> Measure:
     """Of the first run's figure to the second's."""
     return lambda outcomes: outcomes[0].figures[name] / outcomes[1].figures[name]
 
 
-def distance(name: str) -> Callable[[Outcomes], float]:
+def share(name: str, of: str) -> Measure:
+    """One figure of the only run ÷ another."""
+    return lambda outcomes: outcomes[0].figures[name] / outcomes[0].figures[of]
+
+
+def distance(name: str) -> Measure:
     """‖first − second‖ / ‖second‖ of a saved tensor."""
     return lambda outcomes: _distance([outcomes[0].tensors()[name]], [outcomes[1].tensors()[name]])
 
 
-def figure_distance(name: str) -> Callable[[Outcomes], float]:
+def figure_distance(name: str) -> Measure:
     return lambda outcomes: abs(outcomes[0].figures[name] / outcomes[1].figures[name] - 1)
 
 
@@ -46,13 +52,18 @@ def gradient_distance(outcomes: Outcomes) -> float:
     return _distance([first[name] for name in first], [second[name] for name in first])
 
 
+def beside_local(of: Measure) -> Measure:
+    """The first run's distance from the third, ÷ the second's."""
+    return lambda outcomes: of([outcomes[0], outcomes[2]]) / of([outcomes[1], outcomes[2]])
+
+
 def mean_kl(outcomes: Outcomes) -> float:
     """Mean over tokens of KL(second ‖ first), nats: the second is the reference."""
     other, reference = (outcome.tensors()["logits"].double().log_softmax(-1) for outcome in outcomes)
     return float(torch.nn.functional.kl_div(other, reference, reduction="none", log_target=True).sum(-1).mean())
 
 
-def curve_distance(window: int) -> Callable[[Outcomes], float]:
+def curve_distance(window: int) -> Measure:
     """The largest relative difference of the mean loss of `window` steps, over all windows of two trainings on the same samples."""
 
     def measure(outcomes: Outcomes) -> float:
@@ -85,18 +96,18 @@ def score_distance(outcomes: Outcomes) -> float:
     return max(_largest_difference(a, b) for (_, a), (_, b) in zip(_axes(first), _axes(second), strict=True))
 
 
-def units_beyond(tolerance: float) -> Callable[[Outcomes], float]:
+def units_beyond(tolerance: float) -> Measure:
     """Of a cut through the middle of every axis: units that one side keeps and the other does not, though their score lies further from the
     cut than twice the tolerance (each of two scores is off by that much)."""
 
     def measure(outcomes: Outcomes) -> float:
         first, second = map(_scores, outcomes)
-        return float(sum(_beyond(a, b, tolerance) for (_, a), (_, b) in zip(_axes(first), _axes(second), strict=True)))
+        return float(sum(beyond(a, b, tolerance) for (_, a), (_, b) in zip(_axes(first), _axes(second), strict=True)))
 
     return measure
 
 
-def _beyond(found_U: Tensor, expected_U: Tensor, tolerance: float) -> int:
+def beyond(found_U: Tensor, expected_U: Tensor, tolerance: float) -> int:
     half = len(expected_U) // 2
     ours, theirs = (set(scores.argsort(descending=True, stable=True)[:half].tolist()) for scores in (found_U, expected_U))
     ranked = expected_U.sort(descending=True).values

@@ -91,9 +91,8 @@ def build(name: str, folder: Path, setting: Setting) -> House:
 
 def _small(folder: Path) -> tuple[str, ...]:
     """Random weights of a Llama; pruned at random: nothing here is about how good a cut is."""
-    from e2e.tiny_model import write_model, write_recipe, write_text
-
     import yaml
+    from e2e.tiny_model import write_model, write_recipe, write_text
 
     write_text(folder / "text", files=40)
     write_model(folder / "model", folder / "text", **SMALL_SIZES)

@@ -36,7 +36,12 @@ def main(arguments: list[str]) -> int:
 
 def report(groups: list[str], verdicts: list[Verdict]) -> dict[str, Any]:
     """With where and when."""
-    return {"groups": groups, "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), **machine(), "claims": [v.to_dict() for v in verdicts]}
+    return {
+        "groups": groups,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **machine(),
+        "claims": [v.to_dict() for v in verdicts],
+    }
 
 
 def machine() -> dict[str, Any]:

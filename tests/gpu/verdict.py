@@ -75,11 +75,12 @@ def _judged(claim: Claim, found: Mapping[Run, Outcome | RunFailed]) -> Verdict:
 
 
 def table(verdicts: Iterable[Verdict]) -> str:
-    """One line a claim; what failed says why below."""
-    rows = [f"{'group':<12} {'claim':<74} {'measured':>10} {'at most':>9}  verdict"]
-    for verdict in verdicts:
-        claim = verdict.claim
-        measured = "–" if verdict.measured is None else f"{verdict.measured:.3g}"
-        rows.append(f"{claim.group:<12} {claim.name:<74} {measured:>10} {claim.at_most:>9.3g}  {'holds' if verdict.holds else 'DOES NOT HOLD'}")
-        rows += [f"{'':<12}   {verdict.why}"] if verdict.why else []
-    return "\n".join(rows)
+    """One line a claim; below them, once, why those failed that did."""
+    every = list(verdicts)
+    rows = [f"{'verdict':<14} {'measured':>9} {'at most':>9}  claim"]
+    for verdict in every:
+        measured = "failed" if verdict.measured is None else f"{verdict.measured:.3g}"
+        shown = "holds" if verdict.holds else "DOES NOT HOLD"
+        rows.append(f"{shown:<14} {measured:>9} {verdict.claim.at_most:>9.3g}  {verdict.claim.group}: {verdict.claim.name}")
+    held = sum(verdict.holds for verdict in every)
+    return "\n".join([*rows, *dict.fromkeys(verdict.why for verdict in every if verdict.why), f"{held} of {len(every)} claims hold"])

@@ -30,7 +30,9 @@ from ..place import place
 from ..setting import Setting
 
 
-def outputs(setting: Setting, folder: Path, *, house: str, samples: int, length: int, gradients: bool = False, weights: bool = False) -> dict[str, Any]:
+def outputs(
+    setting: Setting, folder: Path, *, house: str, samples: int, length: int, gradients: bool = False, weights: bool = False
+) -> dict[str, Any]:
     """Saves logits [N, V], and gradients of every weight by its name in the table; the loss is the mean cross-entropy in nats."""
     home = House(Path(house))
     with place(setting) as here:

@@ -23,12 +23,13 @@ from minitron_megatron.data.batches import collate
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.fp8_emulation.linear import EmulatedLinear
 from minitron_megatron.model.fp8_emulation.rounding import E4M3, E5M2, amax_of, rounded, scale_of
+from minitron_megatron.model.fp8_state import scaling_state
 from minitron_megatron.model.run import forward_only
 from minitron_megatron.parallel.layout import global_layout
 from minitron_megatron.parallel.world import World
 
 from .conftest import Identical, Record
-from .first_step import FirstStep, Pair, first_step, run_first_step, settings
+from .first_step import FirstStep, Pair, accumulate, first_step, load_pair, run_first_step, settings
 from .house import copy_of, publish_stage, recipe_for
 from .pool import Pool
 from .tiny import (
@@ -319,7 +320,7 @@ def test_runs_go_on_with_fp8_from_a_checkpoint_without_it_and_without_it_from_on
 
 
 def test_a_recipe_distils_in_emulated_fp8_and_publishes_weights_without_any_scales(pool: Pool, house: Path, tmp_path: Path) -> None:
-    recipe = recipe_for(copy_of(house, tmp_path / "fp32"), steps=3, validation_samples=2)
+    recipe = recipe_for(copy_of(house, tmp_path / "fp32"), steps=4, validation_samples=2)
     fp8 = Fp8(teacher="tensorwise", student="delayed", emulated=True)
     results = {}
     for name, changed in (("fp32", recipe), ("fp8", recipe.model_copy(update={"fp8": fp8, "runs": str(copy_of(house, tmp_path / "fp8"))}))):
@@ -329,4 +330,26 @@ def test_a_recipe_distils_in_emulated_fp8_and_publishes_weights_without_any_scal
         results[name] = artifact.result["validation"]["forward_kl"]
         assert not [tensor for tensor in TorchDistReader(artifact.path / "checkpoint").tensors if "fp8" in tensor or "scal" in tensor]
     assert results["fp8"] != results["fp32"]
-    assert abs(results["fp8"] / results["fp32"] - 1) < 0.1  # a tiny model of random weights after three steps
+    assert abs(results["fp8"] / results["fp32"] - 1) < 0.1  # a tiny model of random weights after four steps
+
+
+def scales_behind_a_step(world: World, parallel: Parallel, pair: Pair, micro_batch: int) -> dict[str, Tensor]:
+    """What delayed scaling remembers after one pass forward and back."""
+    distill = settings(micro_batch=micro_batch)
+    teacher, student = load_pair(world, parallel, pair, distill)
+    accumulate(teacher, student, distill)
+    return {name: tensor.clone() for name, tensor in scaling_state(student.model).items()}
+
+
+def test_data_ranks_share_the_largest_values_of_a_pass(pool: Pool, pair: Pair) -> None:
+    """Two ranks of four samples each know what one process of eight knows, and scales that follow from it."""
+    delayed = replace(pair, fp8=DELAYED)
+    [one] = pool.run(scales_behind_a_step, ONE, delayed, 8, processes=1)
+    for found in pool.run(scales_behind_a_step, DP2, delayed, 4, processes=2):
+        assert found.keys() == one.keys()
+        for name, tensor in one.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=0, msg=name)  # fp32: another order of sums
+    amax, scale = (one[f"fp8.layers.0.mlp.linear_fc1.scaling.{history}"] for history in ("ahead.amax", "ahead.scale"))
+    torch.testing.assert_close(448 / amax[-1], scale)
+    assert bool((amax[-1] > 0).all())
+    assert not amax[:-1].any()

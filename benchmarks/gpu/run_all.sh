@@ -8,7 +8,7 @@
 # step and curves add to what they find there.
 #
 # Where Transformer Engine and others were brought along by tests/gpu/pack.sh, they are used from GPU_KEEP (/tmp/minitron_gpu), as tests/gpu/run_all.sh
-# does; for ModelOpt's and Liger's figures pack them as well: MORE="nvidia-modelopt==0.47.0 liger-kernel==0.8.5 pulp==3.3.0" bash tests/gpu/pack.sh ….
+# does; for ModelOpt's and Liger's figures pack them as well: MORE="nvidia-modelopt==0.47.0 liger-kernel==0.8.5 pulp==3.3.2" bash tests/gpu/pack.sh ….
 # The curves want the demo's model and text in .demo (launch/demo.sh, or launch/demo_inputs.py alone).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

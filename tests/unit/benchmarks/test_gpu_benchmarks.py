@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -107,6 +108,15 @@ def test_the_forecast_in_the_document_is_the_one_that_is_counted(module: Any) ->
     page = module("predict").page(Namespace(sequences=[4096, 8192], tiny=False))
     written = (ROOT / "docs" / "performance.md").read_text().splitlines()
     assert [line for line in page if line not in written] == []
+
+
+def test_the_status_page_names_every_group_and_part_that_is_to_be_run() -> None:
+    page = (ROOT / "docs" / "gpu_status.md").read_text()
+    groups = re.search(r"every=\((.*)\)", (ROOT / "tests/gpu/run_all.sh").read_text())
+    parts = re.findall(r"^# PART[^:]*:(.*?)By default", (ROOT / "benchmarks/gpu/run_all.sh").read_text(), re.DOTALL | re.MULTILINE)
+    assert groups and parts
+    named = [*groups[1].split(), *re.findall(r"([a-z][a-z0-9_]+) +\(\d", parts[0])]
+    assert len(named) > 15 and [name for name in named if not re.search(rf"\b{name}\b", page)] == []
 
 
 def test_curves_hold_every_validation_over_the_tokens_seen(module: Any) -> None:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that benchmarks/gpu measures on one GPU, in parts that each end within ten minutes.
 #
-#   bash benchmarks/gpu/run_all.sh [--out FOLDER] [PART…]
+#   bash benchmarks/gpu/run_all.sh [--out FOLDER] [--device cpu --tiny] [PART…]
 #
 # PART (minutes expected on an H200):  loss (2)  importance (2)  step_bf16 (4)  step_fp8 (8)  throughput (6)  curves_bf16 (10)
 # curves_tensorwise (10)  curves_delayed (10). By default the first five. FOLDER (benchmarks/results by default): gpu_*.md, gpu_*.json and a figure;
@@ -16,10 +16,12 @@ keep=${GPU_KEEP:-/tmp/minitron_gpu}
 out=benchmarks/results
 every=(loss importance step_bf16 step_fp8 throughput)
 
-parts=()
+parts=() given=()
 while [ $# -gt 0 ]; do
   case $1 in
     --out) out=$2 && shift ;;
+    --device) given+=(--device "$2") && shift ;;
+    --tiny) given+=(--tiny) ;;
     *) parts+=("$1") ;;
   esac
   shift
@@ -32,7 +34,7 @@ fi
 
 measure() {
   local began=$SECONDS
-  timeout --signal=INT --kill-after=15 590 bash benchmarks/gpu/run.sh "$@" --out "$out" || failed+=("$1")
+  timeout --signal=INT --kill-after=15 590 bash benchmarks/gpu/run.sh "$@" "${given[@]}" --out "$out" || failed+=("$1")
   echo "$*: $((SECONDS - began)) s"
 }
 

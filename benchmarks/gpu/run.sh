@@ -8,4 +8,7 @@ shift
 python=${PYTHON:-$root/.venv/bin/python}
 [ -x "$python" ] || python=python3
 export PYTHONPATH="$root:$root/benchmarks${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+# memory and threads as the launcher gives them to a worker
+mapfile -t settings < <("$python" -c 'from minitron_megatron.environment import worker_environment as of; print(*map("=".join, of(1).items()), sep="\n")')
+export "${settings[@]}"
 exec "$python" -W ignore "$root/benchmarks/gpu/$name.py" "$@"

@@ -23,6 +23,7 @@ from minitron_megatron.parallel.world import World, distributed_world, rank_and_
 from minitron_megatron.platform import Platform, activate
 from minitron_megatron.platform.deterministic import be_deterministic
 from minitron_megatron.platform.fp8_support import require_fp8
+from minitron_megatron.platform.fused import first_lines
 from minitron_megatron.platform.lifetime import end_with_parent
 from minitron_megatron.search.survey import surviving
 from minitron_megatron.status import withdraw
@@ -116,6 +117,9 @@ def _run(connections: ExitStack, stage_name: str, recipe_path: str, *overrides: 
             withdraw(partial_folder(run_folder(recipe), stage.name))
             print(f"{stage.name}: up to date", flush=True)
         return
+    if is_main and stage.distributed:
+        for line in first_lines(platform):
+            print(f"{stage.name}: {line}", flush=True)
     artifact = run_here(stage, recipe, recipe_path, platform, connections)
     if artifact:
         print(f"{stage.name}: {artifact.result['summary']}  ({artifact.manifest['seconds']} s)", flush=True)

@@ -82,7 +82,7 @@ class GroupedLinear(nn.Module):
         return found
 
 
-def fused_block_spec(config: TransformerConfig, layers: int) -> TransformerBlockSubmodules:
+def fused_block_spec(config: TransformerConfig, layers: range) -> TransformerBlockSubmodules:
     spec = local_layer_spec(config)
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     layer.input_layernorm, attention.linear_qkv = IdentityOp, FusedLinear
@@ -91,7 +91,7 @@ def fused_block_spec(config: TransformerConfig, layers: int) -> TransformerBlock
         layer.mlp.submodules.experts = ModuleSpec(TEGroupedMLP, submodules=MLPSubmodules(linear_fc1=GroupedLinear, linear_fc2=GroupedLinear))
     else:
         layer.pre_mlp_layernorm, layer.mlp.submodules.linear_fc1 = IdentityOp, FusedLinear
-    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=norm_of(config))
+    return TransformerBlockSubmodules(layer_specs=[spec] * len(layers), layer_norm=norm_of(config))
 
 
 @contextmanager

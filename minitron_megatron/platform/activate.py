@@ -143,24 +143,20 @@ def _cpu_flags() -> dict[str, Any]:
 
 
 def _cuda_flags(activation: str, transformer_engine: bool) -> dict[str, Any]:
-    installed = {name for name in _KERNEL_MODULES if importlib.util.find_spec(name) is not None}
     return {
         "transformer_impl": "transformer_engine" if transformer_engine else "local",
         "use_cpu_initialization": False,
-        "masked_softmax_fusion": "scaled_upper_triang_masked_softmax_cuda" in installed,
+        # of megatron's own attention and norms, of which no layer here is built
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
         "bias_activation_fusion": activation == "swiglu",  # of squared ReLU megatron has no fused kernel, and raises
         "bias_dropout_fusion": True,
         "apply_rope_fusion": transformer_engine,
         # megatron raises when the output layer is built, even with Transformer Engine, if the kernel is absent
-        "gradient_accumulation_fusion": "fused_weight_gradient_mlp_cuda" in installed,
-        "persist_layer_norm": "fast_layer_norm" in installed,
+        "gradient_accumulation_fusion": importlib.util.find_spec(_APEX_WEIGHT_GRADIENTS) is not None,
         "batch_p2p_comm": True,
     }
 
 
-# top-level extension modules, built with NVIDIA's apex
-_KERNEL_MODULES = (
-    "scaled_upper_triang_masked_softmax_cuda",
-    "fused_weight_gradient_mlp_cuda",
-    "fast_layer_norm",
-)
+_APEX_WEIGHT_GRADIENTS = "fused_weight_gradient_mlp_cuda"
+"""An extension module that is built with NVIDIA's apex."""

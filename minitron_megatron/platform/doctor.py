@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 import platform as python_platform
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from minitron_megatron.errors import PlatformError
-from minitron_megatron.platform import versions
+from minitron_megatron.platform import engine, fused, versions
 from minitron_megatron.platform.activate import cpu_flags
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ class Finding:
 
 def inspect_machine() -> list[Finding]:
     """Everything that decides what this tool can do here, in the order of its importance; takes under 3 seconds."""
-    return [_without_raising(name, inspect) for name, inspect in _inspections().items()]
+    return [*(_without_raising(name, inspect) for name, inspect in _inspections().items()), *_fused_paths()]
 
 
 def exit_code(findings: list[Finding]) -> int:
@@ -126,7 +125,7 @@ def _megatron_core(name: str) -> Finding:
 
 def _gpu(name: str) -> Finding:
     if not torch.cuda.is_available():
-        return _gpu_out_of_reach(name) or Finding(name, "none", "runs on CPU over gloo; context parallel and FP8 are refused", ok=False)
+        return _gpu_out_of_reach(name) or Finding(name, "none", "runs on CPU over gloo; FP8 can only be emulated", ok=False)
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     shown = ", ".join(f"{gpu.name} {gpu.total_memory / GIB:.0f} GiB sm_{gpu.major}{gpu.minor}" for gpu in gpus)
     if min((gpu.major, gpu.minor) for gpu in gpus) < (8, 0):
@@ -165,41 +164,46 @@ def _nccl(name: str) -> Finding:
 
 
 def _transformer_engine(name: str) -> Finding:
-    version = _distribution("transformer-engine", "transformer_engine", "transformer-engine-torch")
-    if importlib.util.find_spec("transformer_engine") is None or version is None:
-        follows = "megatron's local layers with our norm; context parallel and FP8 are refused"
-        return Finding(name, "absent", follows, ok=False)
-    if versions.installed() < (0, 17, 0) and not (2, 9, 0) <= versions.parse(version) < (2, 12, 0):
-        return Finding(name, version, "megatron-core 0.16.1 wants >=2.9,<2.12; install 2.11.0", ok=False)
+    problem, local = engine.version_problem(), "megatron's local layers with our norm; on a GPU no FP8 and no experts"
+    version = engine.installed_version()
+    if problem:
+        return Finding(name, version or "absent", local if version is None else f"not used ({problem}): {local}", ok=False)
     if not torch.cuda.is_available():
-        return Finding(name, version, "not used without a GPU: megatron's local layers with our norm", ok=False)
-    return Finding(name, version, "installed; the layers built here do not use it yet", ok=True)
+        return Finding(name, str(version), "not used without a GPU: megatron's local layers with our norm", ok=False)
+    return Finding(name, str(version), "its fused layers and attention; FP8 where the GPU has it", ok=True)
 
 
 def _apex(name: str) -> Finding:
     spec = importlib.util.find_spec("apex")
     if spec is None:
-        return Finding(name, "absent", "no fused gradient accumulation (a little slower); nothing is refused", ok=True)
+        return Finding(name, "absent", "only without Transformer Engine is it missed, whose kernels come first; nothing is refused", ok=True)
     places = [Path(place) for place in spec.submodule_search_locations or ()]
     if not any((place / "multi_tensor_apply").is_dir() for place in places):
         mend = "an unrelated web toolkit that megatron takes for NVIDIA's and fails on: pip uninstall apex"
         return Finding(name, "PyPI's apex, not NVIDIA's", mend, ok=False, broken=True)
     if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
-        follows = "no fused gradient accumulation; nothing is refused"
-        return Finding(name, "NVIDIA's, without CUDA extensions", follows, ok=True)
-    return Finding(name, "NVIDIA's, with CUDA extensions", "fused gradient accumulation", ok=True)
+        return Finding(name, "NVIDIA's, without CUDA extensions", "its Adam, where Transformer Engine is not there; nothing is refused", ok=True)
+    return Finding(name, "NVIDIA's, with CUDA extensions", "fused weight gradients and its Adam, where Transformer Engine is not there", ok=True)
 
 
 def _fp8(name: str) -> Finding:
     if not torch.cuda.is_available():
-        return Finding(name, "no GPU", "FP8 is refused", ok=False)
+        return Finding(name, "no GPU", "fp8.emulated=true rounds as FP8 would, and is no faster", ok=False)
     capability = torch.cuda.get_device_capability(0)
     shown = f"sm_{capability[0]}{capability[1]}"
     if capability < FP8_CAPABILITY:
         return Finding(name, shown, "FP8 is refused before Ada (sm_89) and Hopper (sm_90)", ok=False)
-    if importlib.util.find_spec("transformer_engine") is None:
+    if engine.version_problem():
         return Finding(name, shown, "the GPU has FP8, but it needs Transformer Engine", ok=False)
-    return Finding(name, shown, "the GPU has FP8; training here is bf16 or fp32 so far", ok=True)
+    return Finding(name, shown, "section fp8 of a recipe: teacher, student, or both", ok=True)
+
+
+def _fused_paths() -> list[Finding]:
+    """One row on a machine without a GPU, else one for each path; whether Transformer Engine imports shows when a run starts."""
+    if not torch.cuda.is_available():
+        return [Finding("fused paths", "none of a GPU's", "torch's own kernels, in blocks that a CPU's cache holds", ok=True)]
+    paths = fused.fused_paths(fused.installed(engine.version_problem()))
+    return [Finding(f"fused: {path.name}", path.by or "off", "on" if path.on else f"{path.cost}; {path.mend}", ok=path.on) for path in paths]
 
 
 def _cpu(name: str) -> Finding:
@@ -237,16 +241,6 @@ def _containers(name: str) -> Finding:
     if not present:
         return Finding(name, "none", "no image can be built or run here; launch/ scripts install into .venv", ok=True)
     return Finding(name, ", ".join(present), "an image can be built or run here", ok=True)
-
-
-def _distribution(*names: str) -> str | None:
-    """Version of the first of these distributions that is installed."""
-    for name in names:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
 
 
 def _available_memory_bytes() -> int:

@@ -96,7 +96,7 @@ def differ_after_two_loads(local: StageModel, engine: StageModel) -> list[str]:
     return [name for name, weight in local.last.named_parameters() if not torch.equal(weight, before[name])]
 
 
-def local_block_spec(config: TransformerConfig, layers: int) -> TransformerBlockSubmodules:
+def local_block_spec(config: TransformerConfig, layers: range) -> TransformerBlockSubmodules:
     return block_spec(dataclasses.replace(config, transformer_impl="local"), layers)
 
 

@@ -78,7 +78,8 @@ def _teacher_size_problems(recipe: Recipe, scaling: Scaling, arch: Architecture,
 
 
 def _section_problems(fp8: Fp8, recipe: Recipe) -> list[str]:
-    problems, named = [], fp8.model_fields_set
+    # a candidate of a search is written out with every field: what counts is what differs from the default
+    problems, named = [], {name for name, field in Fp8.model_fields.items() if getattr(fp8, name) != field.default}
     if fp8.teacher == fp8.student == "none":
         return ["fp8: neither fp8.teacher nor fp8.student names a scaling; name one of them, or leave the section out"]
     unread = [f"fp8.{name}" for name in OF_DELAYED if name in named and fp8.student != "delayed"]

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from minitron_megatron.arch.architecture import Architecture
@@ -44,6 +45,15 @@ def problems(file: Path, overrides: list[str], source: Architecture = LLAMA_8B) 
 )
 def test_what_goes_together_is_taken(recipe_file: Recipes, overrides: list[str]) -> None:
     assert problems(recipe_file(**WIDTH), overrides) == []
+
+
+@pytest.mark.parametrize("scaling", ["tensorwise", "nvfp4"])
+def test_a_recipe_that_is_written_out_whole_is_the_same_one(recipe_file: Recipes, tmp_path: Path, scaling: str) -> None:
+    """As the candidates of a search are, defaults of fields that the scaling does not read among them."""
+    recipe = load_recipe(recipe_file(**WIDTH), [f"fp8.student={scaling}"])
+    file = tmp_path / "whole.yaml"
+    file.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True)))
+    assert problems(file, []) == [] and load_recipe(file, []) == recipe
 
 
 @pytest.mark.parametrize(

@@ -36,12 +36,12 @@ def test_every_finding_says_what_follows_soon() -> None:
     findings = doctor.inspect_machine()
     assert time.monotonic() - started < 15
     assert all(found.found and found.follows for found in findings)
-    assert len({found.name for found in findings}) == len(findings) == 13
+    assert len({found.name for found in findings}) == len(findings) == 14
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the claim is about machines without a GPU")
 def test_without_a_gpu_it_says_what_is_refused() -> None:
-    assert finding("GPU") == doctor.Finding("GPU", "none", "runs on CPU over gloo; context parallel and FP8 are refused", ok=False)
+    assert finding("GPU") == doctor.Finding("GPU", "none", "runs on CPU over gloo; FP8 can only be emulated", ok=False)
 
 
 def test_the_unrelated_apex_of_pypi_is_told_from_nvidias(apex_at: Path) -> None:

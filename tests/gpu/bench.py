@@ -65,7 +65,8 @@ def in_processes(folder: Path) -> Bench:
 def in_a_fresh_process(run: Run, folder: Path) -> None:
     """The choice of CPU or CUDA belongs to a process, and so do environment variables that libraries read once."""
     path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", **run.setting.environment()}
+    threads = str(max(1, (os.cpu_count() or 1) // AT_ONCE))
+    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": threads, **run.setting.environment()}
     command = [sys.executable, "-m", "gpu.runs", run.to_json(), str(folder)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment, cwd=TESTS.parent)
@@ -73,10 +74,10 @@ def in_a_fresh_process(run: Run, folder: Path) -> None:
         raise RunFailed(f"{run.name}: not through after {SECONDS} s") from None
     (folder / "output.txt").write_text(done.stdout + done.stderr)
     if done.returncode:
-        raise RunFailed(f"{run.name}: {_last_words(done.stderr)}")
+        raise RunFailed(f"{run.name}: {last_words(done.stderr)}")
 
 
-def _last_words(stderr: str) -> str:
-    """The last line that is not indented: an exception's own."""
+def last_words(stderr: str) -> str:
+    """The last line that is not indented: an exception's own, or an error in one line."""
     lines = [line for line in stderr.splitlines() if line.strip() and not line[0].isspace()]
     return lines[-1] if lines else "it said nothing"

@@ -165,7 +165,7 @@ def teachers(ground: Ground) -> list[Claim]:
 
 def resume(ground: Ground) -> list[Claim]:
     """Delayed scaling is the one with a memory: its amax history and scales are in the checkpoint."""
-    steps, setting = ground.resumed_steps, ground.setting(fp8="delayed", deterministic=ground.device == "cuda")
+    steps, setting = ground.resumed_steps, ground.setting(fp8="delayed", deterministic=True)
     whole, interrupted = (ground.distilled(setting, steps, **given) for given in ({}, {"pauses": [steps // 2]}))
     name = f"FP8 delayed, deterministic: {steps} steps in two starts against one; losses, norms and weights with other bits"
     return [

@@ -15,6 +15,7 @@ from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.config.family import load_recipe
 from minitron_megatron.config.schema import Recipe
 
+from .bench import last_words
 from .setting import Setting
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,7 +78,11 @@ class House:
             in_this_process(name, self.recipe_path, arguments, 1)
             return
         command = [sys.executable, "-m", "minitron_megatron.worker", name, self.recipe_path, *arguments]
-        subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1", **setting.environment()})
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", **setting.environment()}
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+        sys.stderr.write(done.stderr)
+        if done.returncode:
+            raise RuntimeError(f"stage {name} ended with {done.returncode}: {last_words(done.stderr)}")
 
 
 def build(name: str, folder: Path, setting: Setting) -> House:

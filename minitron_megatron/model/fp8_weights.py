@@ -43,6 +43,16 @@ def set_initial_values(named: Iterable[tuple[str, Tensor]], loaded: Mapping[str,
             setattr(weight, INITIAL_VALUE, loaded[name].detach().cpu().contiguous())
 
 
+def put_plain_values(state: Mapping[str, Mapping[str, Any]]) -> None:
+    """Puts host copies in bf16 in the place of FP8 weights in the chunks' sharded states, which are about to be written.
+
+    A file of Transformer Engine's own tensors would be read by nobody: torch loads no foreign classes.
+    """
+    for entry in (entry for chunk in state.values() for entry in chunk.values()):
+        if is_float8tensor(entry.data):
+            entry.data = entry.data.dequantize().cpu()
+
+
 def complete_copies(weights: Iterable[Tensor]) -> None:
     """Makes the transposed copies of FP8 weights anew whose bytes were gathered.
 

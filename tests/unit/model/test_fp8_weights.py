@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -52,3 +54,12 @@ def test_copies_are_completed_of_fp8_weights_alone(monkeypatch: pytest.MonkeyPat
     fp8_weights.complete_copies([nn.Parameter(torch.zeros(1)), weight])
     fp8_weights.complete_copies([nn.Parameter(torch.zeros(1))])
     assert len(seen) == 1 and seen[0] == [weight]
+
+
+def test_fp8_weights_are_written_as_plain_tensors_and_others_as_they_are() -> None:
+    weight, plain = rounded(2, 2), nn.Parameter(torch.zeros(1))
+    weight.dequantize = lambda: torch.full((2, 2), 3.0)  # type: ignore[method-assign]
+    state = {"model0": {"fp8": SimpleNamespace(data=weight), "bf16": SimpleNamespace(data=plain)}}
+    fp8_weights.put_plain_values(state)
+    assert type(state["model0"]["fp8"].data) is Tensor and float(state["model0"]["fp8"].data[1, 1]) == 3.0
+    assert state["model0"]["bf16"].data is plain

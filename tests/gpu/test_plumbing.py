@@ -16,7 +16,7 @@ from .claims import GROUPS, Ground
 from .compare import beyond, curve_distance, figure, mean_kl, other_steps
 from .runs import carry_out
 from .setting import Outcome, Run, Setting
-from .table import report
+from .table import printed, report
 from .verdict import Claim, judge, table
 
 LITTLE = Ground(
@@ -105,6 +105,27 @@ def test_a_value_that_is_no_number_or_too_large_does_not_hold(measured: float, t
 def test_a_measurement_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
     outcome = in_processes(tmp_path).outcome(Run.of("linear", Setting("cpu", "local")))
     assert 0 < outcome.figures["output"] < 1e-2
+
+
+def test_a_run_that_was_cut_off_begins_anew_and_one_that_is_finished_does_not(tmp_path: Path) -> None:
+    run, begun = Run.of("x", Setting("cpu")), []
+
+    def execute(run: Run, folder: Path) -> None:
+        begun.append(sorted(path.name for path in folder.iterdir()))
+        (folder / "result.json").write_text("{}")
+
+    (tmp_path / run.name).mkdir()
+    (tmp_path / run.name / "half of it").touch()
+    for _ in range(2):
+        Bench(tmp_path, execute).outcome(run)
+    assert begun == [[]]
+
+
+def test_the_log_holds_what_each_run_said_once(tmp_path: Path) -> None:
+    runs = [Run.of(kind, Setting("cpu")) for kind in ("said", "silent", "said")]
+    (tmp_path / runs[0].name).mkdir()
+    (tmp_path / runs[0].name / "output.txt").write_text("warmed up")
+    assert printed(tmp_path, runs) == f"=== {runs[0].name}\nwarmed up"
 
 
 def test_what_a_process_failed_of_is_told_without_its_traceback() -> None:

@@ -11,9 +11,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from minitron_megatron.arch.source import source_architecture
+from minitron_megatron.config.checks.recipe import check_recipe
+from minitron_megatron.config.family import load_recipe
+
 from .bench import Bench, RunFailed, in_processes, last_words
 from .claims import GROUPS, Ground
 from .compare import beyond, curve_distance, figure, mean_kl, other_steps
+from .houses import ON_SMOLLM2, ROOT, SMOLLM2_RECIPE, House
 from .runs import carry_out
 from .setting import Outcome, Run, Setting
 from .table import printed, report
@@ -73,6 +78,24 @@ def test_smollm2_is_not_asked_for_blockwise_scaling(ground: Ground) -> None:
     runs = {run for claim in GROUPS["smollm2"](replace(ground, device="cuda")) for run in claim.needs()}
     assert {run.setting.fp8 for run in runs} == {"", "delayed", "tensorwise"}
     assert not any("blockwise" in run.given for run in runs)
+
+
+def test_every_recipe_that_a_gpu_will_be_given_is_accepted(ground: Ground, bench: Bench) -> None:
+    """With what the whole of the claims trains, not the little that a CPU does."""
+    from .measure.distillation import recipe_changes
+
+    small = House(bench.outcome(ground.house).folder)
+    real = source_architecture("nowhere", str(ROOT / "configs" / "architectures" / "smollm2_135m.json"))
+    houses = {"small": (small.recipe_path, small.overrides, small.architecture()), "smollm2": (str(SMOLLM2_RECIPE), ON_SMOLLM2, real)}
+    wanted = Ground(ground.folder)
+    runs = {run: "small" for group in ("fp8", "resume") for claim in GROUPS[group](wanted) for run in claim.runs if run.kind == "distill"}
+    runs |= {run: "smollm2" for claim in GROUPS["smollm2"](wanted) for run in claim.runs if run.kind == "distill"}
+    assert {(house, run.setting.fp8) for run, house in runs.items()} >= {("small", "blockwise"), ("smollm2", "delayed")}
+    for run, house in runs.items():
+        path, overrides, source = houses[house]
+        given = {name: value for name, value in json.loads(run.given).items() if name in ("steps", "overrides", "teacher")}
+        changes = [*overrides, "platform=cuda", "precision=bf16", *recipe_changes(run.setting, **given)]
+        check_recipe(load_recipe(path, changes), source)
 
 
 def test_a_run_that_fails_fails_its_own_claims_and_says_why(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def report(found: dict[str, dict[str, Any]], steps: int) -> None:
     text = "\n".join(
         [
             f"{steps} steps of 4 samples of 128 tokens, one process; KL to the teacher and perplexity on 16 held-out windows of 128 tokens, each",
-            "model in the scaling of its row (delayed: the teacher is tensorwise). Seconds are medians; they include what else the machine was doing.",
+            "model in the scaling of its row (delayed: the teacher is tensorwise). Seconds are medians, with whatever else the machine was doing.",
             "",
             "| emulated FP8 | KL, pruned | KL, distilled | perplexity, pruned | perplexity, distilled | s a step |",
             "|---|--:|--:|--:|--:|--:|",

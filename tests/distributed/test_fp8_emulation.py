@@ -34,6 +34,7 @@ from .house import copy_of, publish_stage, recipe_for
 from .pool import Pool
 from .tiny import (
     DP2,
+    EP2,
     LLAMA,
     MIXTRAL,
     ONE,
@@ -43,6 +44,7 @@ from .tiny import (
     TP2_SP,
     RandomSamples,
     layout_name,
+    name_of,
     relative_difference,
     worst_difference,
     write_random,
@@ -130,6 +132,19 @@ def test_an_emulated_model_computes_something_else_than_an_fp32_one(step_of: Fir
     plain, found = step_of("none", "one"), step_of(scaling, "one")
     assert worst_difference(found.gradients, plain.gradients)[0] > 0.05
     assert 1e-6 < abs(found.kl / plain.kl - 1) < 0.05
+
+
+def test_experts_on_two_ranks_make_the_first_step_of_one_process(pool: Pool, measured: Record, tmp_path: Path) -> None:
+    """In one pass of delayed scaling, so that no scale has moved; some experts see no token."""
+    pair = Pair(MIXTRAL, tmp_path, fp8=DELAYED)
+    write_random(tmp_path / "teacher", pair.teacher, seed=1, scale=0.2)
+    write_random(tmp_path / "student", pair.student, seed=2, scale=0.2)
+    one, shared = (
+        run_first_step(pool, parallel, pair, settings(micro_batch=samples), tmp_path / str(samples)) for parallel, samples in ((ONE, 8), (EP2, 4))
+    )
+    claim = "delayed FP8 emulated, experts"
+    assert measured(f"{claim}: loss against one process", "ep2", abs(shared.kl / one.kl - 1)) <= 1e-6  # fp32: another order of sums
+    assert measured(f"{claim}: gradients against one process", "ep2", worst_difference(shared.gradients, one.gradients)[0]) <= 1e-5
 
 
 @pytest.mark.parametrize("recompute", ["full", "selective"])
@@ -270,12 +285,12 @@ def scales_in(folder: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(entry.size) for name, entry in TorchDistReader(folder).tensors.items() if name.startswith("fp8.")}
 
 
-@pytest.mark.parametrize("parallel", [PP2, TP2_SP], ids=layout_name)
+@pytest.mark.parametrize(("parallel", "dtype"), [(PP2, torch.float32), (TP2_SP, torch.bfloat16)], ids=name_of)
 def test_a_continued_run_is_the_undisturbed_one_to_the_bit_with_scales_that_follow_from_earlier_steps(
-    runs: Callable[..., list[Seen]], pair: Pair, identical: Identical, tmp_path: Path, parallel: Parallel
+    runs: Callable[..., list[Seen]], pair: Pair, identical: Identical, tmp_path: Path, parallel: Parallel, dtype: torch.dtype
 ) -> None:
-    fp8 = Fp8(teacher="blockwise", student="delayed", amax_history=3, emulated=True)
-    whole = job_of(pair, tmp_path / "whole", parallel, fp8, save_at=(STOP,))
+    fp8 = Fp8(teacher="blockwise", student="delayed", weights=True, amax_history=3, emulated=True)
+    whole = job_of(pair, tmp_path / "whole", parallel, fp8, save_at=(STOP,), dtype=dtype)
     expected = runs(whole)
     shutil.copytree(whole.folder / "training", tmp_path / "again" / "training")
     found = runs(replace(whole, folder=tmp_path / "again", save_at=()))
@@ -283,7 +298,7 @@ def test_a_continued_run_is_the_undisturbed_one_to_the_bit_with_scales_that_foll
     same = all(found[-1].losses[step] == expected[-1].losses[step] for step in range(STOP, END))
     weights, again = (assembled(pair.student, [seen.weights for seen in run]) for run in (expected, found))
     same = same and all(torch.equal(again[name], weight) for name, weight in weights.items())
-    assert identical("delayed FP8 emulated: a continued run", layout_name(parallel), same)
+    assert identical("delayed FP8 emulated: a continued run", f"{layout_name(parallel)}, {dtype}", same)
 
 
 def test_a_checkpoint_has_one_copy_of_the_scales_whatever_the_layout_and_another_layout_goes_on_from_it(

@@ -64,7 +64,8 @@ def in_own_process(name: str) -> list[dict[str, Any]]:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=LIMIT_SECONDS)
         lines, ended = done.stdout.splitlines(), f"its process ended with {done.returncode}" if done.returncode else ""
     except subprocess.TimeoutExpired as late:
-        lines, ended = (late.stdout or b"").decode().splitlines(), f"not finished within {LIMIT_SECONDS} s"
+        told = late.stdout or ""  # bytes even where text was asked for
+        lines, ended = (told.decode() if isinstance(told, bytes) else told).splitlines(), f"not finished within {LIMIT_SECONDS} s"
     cases = [json.loads(line) for line in lines if line.startswith("{")]
     print(name, len(cases), "measurements", ended, flush=True)
     return [*cases, *([{"precision": name, "error": ended}] if ended else [])]

@@ -3,7 +3,7 @@
 Ours is the output layer that the training loop calls. One process with two threads, then two tensor ranks with one each.
 Memory: growth of the process's resident peak over what it held with the weights and hidden states, in the first run of each side.
 The allocator is the system's, as it comes; --allocator launcher: with the settings that our launcher gives to workers, under which
-memory comes back from the heap without page faults, for the peer as well.
+memory comes back from the heap without page faults, for the peer as well. On a GPU: benchmarks/gpu/loss.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any, NamedTuple
 
-import kd_loss_cuda
 from common import write_result
 from peer import DISTILLATION, ROOT, in_peer_environment
 
@@ -33,8 +32,6 @@ def main() -> None:
     if sys.argv[1:2] == ["rank"]:
         return measure(*sys.argv[2:])
     asked = arguments()
-    if asked.device == "cuda":
-        return kd_loss_cuda.main()
     in_peer_environment()
     figures: dict[str, Any] = {f"tp{size}": run("compare", size, asked.allocator, str(asked.runs), str(asked.tokens)) for size in asked.tensor}
     figures["top_k_gradient"] = top_k_gradients(asked.allocator)
@@ -48,7 +45,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=RUNS)
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--allocator", choices=["system", "launcher"], default="system")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     return parser.parse_args()
 
 

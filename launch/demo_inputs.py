@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -354,11 +354,11 @@ PARTS: dict[str, tuple[str, str, Callable[[Path, Path], None]]] = {
 }
 
 
-def publish_parts(out: Path) -> list[str]:
-    """Make every part that is missing in `out`; returns why those that failed did: one does not keep the others away."""
+def publish_parts(out: Path, wanted: Sequence[str]) -> list[str]:
+    """Make every wanted part that is missing in `out`; returns why those that failed did: one does not keep the others away."""
     failures: list[str] = []
     with only_run_in(out):
-        for part, (path, title, make) in PARTS.items():
+        for part, (path, title, make) in ((part, PARTS[part]) for part in wanted):
             try:
                 publish_part(out / path, make, out=out, label=f"{part}: {title}")
             except DemoInputError as error:
@@ -370,8 +370,10 @@ def publish_parts(out: Path) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the inputs, such as .demo")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS], help="all of them by default")
+    arguments = parser.parse_args()
     try:
-        failures = publish_parts(parser.parse_args().out)
+        failures = publish_parts(arguments.out, arguments.parts)
     except DemoInputError as error:
         failures = [str(error)]
     for failure in failures:

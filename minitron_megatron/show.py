@@ -43,6 +43,8 @@ def show_recipe(recipe: Recipe, source: Architecture, target: Architecture, cons
     console.print(architecture_table(source, target, recipe.distill.sequence_length))
     for note in trimming_notes(recipe, source, target):
         console.print(note)
+    for note in precision_notes(recipe):
+        console.print(note)
     ranks, rule = recipe.parallel.pipeline, recipe.parallel.layers_per_stage
     stages = ranks * recipe.parallel.virtual
     if stages > 1:
@@ -72,6 +74,24 @@ def trimming_notes(recipe: Recipe, source: Architecture, target: Architecture) -
         notes.append(f"FFN widths: {', '.join(map(str, target.ffn_per_layer))}")
     if recipe.prune.ffn_by == "global" or target.ffn_per_layer:
         notes.append("Exported to Hugging Face, every layer is as wide as the widest one, filled up with zeros: config.json knows one width")
+    return notes
+
+
+def precision_notes(recipe: Recipe) -> list[str]:
+    """Of models that do not compute in the recipe's precision alone."""
+    notes, fp8 = [], recipe.fp8
+    if recipe.teacher_precision != "same":
+        notes.append(f"Teacher in {recipe.teacher_precision}, beside {recipe.precision} for all else")
+    if fp8 is None:
+        return notes
+    kind = "emulated FP8" if fp8.emulated else "FP8"
+    if fp8.of_teacher:
+        notes.append(f"Teacher's layers in {kind}, {fp8.teacher} scaling, their weights too")
+    if student := fp8.of_student:
+        weights = ", their weights too beside an fp32 main copy" if student.weights else ""
+        ends = ", but for the first and the last" if student.first_last_layers_bf16 else ""
+        notes.append(f"Layers of what is trained in {kind}, {fp8.student} scaling{ends}{weights}")
+    notes.append("Embedding, output layer, norms, attention scores, losses and every stage that does not train: no FP8")
     return notes
 
 

@@ -88,7 +88,7 @@ def set_model_state(model: MegatronModel, state: dict[str, Any]) -> None:
 def _load_part(model: MegatronModel, part: dict[str, Any], folder: Path) -> list[set[str]]:
     """Names of each chunk that it did not fill; a function of its own, so that what was read is gone before the next part is."""
     loaded = dist_checkpointing.load(part, str(folder))
-    return [_take(chunk, loaded[f"model{number}"]) for number, chunk in enumerate(model.chunks)]
+    return [_take(chunk, loaded.get(f"model{number}", {})) for number, chunk in enumerate(model.chunks)]
 
 
 def _parts(state: dict[str, Any], layers: int | None) -> Iterator[dict[str, Any]]:
@@ -122,7 +122,7 @@ def _highest(number: int) -> int:
 def _take(chunk: MegatronChunk, tensors: dict[str, Any]) -> set[str]:
     """Names that the chunk has and the tensors lack. Raises CheckpointError for names that it has not."""
     found = chunk.load_state_dict(tensors, strict=False)
-    set_initial_values(chunk, tensors)
+    set_initial_values(chunk.named_parameters(), tensors)
     if found.unexpected_keys:
         raise CheckpointError(f"the checkpoint has weights that the model lacks: {', '.join(sorted(found.unexpected_keys)[:3])}; make it anew")
     return set(found.missing_keys)

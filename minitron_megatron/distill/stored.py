@@ -51,7 +51,7 @@ class StoredTeachers:
     def target(self, batch: Batch) -> Target:
         """Of whole sequences; for each sample, the places of this context rank."""
         records = [self.record(sample, batch.tokens_BS[place]) for place, sample in enumerate(batch.sample_ids_B.tolist())]
-        own = [record._make(part_of_rank(values, 0, *self._context) for values in record) for record in records]
+        own = [record._replace(**{name: part_of_rank(values, 0, *self._context) for name, values in record._asdict().items()}) for record in records]
         return _target(own, self.form, self._weight, batch.tokens_BS.device)
 
     def record(self, sample_id: int, tokens_S: Tensor) -> Record:

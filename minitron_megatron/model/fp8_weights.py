@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from megatron.core.fp8_utils import is_float8tensor, post_all_gather_processing
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 INITIAL_VALUE = "_high_precision_init_val"
 """Transformer Engine's attribute of an FP8 weight that was built with gradients enabled: what its fp32 main copy begins with."""
@@ -32,15 +32,25 @@ def _parts(weight: Tensor) -> list[Tensor]:
     return [value for value in vars(weight).values() if isinstance(value, Tensor)] if is_float8tensor(weight) else [weight]
 
 
-def set_initial_values(chunk: nn.Module, loaded: Mapping[str, Any]) -> None:
+def set_initial_values(named: Iterable[tuple[str, Tensor]], loaded: Mapping[str, Any]) -> None:
     """Gives FP8 weights in training the values that a checkpoint has for them.
 
     The fp32 main copy is made from these: made from the weights it would begin with what FP8 rounded away, and without this with whatever memory
     held as the model was built.
     """
-    for name, weight in chunk.named_parameters():
+    for name, weight in named:
         if name in loaded and hasattr(weight, INITIAL_VALUE):
             setattr(weight, INITIAL_VALUE, loaded[name].detach().cpu().contiguous())
+
+
+def put_plain_values(state: Mapping[str, Mapping[str, Any]]) -> None:
+    """Puts host copies in bf16 in the place of FP8 weights in the chunks' sharded states, which are about to be written.
+
+    A file of Transformer Engine's own tensors would be read by nobody: torch loads no foreign classes.
+    """
+    for entry in (entry for chunk in state.values() for entry in chunk.values()):
+        if is_float8tensor(entry.data):
+            entry.data = entry.data.dequantize().cpu()
 
 
 def complete_copies(weights: Iterable[Tensor]) -> None:

@@ -24,6 +24,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from minitron_megatron.config.fp8 import ModelFp8
 from minitron_megatron.plan.split import Chunk, Split
 
 Kernels = Literal["cpu", "cuda"]
@@ -43,6 +44,8 @@ class Pass:
     """Bytes of a value."""
     recompute: str = "none"
     kernels: Kernels = "cuda"
+    fp8: ModelFp8 | None = None
+    """Of its layers' matrix products; None for an emulation too, which computes and keeps as without."""
 
     @property
     def tokens(self) -> int:

@@ -11,9 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import NamedTuple
 
 from minitron_megatron.config.distill import Training
+from minitron_megatron.config.fp8 import ModelFp8
+from minitron_megatron.plan.fp8 import is_fp8
 from minitron_megatron.plan.split import Split
 from minitron_megatron.plan.weights import Weight
 
@@ -74,15 +77,27 @@ def lay_out(weights: Sequence[Weight], *, ranks: int, shared_out: bool, bucket_e
     return Buffer(tuple(places), tuple(buckets))
 
 
-def trained_bytes(split: Split, chunks: Sequence[Sequence[Weight]], training: Training, *, stage: int, data_rank: int, width: int) -> TrainedBytes:
+def trained_bytes(
+    split: Split,
+    chunks: Sequence[Sequence[Weight]],
+    training: Training,
+    *,
+    stage: int,
+    data_rank: int,
+    width: int,
+    fp8: ModelFp8 | None = None,
+) -> TrainedBytes:
     """Of one rank. chunks: the weights of each of its chunks; stage: its pipeline rank; data_rank: its number among its replicas;
-    width: bytes of a weight."""
+    width: bytes of a weight that is not FP8.
+
+    FP8 weights lie in buffers of their own, a byte each, and have a main copy as bf16 ones have.
+    """
     several = split.replicas > 1  # training/optimizer.py: nothing is shared out over one rank
     shared_out = several and training.distributed_optimizer
     weights = gradients = state = 0
     for number, chunk in enumerate(chunks):
-        for of_experts in (False, True):
-            own = [weight for weight in chunk if weight.of_experts == of_experts]
+        for of_experts, of_a_byte in product((False, True), (False, True)):
+            own = [weight for weight in chunk if weight.of_experts == of_experts and _is_byte(weight, fp8, split.arch.layers) == of_a_byte]
             ranks = split.replicas // split.expert if of_experts else split.replicas
             buckets = several and training.overlap_grad_reduce and stage == 0 and number == 0
             # bucket_size of DistributedDataParallel; later stages and chunks have one bucket
@@ -90,11 +105,15 @@ def trained_bytes(split: Split, chunks: Sequence[Sequence[Weight]], training: Tr
                 own, ranks=ranks, shared_out=shared_out, bucket_elements=max(40_000_000, 1_000_000 * split.replicas) if buckets else None
             )
             plain = sum(weight.elements for weight in own)
-            weights += buffer.elements if shared_out else plain
+            weights += (buffer.elements if shared_out else plain) * (1 if of_a_byte else width)
             gradients += buffer.elements
             state += buffer.owned(data_rank // (split.replicas // ranks), ranks) if shared_out else plain
     of_state = 2 * FP32 + (FP32 if width < FP32 else 0)
-    return TrainedBytes(weights * width, gradients * FP32, state * of_state)
+    return TrainedBytes(weights, gradients * FP32, state * of_state)
+
+
+def _is_byte(weight: Weight, fp8: ModelFp8 | None, layers: int) -> bool:
+    return fp8 is not None and fp8.weights and is_fp8(weight, fp8, layers)
 
 
 def _up(number: int, multiple: int) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
 from minitron_megatron.arch.architecture import Architecture, parameter_count
 from minitron_megatron.config.checks.teachers import teacher_architectures
 from minitron_megatron.config.distill import Distill, TrainingRun
+from minitron_megatron.config.fp8 import ModelFp8
 from minitron_megatron.config.parallel import TeacherParallel
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.distill.hidden.map import hidden_terms, layer_pairs, projection_holders, stage_of
@@ -59,6 +60,12 @@ class Case:
     def width(self) -> int:
         return WIDTH[self.precision]
 
+    @property
+    def in_fp8(self) -> bool:
+        """Whether any model of it is."""
+        fp8 = self.recipe.fp8
+        return fp8 is not None and not fp8.emulated
+
     @cached_property
     def teachers(self) -> list[Architecture]:
         """Whose logits the distillation makes."""
@@ -87,16 +94,22 @@ class Case:
         """Of a stage that trains; only the distillation has teachers."""
         teachers = self.teachers if isinstance(settings, Distill) else []
         split = self.split(arch, distillation_work(arch, *teachers))
-        run = Pass(split, settings.micro_batch, settings.sequence_length, self.width, self.recipe.training.recompute, self.kernels)
+        recompute, fp8 = self.recipe.training.recompute, self.recipe.fp8
+        run = Pass(split, settings.micro_batch, settings.sequence_length, self.width, recompute, self.kernels, _real(fp8.of_student if fp8 else None))
         hidden = self._hidden(split, teachers, settings)
         planned = tuple(self._teacher(teacher, split, settings, hidden.states if number == 0 else 1) for number, teacher in enumerate(teachers))
         budget = int(settings.handover_device_gib * GIB) if isinstance(settings, Distill) else 0
         return TrainingPlan(settings, self.recipe.training, run, planned, budget, hidden.projections, hidden.compared)
 
+    def taught(self, run: Pass) -> Pass:
+        """As the frozen teacher computes."""
+        fp8, own = self.recipe.fp8, self.recipe.teacher_precision
+        return replace(run, width=self.width if own == "same" else WIDTH[own], fp8=_real(fp8.of_teacher if fp8 else None))
+
     def _teacher(self, arch: Architecture, student: Split, settings: TrainingRun, states: int) -> TeacherPlan:
         own = self.teacher_layout(arch)
         split = teacher_split(arch, own, self.recipe.parallel, hidden_state_work(arch))
-        run = Pass(split, settings.micro_batch, settings.sequence_length, self.width, "none", self.kernels)
+        run = self.taught(Pass(split, settings.micro_batch, settings.sequence_length, self.width, "none", self.kernels))
         shared = arch.tied_embeddings and own.tensor == student.tensor and own.pipeline == 1
         return TeacherPlan(run, states, shared)
 
@@ -111,7 +124,8 @@ class Case:
             as_student = as_student.model_copy(update={"layers_per_stage": rule})
         if parallel.teacher == "student" or parallel.pipeline == 1 or teacher.experts:
             return as_student
-        frozen = self.width * sum(map(parameter_count, self.teachers)) / parallel.tensor
+        width = self.width if self.recipe.teacher_precision == "same" else WIDTH[self.recipe.teacher_precision]
+        frozen = width * sum(map(parameter_count, self.teachers)) / parallel.tensor
         per_parameter = self.width + 8 + (4 if self.width < 4 else 0)
         needed = frozen + per_parameter * parameter_count(self.target) / (parallel.tensor * parallel.pipeline)
         limit = self.memory_limit
@@ -137,3 +151,8 @@ class Case:
         if dropped is None:
             dropped = list(range(self.target.layers - 1, self.source.layers - 1))
         return [layer for layer in range(self.source.layers) if layer not in dropped]
+
+
+def _real(fp8: ModelFp8 | None) -> ModelFp8 | None:
+    """None for an emulation, whose tensors are the recipe's precision."""
+    return None if fp8 is None or fp8.emulated else fp8

@@ -10,9 +10,10 @@ from minitron_megatron.config.search import Search
 from minitron_megatron.parallel.split import hidden_state_work, logits_work
 from minitron_megatron.plan.activations import FP32, Pass, forward_beside
 from minitron_megatron.plan.case import Case
+from minitron_megatron.plan.fp8 import frozen_bytes
 from minitron_megatron.plan.memory import Memory, training_memory, worst
 from minitron_megatron.plan.time import chunk_seconds, training_time
-from minitron_megatron.plan.weights import chunk_weights, elements
+from minitron_megatron.plan.weights import chunk_weights
 from minitron_megatron.plan.work import Work, loss_work, model_flops
 
 WINDOWS_AT_A_TIME, CHUNK_TOKENS = 8, 256
@@ -74,7 +75,7 @@ def _teacher_logits(case: Case) -> ForwardPlan:
     settings, distill = case.recipe.teacher_logits, case.recipe.distill
     if settings is None:
         raise RuntimeError("stage teacher-logits without a section teacher_logits")
-    run = case.forward(case.source, settings.micro_batch, distill.sequence_length, logits_work(case.source))
+    run = case.taught(case.forward(case.source, settings.micro_batch, distill.sequence_length, logits_work(case.source)))
     tokens = (settings.samples or distill.steps * distill.global_batch) * distill.sequence_length
     of_a_token = settings.k * 5 if settings.kind == "top_k" else settings.draws * 4
     note = "about 5 bytes for each of the K likeliest tokens, before compression" if settings.kind == "top_k" else "before compression"
@@ -168,7 +169,8 @@ def _memory(runs: list[Pass], rank: int, *, output: bool, chunk: int, windows: i
 
 
 def _weights(run: Pass, rank: int, *, output: bool) -> int:
-    return run.width * sum(elements(chunk_weights(run.split, chunk, output=output)) for chunk in run.split.chunks(rank))
+    chunks = run.split.chunks(rank)
+    return sum(frozen_bytes(chunk_weights(run.split, chunk, output=output), run.fp8, run.split.arch.layers, run.width) for chunk in chunks)
 
 
 def _seconds(case: Case, run: Pass, tokens: int, *, output: bool) -> float:

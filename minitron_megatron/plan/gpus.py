@@ -44,6 +44,8 @@ class Shares:
 
     matrix: float = 0.68
     """Of the peak, in matrix products alone; everything else comes on top."""
+    matrix_fp8: float = 0.55
+    """The same of the FP8 peak: a guess, for twice the products leave each less time to hide its loads. No run stands behind it."""
     memory: float = 0.75
     links: float = 0.7
 

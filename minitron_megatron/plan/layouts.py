@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import NamedTuple
 
+from minitron_megatron.config.checks.fp8 import fp8_problems
 from minitron_megatron.config.checks.layout import layout_problems, shape_problems
 from minitron_megatron.config.checks.training import batch_problems
 from minitron_megatron.config.distill import TrainingRun
@@ -109,7 +110,7 @@ def problems(case: Case, choice: Choice) -> list[str]:
             f"{STAGE}.sequence_length={recipe.distill.sequence_length} is not divisible by parallel.tensor={choice.tensor} (sequence parallel)"
         )
     only_distill = recipe.model_copy(update={"correct": None, "finetune": None})
-    return [*found, *batch_problems(only_distill), *shape_problems(only_distill)]
+    return [*found, *batch_problems(only_distill), *shape_problems(only_distill), *fp8_problems(only_distill, case.source, case.target)]
 
 
 def _recipe(recipe: Recipe, choice: Choice) -> Recipe:

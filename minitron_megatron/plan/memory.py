@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from minitron_megatron.config.distill import Training, TrainingRun
 from minitron_megatron.plan.activations import Pass, backward_beside, forward_beside, kept_by_chunk
 from minitron_megatron.plan.buffers import trained_bytes
+from minitron_megatron.plan.fp8 import cast_bytes, frozen_bytes, is_fp8
 from minitron_megatron.plan.loss import LossMemory, handover_bytes, loss_memory
 from minitron_megatron.plan.order import in_flight
 from minitron_megatron.plan.split import Split
-from minitron_megatron.plan.weights import Weight, chunk_weights, elements
+from minitron_megatron.plan.weights import Weight, chunk_weights
 
 BATCH_BYTES = 8 + 8 + 8 + 4
 """Of a token of the step: its id, its label, its position, its weight in the loss."""
@@ -76,6 +77,14 @@ class TrainingPlan:
         chunks = zip(self.split.chunks(rank), learned, strict=True)
         return [[*chunk_weights(self.split, chunk), *map(Weight, more)] for chunk, more in chunks]
 
+    @property
+    def weight_width(self) -> float:
+        """Bytes of a weight on average, as data-parallel ranks gather it."""
+        fp8, layers = self.run.fp8, self.split.arch.layers
+        every = [weight for rank in range(self.split.pipeline) for chunk in self.weights(rank) for weight in chunk]
+        eight = sum(weight.elements for weight in every if fp8 and fp8.weights and is_fp8(weight, fp8, layers))
+        return self.run.width - (self.run.width - 1) * eight / sum(weight.elements for weight in every)
+
     def kept(self, rank: int) -> list[int]:
         """Bytes that each chunk of a pipeline rank keeps of a micro-batch; a compared state is kept once more as the teacher's channels."""
         found, teacher = [], self.teachers[0].run.split.arch.hidden if self.teachers else 0
@@ -117,7 +126,7 @@ def training_memory(plan: TrainingPlan, rank: int, *, data_rank: int = 0) -> Mem
 
 def _lasting(plan: TrainingPlan, rank: int, data_rank: int) -> dict[str, int]:
     run = plan.run
-    own = trained_bytes(plan.split, plan.weights(rank), plan.training, stage=rank, data_rank=data_rank, width=run.width)
+    own = trained_bytes(plan.split, plan.weights(rank), plan.training, stage=rank, data_rank=data_rank, width=run.width, fp8=run.fp8)
     # context ranks read whole samples, and keep their own part besides
     read = run.samples * run.sequence + (run.tokens if plan.split.context > 1 else 0)
     batches = plan.micro_batches * read * BATCH_BYTES
@@ -126,6 +135,7 @@ def _lasting(plan: TrainingPlan, rank: int, data_rank: int) -> dict[str, int]:
         "weights": own.weights,
         "gradients (fp32)": own.gradients,
         "optimizer": own.optimizer,
+        "FP8 casts of weights": sum(cast_bytes(chunk, run.fp8, plan.split.arch.layers) for chunk in plan.weights(rank)),
         "teacher's weights": sum(teacher_weights(one.run, _teacher_rank(plan, one, rank)) for one in plan.teachers),
         "teacher's output weight": sum(output_weight(one, plan.split) for one in plan.teachers) if rank == plan.split.pipeline - 1 else 0,
         "tokens of the step": batches,
@@ -135,7 +145,8 @@ def _lasting(plan: TrainingPlan, rank: int, data_rank: int) -> dict[str, int]:
 
 def teacher_weights(run: Pass, rank: int) -> int:
     """Bytes of a frozen model without its output layer, on one of its pipeline ranks."""
-    return run.width * sum(elements(chunk_weights(run.split, chunk, output=False)) for chunk in run.split.chunks(rank))
+    chunks = run.split.chunks(rank)
+    return sum(frozen_bytes(chunk_weights(run.split, chunk, output=False), run.fp8, run.split.arch.layers, run.width) for chunk in chunks)
 
 
 def output_weight(teacher: TeacherPlan, student: Split) -> int:

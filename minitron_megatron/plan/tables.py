@@ -42,7 +42,8 @@ def stage_table(case: Case, stages: Sequence[StagePlan]) -> Table:
     where = f"{parallel.processes} × {cluster.gpu.name}" if case.kernels == "cuda" and cluster.gpu else f"{parallel.processes} CPU processes"
     context = f" × context {parallel.context}" if parallel.context > 1 else ""
     sizes = f"tensor {parallel.tensor}{context} × pipeline {parallel.pipeline} × data {parallel.data}"
-    table = Table(title=f"{case.recipe.name}: the stages on {where} ({sizes}, {case.precision})", title_justify="left")
+    numbers = f"{case.precision} and FP8" if case.in_fp8 else case.precision
+    table = Table(title=f"{case.recipe.name}: the stages on {where} ({sizes}, {numbers})", title_justify="left")
     table.add_column("stage", no_wrap=True)
     for header in ("tokens", "EFLOP", "GiB a rank", "s a step", "hours", "GPU hours", "GB on disk"):
         table.add_column(header, justify="right")
@@ -113,7 +114,8 @@ def step_table(case: Case, stages: Sequence[StagePlan]) -> Table:
     for stage in stages:
         if stage.step and stage.traffic and stage.tokens and stage.flops and case.cluster.gpu:
             rows[stage.name] = _step_rows(stage, stage.step, stage.traffic, case.cluster.gpu)
-    counted = f"{shares.matrix:.0%} of the peak in matrix products, {shares.memory:.0%} of memory's and {shares.links:.0%} of links' bandwidth"
+    fp8 = f" ({shares.matrix_fp8:.0%} of the FP8 peak in those of layers: a guess)" if case.in_fp8 else ""
+    counted = f"{shares.matrix:.0%} of the peak in matrix products{fp8}, {shares.memory:.0%} of memory's and {shares.links:.0%} of links' bandwidth"
     table = Table(title=f"One step, at {counted} (assumed, not measured)", title_justify="left")
     table.add_column("")
     for name in rows:
@@ -137,7 +139,7 @@ def _step_rows(stage: StagePlan, step: StepTime, traffic: Traffic, gpu: Accelera
         "steps": f"{stage.steps:,}",
         **{f"seconds: {name}": _number(value) for name, value in seconds.items()},
         "tokens a second and GPU": f"{tokens / step.total / stage.processes:,.0f}",
-        "share of the GPU's peak": f"{flops / step.total / stage.processes / gpu.gpu.flops['bf16']:.0%}",
+        "share of the GPU's bf16 peak": f"{flops / step.total / stage.processes / gpu.gpu.flops['bf16']:.0%}",
         **{f"GB that the busiest rank sends: {name}": _number(value / 1e9) for name, value in sent.items()},
     }
 

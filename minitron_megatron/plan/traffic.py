@@ -37,7 +37,7 @@ def pipeline_bytes(run: Pass) -> float:
     return float(run.state) if run.split.pipeline > 1 else 0.0
 
 
-def gradient_bytes(elements: int, training: Training, data: int, width: int) -> float:
+def gradient_bytes(elements: int, training: Training, data: int, width: float) -> float:
     """Of a step: gradients are summed in fp32; with the distributed optimizer each rank gets its part, and updated weights are gathered."""
     if data == 1:
         return 0.0
@@ -68,7 +68,7 @@ def training_traffic(plan: TrainingPlan, largest: int) -> Traffic:
     return Traffic(
         plan.micro_batches * of_layer * layers + of_teachers,
         plan.micro_batches * to_neighbours,
-        gradient_bytes(largest, plan.training, split.replicas, run.width),
+        gradient_bytes(largest, plan.training, split.replicas, plan.weight_width),
         sum(state_bytes(plan, one) for one in plan.teachers),
     )
 

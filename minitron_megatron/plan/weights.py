@@ -17,6 +17,10 @@ class Weight(NamedTuple):
     """A tied embedding that the first and the last stage both hold; megatron gives it a bucket of its own."""
     of_experts: bool = False
     """Of experts that data-parallel ranks share out: its gradient is summed over fewer ranks."""
+    sides: tuple[int, int] | None = None
+    """Rows and columns of a layer's matrix, which may be FP8; None: never is."""
+    layer: int = -1
+    """Whose it is, counted over the whole model."""
 
 
 def chunk_weights(split: Split, chunk: Chunk, *, output: bool = True) -> list[Weight]:
@@ -26,7 +30,7 @@ def chunk_weights(split: Split, chunk: Chunk, *, output: bool = True) -> list[We
     if chunk.is_first:
         weights.append(Weight(vocabulary, on_both_ends=tied_apart))
     for layer in chunk.layers:
-        weights += _layer_weights(split, arch.ffn_width(layer))
+        weights += [weight._replace(layer=layer) for weight in _layer_weights(split, arch.ffn_width(layer))]
     if chunk.is_last:
         weights += _norm(arch, arch.hidden)
     if chunk.is_last and output and (tied_apart or not arch.tied_embeddings):
@@ -41,19 +45,22 @@ def elements(weights: list[Weight]) -> int:
 def _layer_weights(split: Split, ffn: int) -> Iterator[Weight]:
     arch, tensor = split.arch, split.tensor
     yield from _norm(arch, arch.hidden)
-    yield Weight(arch.hidden * arch.heads * arch.head_channels // tensor)
-    yield Weight(arch.qkv_rows // tensor * arch.hidden)
+    yield _matrix(arch.hidden, arch.heads * arch.head_channels // tensor)
+    yield _matrix(arch.qkv_rows // tensor, arch.hidden)
     if arch.family.qkv_bias:
         yield Weight(arch.qkv_rows // tensor)
     if arch.family.qk_norm:
         yield from (Weight(arch.head_channels), Weight(arch.head_channels))
     yield from _norm(arch, arch.hidden)
-    first, second = (2 if arch.family.is_gated else 1) * ffn // tensor * arch.hidden, ffn // tensor * arch.hidden
     if arch.experts:
         yield Weight(arch.experts * arch.hidden)
     for _ in range(arch.experts // split.expert if arch.experts else 1):
-        yield Weight(first, of_experts=split.expert > 1)
-        yield Weight(second, of_experts=split.expert > 1)
+        yield _matrix((2 if arch.family.is_gated else 1) * ffn // tensor, arch.hidden, of_experts=split.expert > 1)
+        yield _matrix(arch.hidden, ffn // tensor, of_experts=split.expert > 1)
+
+
+def _matrix(rows: int, columns: int, *, of_experts: bool = False) -> Weight:
+    return Weight(rows * columns, of_experts=of_experts, sides=(rows, columns))
 
 
 def _norm(arch: Architecture, channels: int) -> list[Weight]:

@@ -12,16 +12,17 @@ from minitron_megatron.search.latency import visible
 
 @dataclass(frozen=True)
 class Work:
-    """Of one pass: matrix products, and bytes that everything else reads and writes."""
+    """Of one pass: matrix products in bf16, bytes that everything else reads and writes, and matrix products in FP8."""
 
     flops: float
     bytes: float
+    fp8_flops: float = 0.0
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.flops + other.flops, self.bytes + other.bytes)
+        return Work(self.flops + other.flops, self.bytes + other.bytes, self.fp8_flops + other.fp8_flops)
 
     def times(self, factor: float) -> Work:
-        return Work(self.flops * factor, self.bytes * factor)
+        return Work(self.flops * factor, self.bytes * factor, self.fp8_flops * factor)
 
 
 NOTHING = Work(0.0, 0.0)
@@ -35,8 +36,22 @@ def layer_forward(run: Pass, layer: int) -> Work:
     matrices, neurons = layer_costs(arch)[layer], arch.ffn_width(layer)
     weights = (matrices * arch.experts // arch.experts_per_token if arch.experts else matrices) // tensor
     plain = Pass(run.split, run.samples, run.sequence, run.width, "none", run.kernels)
-    flops = 2 * run.tokens * matrices / tensor + attention_flops(run)
-    return Work(flops, 2.0 * kept_by_layer(plain, neurons) + weights * run.width)
+    products, other = 2 * run.tokens * matrices / tensor, attention_flops(run)
+    if not layer_in_fp8(run, layer):
+        return Work(products + other, 2.0 * kept_by_layer(plain, neurons) + weights * run.width)
+    return Work(other, 2.0 * kept_by_layer(plain, neurons) + weights + _cast(run, layer), products)
+
+
+def layer_in_fp8(run: Pass, layer: int) -> bool:
+    return run.fp8 is not None and not (run.fp8.first_last_layers_bf16 and layer in (0, run.split.arch.layers - 1))
+
+
+def _cast(run: Pass, layer: int) -> float:
+    """Bytes that quantizing the inputs of a layer's four products moves: read once, tensorwise scaling twice, written along rows and columns."""
+    arch, tensor = run.split.arch, run.split.tensor
+    channels = 2 * arch.hidden + (arch.heads * arch.head_channels + arch.ffn_width(layer) * max(arch.experts_per_token, 1)) / tensor
+    reads = 2 if run.fp8 and run.fp8.scaling == "tensorwise" else 1
+    return run.tokens * channels * (reads * run.width + 2)
 
 
 def attention_flops(run: Pass) -> float:
@@ -54,7 +69,8 @@ def layer_backward(run: Pass, layer: int) -> Work:
         return forward.times(3)
     arch = run.split.arch
     ffn = (3 if arch.family.is_gated else 2) * arch.hidden * arch.ffn_width(layer) * max(arch.experts_per_token, 1)
-    return forward.times(2) + Work(2 * run.tokens * ffn / run.split.tensor, 2.0 * run.of_neurons(arch.ffn_width(layer)))
+    again, moved = 2 * run.tokens * ffn / run.split.tensor, 2.0 * run.of_neurons(arch.ffn_width(layer))
+    return forward.times(2) + (Work(0.0, moved, again) if layer_in_fp8(run, layer) else Work(again, moved))
 
 
 def loss_work(run: Pass, *, products: int = 3) -> Work:

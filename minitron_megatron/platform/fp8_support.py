@@ -6,14 +6,13 @@ which ask for the same versions of it.
 
 from __future__ import annotations
 
-import importlib.metadata
 from dataclasses import dataclass
 
 import torch
 
 from minitron_megatron.config.fp8 import Fp8, Scaling
 from minitron_megatron.errors import PlatformError
-from minitron_megatron.platform import versions
+from minitron_megatron.platform import engine, versions
 from minitron_megatron.platform.activate import Platform
 
 Version = tuple[int, ...]
@@ -31,23 +30,26 @@ class Fp8Machine:
     cuda: Version
     """That torch was built with."""
     transformer_engine: Version | None
+    engine_problem: str = "absent"
+    """Why there is none."""
 
 
 def this_machine(platform: Platform) -> Fp8Machine:
     """Of this process's GPU."""
     gpu, capability = torch.cuda.get_device_name(platform.device), torch.cuda.get_device_capability(platform.device)
-    return Fp8Machine(gpu, capability, _numbers(torch.version.cuda or "0"), _engine())
+    version, cuda = engine.installed_version() if platform.transformer_engine else None, _numbers(torch.version.cuda or "0")
+    return Fp8Machine(gpu, capability, cuda, versions.parse(version) if version else None, engine.import_problem() or "")
 
 
 def obstacle(scaling: Scaling, machine: Fp8Machine) -> str | None:
     """Why the machine cannot compute with this scaling, with the mend; None where it can."""
-    engine, capability = machine.transformer_engine, machine.capability
+    release, capability = machine.transformer_engine, machine.capability
     if capability < ADA:
         return f"{_gpu(machine)} multiplies in no FP8, which begins with Ada (sm_89) and Hopper (sm_90); leave the section fp8 out"
-    if engine is None:
-        return "FP8 on a GPU is Transformer Engine's, which is not installed; install the extra gpu, or leave the section fp8 out"
-    if engine < LEAST_ENGINE[scaling]:
-        return f"megatron-core asks for Transformer Engine {_dotted(LEAST_ENGINE[scaling])} or newer, {_dotted(engine)} is installed; install 2.11.0"
+    if release is None:
+        return f"FP8 on a GPU is Transformer Engine's ({machine.engine_problem}); install the extra gpu, or leave the section fp8 out"
+    if release < LEAST_ENGINE[scaling]:
+        return f"megatron-core asks for Transformer Engine {_dotted(LEAST_ENGINE[scaling])} or newer, {_dotted(release)} is installed; install 2.11.0"
     if scaling == "blockwise":
         return _of_blocks(machine)
     if scaling in ("mxfp8", "nvfp4") and capability < BLACKWELL:
@@ -80,7 +82,7 @@ def _emulation_problems(fp8: Fp8, platform: Platform) -> list[str]:
     if platform.kind == "cpu":
         mend = "set fp8.emulated=true, which rounds as FP8 would, or leave the section out"
         return [] if fp8.emulated else [f"fp8: this process runs on a CPU, which multiplies in no FP8; {mend}"]
-    if _engine() is None:
+    if not platform.transformer_engine:
         return []
     mend = "set fp8.emulated=false, or platform=cpu"
     return [f"fp8.emulated=true rounds around megatron's local layers, and with Transformer Engine its own layers are used here; {mend}"]
@@ -100,16 +102,6 @@ def _instead(machine: Fp8Machine) -> str:
 
 def _gpu(machine: Fp8Machine) -> str:
     return f"{machine.gpu} (sm_{machine.capability[0]}{machine.capability[1]})"
-
-
-def _engine() -> Version | None:
-    """Of an installed Transformer Engine; it is not imported."""
-    for name in ("transformer-engine", "transformer-engine-torch"):
-        try:
-            return versions.parse(importlib.metadata.version(name))
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
 
 
 def _numbers(version: str) -> Version:

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from minitron_megatron.artifact import write_json
 from minitron_megatron.checkpoint.sharded import model_state, set_model_state
 from minitron_megatron.errors import TrainingError
+from minitron_megatron.model.fp8_weights import put_plain_values
 from minitron_megatron.parallel.world import World
 from minitron_megatron.platform import versions
 from minitron_megatron.platform.lifetime import run_ending_with_parent
@@ -141,6 +142,7 @@ class TrainingCheckpoints:
     def _request(self, progress: Progress, student: Student, folder: Path) -> Any:
         weights = model_state(student.model)
         optimizer = OptimizerState(student.optimizer, weights, loading=False)
+        put_plain_values(weights)  # behind the optimizer's, which finds its parts by the weights themselves
         state = {"model": weights, "optimizer": optimizer.tensors(), "fp8": scaling_entries(student.model), "extra": progress.extra}
         return dist_checkpointing.save(state, str(folder), async_sharded_save=True, **versions.asynchronous_save())
 

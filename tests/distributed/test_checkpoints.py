@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
 from torch import Tensor
 
 from minitron_megatron.arch.architecture import Architecture
-from minitron_megatron.checkpoint.sharded import load_model, model_state, save_state
+from minitron_megatron.checkpoint.sharded import load_model, model_state, save_state, set_model_state
 from minitron_megatron.checkpoint.torch_dist import MegatronSource, TorchDistReader, weights_digest
 from minitron_megatron.config.parallel import Parallel
 from minitron_megatron.data.batches import Batch, collate
@@ -22,7 +23,7 @@ from minitron_megatron.training.output_layer import DistillationOutputLayer
 
 from .conftest import Record
 from .plain_model import PlainModel
-from .pool import Pool
+from .pool import Pool, WorkerError
 from .tiny import (
     DP2,
     LLAMA,
@@ -42,6 +43,7 @@ from .tiny import (
 )
 
 SAMPLES = 3
+PP2_LISTED = Parallel(pipeline=2, layers_per_stage=[1, 4])
 SHAPES = {"llama": LLAMA, "qwen2_tied": QWEN2_TIED, "qwen3": QWEN3}
 CASES = [
     *[("llama", layout) for layout in (ONE, TP2, TP2_SP, PP2, PP2_EVEN)],
@@ -99,3 +101,32 @@ def test_a_student_checkpoint_holds_the_tables_tensors_and_nothing_else(pool: Po
     source, _ = checkpoints["qwen2_tied"]
     pool.run(load_run_save, PP2, QWEN2_TIED, source, tmp_path / "back", processes=2)
     assert TorchDistReader(tmp_path / "back").tensors.keys() == TorchDistReader(source).tensors.keys()
+
+
+def load_by_layers(world: World, parallel: Parallel, arch: Architecture, source: Path, layers: int) -> bool:
+    """Whether loading a few layers at a time gives the weights that loading all at once gives."""
+    layout = global_layout(parallel, world)
+    whole, parts = (build_model(arch, layout, world.platform, torch.float32) for _ in range(2))
+    load_model(whole, source)
+    load_model(parts, source, layers_at_a_time=layers)
+    return all(torch.equal(one, other) for one, other in zip(whole.parameters(), parts.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("parallel", "layers"), [(PP2_LISTED, 1), (PP2_LISTED, 3), (TP2, 2)], ids=name_of)
+def test_a_model_is_the_same_loaded_a_few_layers_at_a_time(
+    pool: Pool, checkpoints: dict[str, tuple[Path, str]], parallel: Parallel, layers: int
+) -> None:
+    """With one layer on one stage and four on the other, the first stage has nothing to read any more while the other still has."""
+    assert all(pool.run(load_by_layers, parallel, LLAMA, checkpoints["llama"][0], layers, processes=2))
+
+
+def load_without_a_layer(world: World, source: Path) -> None:
+    model = build_model(LLAMA, global_layout(ONE, world), world.platform, torch.float32)
+    state = model_state(model)
+    del state["model0"]["decoder.final_layernorm.weight"]
+    set_model_state(model, dist_checkpointing.load(state, str(source)))
+
+
+def test_a_weight_that_no_part_brings_is_an_error(pool: Pool, checkpoints: dict[str, tuple[Path, str]]) -> None:
+    with pytest.raises(WorkerError, match=r"lacks 1 weights of the model, such as decoder.final_layernorm.weight; make it anew"):
+        pool.run(load_without_a_layer, checkpoints["llama"][0], processes=1)

@@ -23,16 +23,18 @@ from minitron_megatron.data.batches import collate
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.fp8_emulation.linear import EmulatedLinear
 from minitron_megatron.model.fp8_emulation.rounding import E4M3, E5M2, amax_of, rounded, scale_of
+from minitron_megatron.model.fp8_state import scaling_state
 from minitron_megatron.model.run import forward_only
 from minitron_megatron.parallel.layout import global_layout
 from minitron_megatron.parallel.world import World
 
 from .conftest import Identical, Record
-from .first_step import FirstStep, Pair, first_step, run_first_step, settings
+from .first_step import FirstStep, Pair, accumulate, first_step, load_pair, run_first_step, settings
 from .house import copy_of, publish_stage, recipe_for
 from .pool import Pool
 from .tiny import (
     DP2,
+    EP2,
     LLAMA,
     MIXTRAL,
     ONE,
@@ -42,6 +44,7 @@ from .tiny import (
     TP2_SP,
     RandomSamples,
     layout_name,
+    name_of,
     relative_difference,
     worst_difference,
     write_random,
@@ -129,6 +132,19 @@ def test_an_emulated_model_computes_something_else_than_an_fp32_one(step_of: Fir
     plain, found = step_of("none", "one"), step_of(scaling, "one")
     assert worst_difference(found.gradients, plain.gradients)[0] > 0.05
     assert 1e-6 < abs(found.kl / plain.kl - 1) < 0.05
+
+
+def test_experts_on_two_ranks_make_the_first_step_of_one_process(pool: Pool, measured: Record, tmp_path: Path) -> None:
+    """In one pass of delayed scaling, so that no scale has moved; some experts see no token."""
+    pair = Pair(MIXTRAL, tmp_path, fp8=DELAYED)
+    write_random(tmp_path / "teacher", pair.teacher, seed=1, scale=0.2)
+    write_random(tmp_path / "student", pair.student, seed=2, scale=0.2)
+    one, shared = (
+        run_first_step(pool, parallel, pair, settings(micro_batch=samples), tmp_path / str(samples)) for parallel, samples in ((ONE, 8), (EP2, 4))
+    )
+    claim = "delayed FP8 emulated, experts"
+    assert measured(f"{claim}: loss against one process", "ep2", abs(shared.kl / one.kl - 1)) <= 1e-6  # fp32: another order of sums
+    assert measured(f"{claim}: gradients against one process", "ep2", worst_difference(shared.gradients, one.gradients)[0]) <= 1e-5
 
 
 @pytest.mark.parametrize("recompute", ["full", "selective"])
@@ -269,12 +285,12 @@ def scales_in(folder: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(entry.size) for name, entry in TorchDistReader(folder).tensors.items() if name.startswith("fp8.")}
 
 
-@pytest.mark.parametrize("parallel", [PP2, TP2_SP], ids=layout_name)
+@pytest.mark.parametrize(("parallel", "dtype"), [(PP2, torch.float32), (TP2_SP, torch.bfloat16)], ids=name_of)
 def test_a_continued_run_is_the_undisturbed_one_to_the_bit_with_scales_that_follow_from_earlier_steps(
-    runs: Callable[..., list[Seen]], pair: Pair, identical: Identical, tmp_path: Path, parallel: Parallel
+    runs: Callable[..., list[Seen]], pair: Pair, identical: Identical, tmp_path: Path, parallel: Parallel, dtype: torch.dtype
 ) -> None:
-    fp8 = Fp8(teacher="blockwise", student="delayed", amax_history=3, emulated=True)
-    whole = job_of(pair, tmp_path / "whole", parallel, fp8, save_at=(STOP,))
+    fp8 = Fp8(teacher="blockwise", student="delayed", weights=True, amax_history=3, emulated=True)
+    whole = job_of(pair, tmp_path / "whole", parallel, fp8, save_at=(STOP,), dtype=dtype)
     expected = runs(whole)
     shutil.copytree(whole.folder / "training", tmp_path / "again" / "training")
     found = runs(replace(whole, folder=tmp_path / "again", save_at=()))
@@ -282,7 +298,7 @@ def test_a_continued_run_is_the_undisturbed_one_to_the_bit_with_scales_that_foll
     same = all(found[-1].losses[step] == expected[-1].losses[step] for step in range(STOP, END))
     weights, again = (assembled(pair.student, [seen.weights for seen in run]) for run in (expected, found))
     same = same and all(torch.equal(again[name], weight) for name, weight in weights.items())
-    assert identical("delayed FP8 emulated: a continued run", layout_name(parallel), same)
+    assert identical("delayed FP8 emulated: a continued run", f"{layout_name(parallel)}, {dtype}", same)
 
 
 def test_a_checkpoint_has_one_copy_of_the_scales_whatever_the_layout_and_another_layout_goes_on_from_it(
@@ -319,7 +335,7 @@ def test_runs_go_on_with_fp8_from_a_checkpoint_without_it_and_without_it_from_on
 
 
 def test_a_recipe_distils_in_emulated_fp8_and_publishes_weights_without_any_scales(pool: Pool, house: Path, tmp_path: Path) -> None:
-    recipe = recipe_for(copy_of(house, tmp_path / "fp32"), steps=3, validation_samples=2)
+    recipe = recipe_for(copy_of(house, tmp_path / "fp32"), steps=4, validation_samples=2)
     fp8 = Fp8(teacher="tensorwise", student="delayed", emulated=True)
     results = {}
     for name, changed in (("fp32", recipe), ("fp8", recipe.model_copy(update={"fp8": fp8, "runs": str(copy_of(house, tmp_path / "fp8"))}))):
@@ -329,4 +345,26 @@ def test_a_recipe_distils_in_emulated_fp8_and_publishes_weights_without_any_scal
         results[name] = artifact.result["validation"]["forward_kl"]
         assert not [tensor for tensor in TorchDistReader(artifact.path / "checkpoint").tensors if "fp8" in tensor or "scal" in tensor]
     assert results["fp8"] != results["fp32"]
-    assert abs(results["fp8"] / results["fp32"] - 1) < 0.1  # a tiny model of random weights after three steps
+    assert abs(results["fp8"] / results["fp32"] - 1) < 0.1  # a tiny model of random weights after four steps
+
+
+def scales_behind_a_step(world: World, parallel: Parallel, pair: Pair, micro_batch: int) -> dict[str, Tensor]:
+    """What delayed scaling remembers after one pass forward and back."""
+    distill = settings(micro_batch=micro_batch)
+    teacher, student = load_pair(world, parallel, pair, distill)
+    accumulate(teacher, student, distill)
+    return {name: tensor.clone() for name, tensor in scaling_state(student.model).items()}
+
+
+def test_data_ranks_share_the_largest_values_of_a_pass(pool: Pool, pair: Pair) -> None:
+    """Two ranks of four samples each know what one process of eight knows, and scales that follow from it."""
+    delayed = replace(pair, fp8=DELAYED)
+    [one] = pool.run(scales_behind_a_step, ONE, delayed, 8, processes=1)
+    for found in pool.run(scales_behind_a_step, DP2, delayed, 4, processes=2):
+        assert found.keys() == one.keys()
+        for name, tensor in one.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=0, msg=name)  # fp32: another order of sums
+    amax, scale = (one[f"fp8.layers.0.mlp.linear_fc1.scaling.{history}"] for history in ("ahead.amax", "ahead.scale"))
+    torch.testing.assert_close(448 / amax[-1], scale)
+    assert bool((amax[-1] > 0).all())
+    assert not amax[:-1].any()

@@ -25,27 +25,31 @@ def write_text(folder: Path, files: int = 24) -> None:
         (folder / f"{number:02d}.txt").write_text(" ".join(sentences))
 
 
-def write_model(folder: Path, text: Path, *, experts: int = 0) -> None:
-    """A Llama of 4 layers with 8 heads in 2 groups and head channels that are not hidden / heads, untied; with experts a Mixtral."""
+def write_model(folder: Path, text: Path, *, experts: int = 0, **sizes: Any) -> None:
+    """A Llama of 4 layers with 8 heads in 2 groups and head channels that are not hidden / heads, untied; with experts a Mixtral.
+
+    sizes: other ones, by their names in config.json.
+    """
     folder.mkdir()
     vocabulary = _write_tokenizer(folder, text)
     torch.manual_seed(0)
     family, model = (MixtralConfig, MixtralForCausalLM) if experts else (LlamaConfig, LlamaForCausalLM)
-    config = family(
-        vocab_size=vocabulary + 3,  # a padded vocabulary, as many models have
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=6,
-        max_position_embeddings=128,
-        initializer_range=0.2,
-        tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=0,
+    usual = {
+        "vocab_size": vocabulary + 3,  # a padded vocabulary, as many models have
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 6,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
         **({"num_local_experts": experts, "num_experts_per_tok": 2} if experts else {}),
-    )
+    }
+    config = family(**{**usual, **sizes})
     model(config).save_pretrained(folder)
 
 

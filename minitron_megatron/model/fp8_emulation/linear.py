@@ -75,13 +75,14 @@ class EmulatedLinear(nn.Module):
 
     scaling: Any
     config: Any
+    tp_group: Any
 
     weight_is_rounded: bool
     """Of a frozen model: FP8 is all that its weights are."""
 
-    def _emulate(self, *, gathers_sequence: bool, group: dist.ProcessGroup) -> None:
+    def _emulate(self, input_group: dist.ProcessGroup | None) -> None:
         fp8: ModelFp8 = self.config.emulated_fp8
-        self.scaling, self.weight_is_rounded = linear_scaling(fp8, group if gathers_sequence else None), False
+        self.scaling, self.weight_is_rounded = linear_scaling(fp8, input_group), False
         if fp8.weights:
             self.register_load_state_dict_post_hook(_round_frozen_weight)
 
@@ -107,7 +108,7 @@ class EmulatedColumnParallelLinear(EmulatedLinear, ColumnParallelLinear):
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         ColumnParallelLinear.__init__(self, *arguments, **keywords)
-        self._emulate(gathers_sequence=self.sequence_parallel and not self.explicit_expert_comm, group=self.tp_group)
+        self._emulate(self.tp_group if self.sequence_parallel and not self.explicit_expert_comm else None)
 
 
 class EmulatedRowParallelLinear(EmulatedLinear, RowParallelLinear):
@@ -115,7 +116,7 @@ class EmulatedRowParallelLinear(EmulatedLinear, RowParallelLinear):
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         RowParallelLinear.__init__(self, *arguments, **keywords)
-        self._emulate(gathers_sequence=False, group=self.tp_group)
+        self._emulate(None)
 
 
 def linear_scaling(fp8: ModelFp8, input_group: dist.ProcessGroup | None) -> LinearScaling:

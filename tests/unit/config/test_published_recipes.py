@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from minitron_megatron.advice.rules import Subject, advise
-from minitron_megatron.arch.architecture import Architecture, parameter_count
+from minitron_megatron.arch.architecture import Architecture, parameter_count, parameters_by_part
 from minitron_megatron.arch.hf_config import architecture_from_hf
 from minitron_megatron.cli import app
 from minitron_megatron.conductor import needed_for
@@ -26,6 +26,7 @@ PUBLISHED = {
     "nemotron4_15b_8b_4b step=8b": (8.27, (32, 4096, 48, 8, 16384), 94),
     "nemotron4_15b_8b_4b step=4b": (4.19, (32, 3072, 24, 8, 9216), 94),
     "llama31_8b_to_4b_width": (4.51, (32, 3072, 32, 8, 9216), 94),
+    "llama31_8b_to_4b_width_fp8": (4.51, (32, 3072, 32, 8, 9216), 94),
     "llama31_8b_to_4b_depth": (4.54, (16, 4096, 32, 8, 14336), 94),
     "mistral_nemo_12b_to_8b": (8.4, (40, 4096, 32, 8, 11520), 380),
     "qwen3_8b_to_6b": (5.98, (36, 3584, 32, 8, 9216), 90),
@@ -82,8 +83,11 @@ def test_a_published_recipe_fills_whole_nodes_of_eight_gpus_that_hold_both_model
     step, source, target = of(name)
     parallel = step.recipe.parallel
     assert parallel.processes % 8 == 0
-    # bytes a parameter: bf16 weights of both; of the student fp32 gradients, and fp32 weights and Adam's moments shared by the data-parallel ranks
-    teacher, student = 2 * parameter_count(source), (2 + 4 + 12 / parallel.data) * parameter_count(target)
+    # bytes a parameter: bf16 weights of both, one of a teacher's layers in FP8; of the student fp32 gradients, and fp32 weights and Adam's moments
+    # shared by the data-parallel ranks
+    by_part, fp8 = parameters_by_part(source), step.recipe.fp8 is not None and step.recipe.fp8.teacher != "none"
+    of_layers = 0 if not fp8 else parameter_count(source) - by_part["embedding"] - by_part["output"]
+    teacher, student = 2 * parameter_count(source) - of_layers, (2 + 4 + 12 / parallel.data) * parameter_count(target)
     gib = (teacher + student) / (parallel.tensor * parallel.pipeline) / 2**30
     assert gib < 45  # of 80: the rest is for activations
     text = (ROOT / "configs" / f"{name.split(' ')[0]}.yaml").read_text()

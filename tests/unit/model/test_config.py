@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from minitron_megatron.arch.architecture import Architecture
-from minitron_megatron.errors import LayoutError
+from minitron_megatron.errors import LayoutError, PlatformError
+from minitron_megatron.model import build
 from minitron_megatron.model.build import transformer_config
 from minitron_megatron.parallel.split import EndWork
-from minitron_megatron.platform import Platform
+from minitron_megatron.platform import Platform, activate
 
 
 @pytest.mark.parametrize(("family", "fused"), [("llama", True), ("nemotron", False)])
@@ -31,3 +32,17 @@ def test_context_ranks_in_fp32_are_refused_where_the_attention_is_transformer_en
         transformer_config(arch, shared, engine, torch.float32, ends=EndWork(0, 0))
     ours = transformer_config(arch, shared, replace(engine, transformer_engine=False), torch.float32, ends=EndWork(0, 0))
     assert ours.context_parallel_size == 2
+
+
+def test_overlap_and_deterministic_mode_are_megatrons_on_a_gpu_alone(layout: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU gives the same bits anyway, and has nothing to overlap with."""
+    arch, gpu = Architecture("llama", 3, 64, 8, 2, 8, 64, 131, False, 64, 1e-5, 10000.0), torch.device("cuda")
+    asked: dict[str, Any] = {"ends": EndWork(0, 0), "deterministic": True}
+    without_engine = Platform("cuda", "nccl", gpu)
+    assert transformer_config(arch, layout, without_engine, torch.bfloat16, **asked).deterministic_mode
+    assert not transformer_config(arch, layout, activate("cpu"), torch.bfloat16, **asked).deterministic_mode
+    with pytest.raises(PlatformError, match="overlap_tensor_parallel=true needs Transformer Engine on CUDA"):
+        transformer_config(arch, layout, without_engine, torch.bfloat16, overlap_exchange=True, **asked)
+    monkeypatch.setattr(build, "megatron_flags", lambda platform, activation: {})  # those of a GPU need what is not installed here
+    engine = Platform("cuda", "nccl", gpu, transformer_engine=True)
+    assert transformer_config(arch, layout, engine, torch.bfloat16, overlap_exchange=True, **asked).tp_comm_overlap

@@ -9,8 +9,8 @@ import torch
 
 from minitron_megatron.config.fp8 import Fp8, Scaling
 from minitron_megatron.errors import PlatformError
-from minitron_megatron.platform import Platform, fp8_support
-from minitron_megatron.platform.fp8_support import Fp8Machine, obstacle, obstacles, require_fp8
+from minitron_megatron.platform import Platform, engine
+from minitron_megatron.platform.fp8_support import Fp8Machine, obstacle, obstacles, require_fp8, this_machine
 
 H200 = Fp8Machine("NVIDIA H200", (9, 0), (13, 0), (2, 11, 0))
 ALL: tuple[Scaling, ...] = ("delayed", "tensorwise", "blockwise", "mxfp8", "nvfp4")
@@ -38,7 +38,7 @@ def test_each_generation_has_its_scalings(capability: tuple[int, int], able: tup
     ("scaling", "changed", "reason"),
     [
         ("delayed", {"capability": (8, 0), "gpu": "A100"}, "A100 (sm_80) multiplies in no FP8"),
-        ("tensorwise", {"transformer_engine": None}, "Transformer Engine's, which is not installed; install the extra gpu"),
+        ("tensorwise", {"transformer_engine": None}, "FP8 on a GPU is Transformer Engine's (absent); install the extra gpu"),
         ("tensorwise", {"transformer_engine": (2, 1, 0)}, "asks for Transformer Engine 2.2 or newer, 2.1.0 is installed"),
         ("blockwise", {"transformer_engine": (2, 2, 5)}, "asks for Transformer Engine 2.3 or newer"),
         ("nvfp4", {"capability": (10, 0), "transformer_engine": (2, 6, 0)}, "asks for Transformer Engine 2.7 or newer"),
@@ -67,9 +67,18 @@ def test_a_cpu_takes_an_emulation_alone() -> None:
     require_fp8(None, CPU)
 
 
-def test_an_emulation_beside_transformer_engine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fp8_support, "_engine", lambda: (2, 11, 0))
+def test_an_emulation_beside_transformer_engine_is_refused() -> None:
     with pytest.raises(PlatformError, match=r"its own layers are used here; set fp8.emulated=false"):
-        require_fp8(Fp8(student="delayed", emulated=True), CUDA)
-    monkeypatch.setattr(fp8_support, "_engine", lambda: None)
+        require_fp8(Fp8(student="delayed", emulated=True), replace(CUDA, transformer_engine=True))
     require_fp8(Fp8(student="delayed", emulated=True), CUDA)
+
+
+def test_this_machine_is_read_from_torch_and_the_installed_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(engine, "installed_version", lambda: "2.11.0+c188b53")
+    monkeypatch.setattr(engine, "import_problem", lambda: "does not import: a library is missing")
+    assert replace(this_machine(replace(CUDA, transformer_engine=True)), engine_problem="absent") == H200
+    with pytest.raises(PlatformError, match=r"fp8.student=delayed: FP8 on a GPU is Transformer Engine's \(does not import: a library is missing\)"):
+        require_fp8(Fp8(student="delayed"), CUDA)

@@ -1,0 +1,74 @@
+"""A distillation step at the shapes of Llama-3.1-8B → 4B by width: time, MFU and memory in bf16 and in FP8, beside its parts and ModelOpt's step.
+
+All layers where they fit the card with the optimizer, by `minitron plan`'s count; else as many as fit, and half of them: what a layer costs is
+their difference, from which all 32 follow. 16,384 tokens a step in micro-batches of one sample. Each precision is a process of its own; what fails
+is in the table with its reason. What other commands have measured into the same folder is told with it.
+
+MFU = (teacher forward + 3 × student forward, in multiply-adds counted as two: every matrix that a token meets, output layers included, and
+causal attention over half of the sequence) ÷ (seconds × peak). Nothing that is computed again counts. The peak is the data sheet's, dense:
+of an H200 989 TFLOP/s in bf16; a second figure sets FP8 runs against the 1,979 of FP8.
+
+    bash benchmarks/gpu/run.sh step                        # all: about 12 minutes
+    bash benchmarks/gpu/run.sh step --precisions bf16 --profile        # with ModelOpt's step, about 4 minutes
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from typing import Any
+
+from options import command_line, folder_of
+from shapes import BF16, PRECISIONS
+from step_table import report
+
+SEQUENCES = (4096, 8192)
+LIMIT_SECONDS = 540
+
+
+def main() -> None:
+    parser = command_line(__doc__)
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--sequences", nargs="+", type=int, default=None)
+    parser.add_argument("--layers", nargs="+", type=int, default=None, help="depths (default: half of what fits, and what fits)")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--profile", action="store_true", help="where the time of the deepest step goes, by kind of kernel")
+    parser.add_argument("--no-peer", action="store_true", help="without ModelOpt's step")
+    parser.add_argument("--one", choices=PRECISIONS, help="this precision in this process: a line of JSON for each case")
+    asked = parser.parse_args()
+    asked.sequences = asked.sequences or ([64, 128] if asked.tiny else list(SEQUENCES))
+    if asked.one:
+        from step_cases import measure_all
+
+        return measure_all(asked)
+    found = [case for name in asked.precisions for case in in_own_process(name)]
+    report([*earlier(asked), *found], asked)
+
+
+def earlier(asked: argparse.Namespace) -> list[dict[str, Any]]:
+    """Cases of the other precisions that the folder of the results has."""
+    folder = folder_of(asked)
+    path = folder / "gpu_step.json" if folder else None
+    before = json.loads(path.read_text()) if path and path.is_file() else {"figures": {"cases": []}}
+    return [case for case in before["figures"]["cases"] if case["precision"] not in asked.precisions]
+
+
+def in_own_process(name: str) -> list[dict[str, Any]]:
+    """What the process printed until it ended, was ended, or died."""
+    command = [sys.executable, "-W", "ignore", __file__, "--one", name, *sys.argv[1:]]
+    if name != BF16:
+        command.append("--no-peer")  # its FP8 is not exposed (the README's table of peers): one precision is enough
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=LIMIT_SECONDS)
+        lines, ended = done.stdout.splitlines(), f"its process ended with {done.returncode}" if done.returncode else ""
+    except subprocess.TimeoutExpired as late:
+        lines, ended = (late.stdout or b"").decode().splitlines(), f"not finished within {LIMIT_SECONDS} s"
+    cases = [json.loads(line) for line in lines if line.startswith("{")]
+    print(name, len(cases), "measurements", ended, flush=True)
+    return [*cases, *([{"precision": name, "error": ended}] if ended else [])]
+
+
+if __name__ == "__main__":
+    main()

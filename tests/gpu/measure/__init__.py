@@ -1,0 +1,1 @@
+"""One file a subject; see gpu/runs.py for the names of their functions."""

@@ -18,6 +18,7 @@ CORE = [
     "pyyaml>=6,<7",
     "typer>=0.16,<1",
     "rich>=13,<16",
+    "packaging>=24.2",  # which versions of Transformer Engine megatron-core asks for; a requirement of its own too
     "psutil>=6,<8",  # megatron's checkpoint writer hangs without it
     "einops>=0.8,<0.9",  # megatron's HyperCommGrid
     "tensorboard>=2.18,<3",

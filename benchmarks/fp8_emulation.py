@@ -19,6 +19,7 @@ from common import minitron, result_of, write_result
 NAME = "smollm2_135m_to_97m"
 INPUTS = ("import", "data", "importance", "prune")
 FIXED = (
+    "data.out_of_domain=[]",
     "parallel.pipeline=1",
     "importance.samples=8",
     "distill.global_batch=4",

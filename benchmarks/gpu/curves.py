@@ -63,6 +63,7 @@ def settings(name: str, runs: Path, asked: argparse.Namespace) -> list[str]:
     """On one process; a CPU rounds as FP8 would."""
     emulated = ["fp8.emulated=true"] if asked.device == "cpu" and FP8[name] else []
     where = [f"runs={runs / name.replace(' ', '_')}", f"platform={asked.device}", "precision=bf16", "parallel.pipeline=1"]
+    where += ["data.out_of_domain=[]", "evaluate.tasks=[]"]  # what only an evaluation would read need not be there
     return [*where, *FP8[name], *emulated, *(TINY if asked.tiny else LARGE), *asked.set]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.config.distill import Distill, Training
 from minitron_megatron.config.fp8 import ModelFp8
-from minitron_megatron.data.batches import Batch, collate
+from minitron_megatron.data.batches import Batch, collate, micro_batches
 from minitron_megatron.distill.exchange import Exchange
 from minitron_megatron.distill.teacher import Teacher
 from minitron_megatron.distill.teachers import Teachers
@@ -108,7 +108,8 @@ def modelopt_step(
 def batches(settings: Distill, vocab: int, world: World) -> list[Batch]:
     """The micro-batches of a step, on the device."""
     tokens = RandomTokens(settings.sequence_length, vocab)
-    return [collate(tokens, [sample]).to(world.platform.device) for sample in range(settings.global_batch)]
+    groups = micro_batches(0, global_batch=settings.global_batch, micro_batch=settings.micro_batch)
+    return [collate(tokens, samples).to(world.platform.device) for samples in groups]
 
 
 def _plain(arch: Architecture, world: World, layout: Layout, fp8: ModelFp8 | None, *, trainable: bool = True) -> StageModel:

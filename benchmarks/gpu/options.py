@@ -27,9 +27,11 @@ def folder_of(asked: argparse.Namespace) -> Path | None:
 @contextmanager
 def one_process(device: str) -> Iterator[tuple[Any, Any]]:
     """(world, layout) of one process, with megatron imported behind the platform's hook."""
-    from minitron_megatron.platform import activate
+    from minitron_megatron.platform import activate, retarget
 
     platform = activate("cuda" if device == "cuda" else "cpu")
+    if device == "cpu":
+        retarget.install(("modelopt.torch",))
     from minitron_megatron.config.parallel import Parallel
     from minitron_megatron.parallel.layout import global_layout
     from minitron_megatron.parallel.world import distributed_world

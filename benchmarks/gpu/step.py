@@ -33,6 +33,8 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--sequences", nargs="+", type=int, default=None)
     parser.add_argument("--layers", nargs="+", type=int, default=None, help="depths (default: half of what fits, and what fits)")
+    parser.add_argument("--micro-batch", type=int, default=1, help="samples of a micro-batch (docs/performance.md: what to try)")
+    parser.add_argument("--loss-memory-mib", type=int, default=512)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--profile", action="store_true", help="where the time of the deepest step goes, by kind of kernel")
     parser.add_argument("--no-peer", action="store_true", help="without ModelOpt's step")
@@ -44,15 +46,23 @@ def main() -> None:
 
         return measure_all(asked)
     found = [case for name in asked.precisions for case in in_own_process(name)]
-    report([*earlier(asked), *found], asked)
+    report([*earlier(asked, found), *found], asked)
 
 
-def earlier(asked: argparse.Namespace) -> list[dict[str, Any]]:
-    """Cases of the other precisions that the folder of the results has."""
+def earlier(asked: argparse.Namespace, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Other cases that the folder of the results has; a failure of a precision that was measured again is forgotten."""
     folder = folder_of(asked)
     path = folder / "gpu_step.json" if folder else None
     before = json.loads(path.read_text()) if path and path.is_file() else {"figures": {"cases": []}}
-    return [case for case in before["figures"]["cases"] if case["precision"] not in asked.precisions]
+    again = {key_of(case) for case in found}
+    return [
+        case for case in before["figures"]["cases"] if key_of(case) not in again and (case["precision"] not in asked.precisions or "side" in case)
+    ]
+
+
+def key_of(case: dict[str, Any]) -> tuple[Any, ...]:
+    """What was measured."""
+    return tuple(case.get(name) for name in ("precision", "sequence", "micro_batch", "loss_memory_mib", "layers", "side"))
 
 
 def in_own_process(name: str) -> list[dict[str, Any]]:
@@ -64,7 +74,8 @@ def in_own_process(name: str) -> list[dict[str, Any]]:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=LIMIT_SECONDS)
         lines, ended = done.stdout.splitlines(), f"its process ended with {done.returncode}" if done.returncode else ""
     except subprocess.TimeoutExpired as late:
-        lines, ended = (late.stdout or b"").decode().splitlines(), f"not finished within {LIMIT_SECONDS} s"
+        told = late.stdout or ""  # bytes even where text was asked for
+        lines, ended = (told.decode() if isinstance(told, bytes) else told).splitlines(), f"not finished within {LIMIT_SECONDS} s"
     cases = [json.loads(line) for line in lines if line.startswith("{")]
     print(name, len(cases), "measurements", ended, flush=True)
     return [*cases, *([{"precision": name, "error": ended}] if ended else [])]

@@ -27,7 +27,8 @@ def measure_all(asked: argparse.Namespace) -> None:
     chosen, models = precision(asked.one, emulated=asked.device == "cpu"), shapes(tiny=asked.tiny)
     with one_process(asked.device) as (world, layout):
         for sequence in asked.sequences:
-            settings = settings_of(sequence, tokens=4 * sequence if asked.tiny else TOKENS_OF_A_STEP)
+            sizes = {"micro_batch": asked.micro_batch, "loss_memory_mib": asked.loss_memory_mib}
+            settings = settings_of(sequence, tokens=4 * sequence if asked.tiny else TOKENS_OF_A_STEP, **sizes)
             for layers in asked.layers or depths(models.teacher, models.width, settings, chosen, world):
                 pair = models.teacher.resized(layers=layers), models.width.resized(layers=layers)
                 of_case(pair, settings, chosen, world, layout, asked)
@@ -56,6 +57,8 @@ def of_case(pair: tuple[Architecture, Architecture], settings: Distill, chosen: 
     known = {
         "precision": chosen.name,
         "sequence": settings.sequence_length,
+        "micro_batch": settings.micro_batch,
+        "loss_memory_mib": settings.loss_memory_mib,
         "layers": teacher.layers,
         "tokens": settings.global_batch * settings.sequence_length,
         "planned_gib": memory_of(plan).total / GIB,

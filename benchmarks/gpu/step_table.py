@@ -11,8 +11,8 @@ from step_cases import OURS, PEER, STUDENT, TEACHER
 from writer import table, write
 
 Case = dict[str, Any]
-Key = tuple[str, int, int]
-"""Precision, sequence length, layers."""
+Key = tuple[str, str, int]
+"""Precision, what a micro-batch is, layers."""
 
 
 def report(cases: Sequence[Case], asked: argparse.Namespace) -> None:
@@ -25,7 +25,7 @@ def report(cases: Sequence[Case], asked: argparse.Namespace) -> None:
         *table(
             (
                 "precision",
-                "sequence",
+                "micro-batch",
                 "layers",
                 "step",
                 "tokens/s",
@@ -41,11 +41,11 @@ def report(cases: Sequence[Case], asked: argparse.Namespace) -> None:
         "",
         "Both models alone, and ModelOpt's step of the same layers:",
         "",
-        *table(("precision", "sequence", "layers", "teacher", "student", "their FP8 over bf16", "ModelOpt", "its peak GiB"), list(parts(cases))),
+        *table(("precision", "micro-batch", "layers", "teacher", "student", "their FP8 over bf16", "ModelOpt", "its peak GiB"), list(parts(cases))),
         "",
         f"All {whole} layers, from what a layer costs between two depths:",
         "",
-        *table(("precision", "sequence", "step", "tokens/s"), [[x["precision"], *of_numbers(x)] for x in figures["extrapolated"]]),
+        *table(("precision", "micro-batch", "step", "tokens/s"), [[x["precision"], *of_numbers(x)] for x in figures["extrapolated"]]),
         *profiles(cases),
         *[f"- {case['precision']} {case.get('side', '')}, {case.get('sequence', '')}: {case['error']}" for case in cases if "error" in case],
     ]
@@ -53,15 +53,21 @@ def report(cases: Sequence[Case], asked: argparse.Namespace) -> None:
 
 
 def of_numbers(found: Case) -> list[str]:
-    return [str(found["sequence"]), f"{found['seconds']:.3f} s", f"{found['tokens_per_second']:,.0f}"]
+    return [found["micro_batch"], f"{found['seconds']:.3f} s", f"{found['tokens_per_second']:,.0f}"]
 
 
 def sides_of(cases: Sequence[Case]) -> dict[Key, dict[str, Case]]:
     found: dict[Key, dict[str, Case]] = {}
     for case in cases:
         if "side" in case:
-            found.setdefault((case["precision"], case["sequence"], case["layers"]), {})[case["side"]] = case
+            found.setdefault((case["precision"], micro_batch_of(case), case["layers"]), {})[case["side"]] = case
     return found
+
+
+def micro_batch_of(case: Case) -> str:
+    """Samples × tokens, and memory of the loss where it is not the default."""
+    memory = case.get("loss_memory_mib", 512)
+    return f"{case.get('micro_batch', 1)} × {case['sequence']:,}" + (f", loss {memory} MiB" if memory != 512 else "")
 
 
 def seconds(sides: dict[str, Case] | None, side: str) -> float | None:
@@ -90,7 +96,7 @@ def rows(cases: Sequence[Case]) -> Iterator[list[str]]:
         fp8 = f"{mfu(case, 'fp8'):.1%}" if key[0] != BF16 else "–"
         yield [
             key[0],
-            str(key[1]),
+            key[1],
             str(key[2]),
             f"{case['seconds']:.3f} s",
             f"{case['tokens'] / case['seconds']:,.0f}",
@@ -111,7 +117,7 @@ def parts(cases: Sequence[Case]) -> Iterator[list[str]]:
         shown = [f"{value:.3f} s" if value else "–" for value in alone.values()]
         peak = sides.get(PEER, {}).get("peak_gib")
         over = "–" if key[0] == BF16 else " / ".join(speeds)
-        yield [key[0], str(key[1]), str(key[2]), shown[0], shown[1], over, shown[2], f"{peak:.1f}" if peak else "–"]
+        yield [key[0], key[1], str(key[2]), shown[0], shown[1], over, shown[2], f"{peak:.1f}" if peak else "–"]
 
 
 def ratio(above: float | None, below: float | None) -> float | None:
@@ -125,19 +131,19 @@ def told(value: float | None) -> str:
 def extrapolated(cases: Sequence[Case], asked: argparse.Namespace) -> list[Case]:
     """Whole models of each precision and length that was measured at two depths."""
     whole, found = shapes(tiny=asked.tiny).teacher.layers, sides_of(cases)
-    lines: dict[tuple[str, int], dict[int, Case]] = {}
-    for (precision, sequence, layers), sides in found.items():
+    lines: dict[tuple[str, str], dict[int, Case]] = {}
+    for (precision, micro_batch, layers), sides in found.items():
         if seconds(sides, OURS):
-            lines.setdefault((precision, sequence), {})[layers] = sides[OURS]
+            lines.setdefault((precision, micro_batch), {})[layers] = sides[OURS]
     result = []
-    for (precision, sequence), by_depth in lines.items():
+    for (precision, micro_batch), by_depth in lines.items():
         if len(by_depth) < 2:
             continue
         (few, short), *_, (many, long) = sorted(by_depth.items())
         of_layer = (long["seconds"] - short["seconds"]) / (many - few)
         total = long["seconds"] + of_layer * (whole - many)
         speed = long["tokens"] / total
-        result.append({"precision": precision, "sequence": sequence, "seconds": total, "of_layer": of_layer, "tokens_per_second": speed})
+        result.append({"precision": precision, "micro_batch": micro_batch, "seconds": total, "of_layer": of_layer, "tokens_per_second": speed})
     return result
 
 
@@ -147,6 +153,6 @@ def profiles(cases: Sequence[Case]) -> list[str]:
     for case in cases:
         if "profile" in case:
             total = sum(case["profile"].values())
-            lines += ["", f"Where the time goes: {case['side']}, {case['precision']}, {case['sequence']} tokens, {case['layers']} layers.", ""]
+            lines += ["", f"Where the time goes: {case['side']}, {case['precision']}, {micro_batch_of(case)} tokens, {case['layers']} layers.", ""]
             lines += table(("kind of kernel", "seconds", "share"), [[kind, f"{s:.4f}", f"{s / total:.1%}"] for kind, s in case["profile"].items()])
     return [*lines, ""]

@@ -122,7 +122,7 @@ def _highest(number: int) -> int:
 def _take(chunk: MegatronChunk, tensors: dict[str, Any]) -> set[str]:
     """Names that the chunk has and the tensors lack. Raises CheckpointError for names that it has not."""
     found = chunk.load_state_dict(tensors, strict=False)
-    set_initial_values(chunk, tensors)
+    set_initial_values(chunk.named_parameters(), tensors)
     if found.unexpected_keys:
         raise CheckpointError(f"the checkpoint has weights that the model lacks: {', '.join(sorted(found.unexpected_keys)[:3])}; make it anew")
     return set(found.missing_keys)

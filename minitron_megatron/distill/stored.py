@@ -51,7 +51,7 @@ class StoredTeachers:
     def target(self, batch: Batch) -> Target:
         """Of whole sequences; for each sample, the places of this context rank."""
         records = [self.record(sample, batch.tokens_BS[place]) for place, sample in enumerate(batch.sample_ids_B.tolist())]
-        own = [record._make(part_of_rank(values, 0, *self._context) for values in record) for record in records]
+        own = [_part_of_record(record, *self._context) for record in records]
         return _target(own, self.form, self._weight, batch.tokens_BS.device)
 
     def record(self, sample_id: int, tokens_S: Tensor) -> Record:
@@ -110,6 +110,11 @@ class StoredStates:
 def stored_teachers(recipe: Recipe, artifact: Artifact, student: Layout) -> StoredTeachers:
     """With the weight of the recipe's one teacher."""
     return StoredTeachers(artifact, weight=recipe.teachers.models[0].weight if recipe.teachers else 1.0, student=student)
+
+
+def _part_of_record(record: Record, context_rank: int, context_size: int) -> Record:
+    rows = [part_of_rank(values, 0, context_rank, context_size) for values in record]
+    return TopKRecord(*rows) if isinstance(record, TopKRecord) else SampleRecord(*rows)
 
 
 def _target(records: Sequence[Record], form: OutputFormat, weight: float, device: torch.device) -> Target:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from megatron.core.fp8_utils import is_float8tensor, post_all_gather_processing
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 INITIAL_VALUE = "_high_precision_init_val"
 """Transformer Engine's attribute of an FP8 weight that was built with gradients enabled: what its fp32 main copy begins with."""
@@ -32,13 +32,13 @@ def _parts(weight: Tensor) -> list[Tensor]:
     return [value for value in vars(weight).values() if isinstance(value, Tensor)] if is_float8tensor(weight) else [weight]
 
 
-def set_initial_values(chunk: nn.Module, loaded: Mapping[str, Any]) -> None:
+def set_initial_values(named: Iterable[tuple[str, Tensor]], loaded: Mapping[str, Any]) -> None:
     """Gives FP8 weights in training the values that a checkpoint has for them.
 
     The fp32 main copy is made from these: made from the weights it would begin with what FP8 rounded away, and without this with whatever memory
     held as the model was built.
     """
-    for name, weight in chunk.named_parameters():
+    for name, weight in named:
         if name in loaded and hasattr(weight, INITIAL_VALUE):
             setattr(weight, INITIAL_VALUE, loaded[name].detach().cpu().contiguous())
 

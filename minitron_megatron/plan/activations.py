@@ -146,12 +146,14 @@ def _attention(run: Pass) -> int:
 
 
 def _gathered(run: Pass) -> int:
-    """Keys and values of all context ranks, and masks, of model/context_attention.py; Transformer Engine's ring keeps a rank's own."""
+    """What model/context_attention.py keeps beyond its own keys and values: those of all context ranks in their place, and two masks, which torch
+    makes numbers of; Transformer Engine's ring keeps a rank's own."""
     ranks, (_, groups) = run.split.context, _heads(run)
     if ranks == 1 or run.kernels == "cuda":
         return 0
-    chunk = run.sequence // (2 * ranks)
-    return 2 * groups * run.split.arch.head_channels * run.samples * run.sequence * run.width + chunk * chunk * (2 * ranks + 1)
+    masks = (run.sequence // (2 * ranks)) ** 2 * (2 * ranks + 1)
+    of_all, own = 2 * groups * run.samples * run.sequence, 3 * groups * run.tokens
+    return ((of_all - own) * run.split.arch.head_channels + masks) * run.width
 
 
 def _probabilities(run: Pass, width: int) -> int:

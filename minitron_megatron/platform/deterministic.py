@@ -30,4 +30,4 @@ def be_deterministic(platform: Platform) -> None:
         os.environ.update(environment())
         torch.use_deterministic_algorithms(True, warn_only=True)
         # it would write into every fresh buffer, lest a program read one before it has written there: this one does not
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 - torch makes it a property of the module

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from minitron_megatron.arch.architecture import Architecture, kv_cache_bytes_per_token, nonembedding_parameter_count, parameter_count
-from minitron_megatron.config.checks.fp8 import student_size_problems
+from minitron_megatron.config.checks.fp8_sizes import student_size_problems
 from minitron_megatron.config.checks.layout import layout_problems, list_problems
 from minitron_megatron.config.checks.target import target_architecture
 from minitron_megatron.config.checks.teachers import teacher_architectures

@@ -144,7 +144,7 @@ class Job:
     def result(self, arch: Architecture, loop: TrainingLoop, last: dict[str, float], told: str, teachers: str = "") -> dict[str, Any]:
         """What the artifact tells; last: the last validation, told: it in words, teachers: their layouts."""
         steps, tokens = self.settings.steps, loop.progress.samples * self.settings.sequence_length
-        how = f"{self.layout.describe()}{teachers}, {self.recipe.precision}"
+        how = f"{self.layout.describe()}{teachers}, {self._numbers()}"
         return {
             "summary": f"{steps} steps, {tokens:,} tokens, {how}; held-out {told}",
             "architecture": arch.to_dict(),
@@ -156,6 +156,11 @@ class Job:
             "weights_sha256": weights_digest(MegatronSource(self.folder / "checkpoint", arch)) if self.world.is_main else "",
             **({"teacher": loop.teachers.identity} if loop.teachers.identity else {}),
         }
+
+    def _numbers(self) -> str:
+        """What the trained model computes in, in words."""
+        fp8 = self.recipe.fp8.of_student if self.recipe.fp8 else None
+        return self.recipe.precision + (f" and {'emulated ' if fp8.emulated else ''}FP8 ({fp8.scaling})" if fp8 else "")
 
 
 def training_bytes(arch: Architecture, dtype: torch.dtype, checkpoints: int) -> int:

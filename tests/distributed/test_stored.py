@@ -81,7 +81,7 @@ def test_what_is_stored_is_what_the_plain_teacher_finds_likeliest(written: Path,
         assert relative_difference(found.log_tail_S.double().exp(), tail) <= 2e-3
 
 
-@pytest.mark.parametrize("parallel", [DP2, PP2, pytest.param(PP2_VPP2, marks=pytest.mark.slow)], ids=name_of)
+@pytest.mark.parametrize("parallel", [DP2, CP2, PP2, pytest.param(PP2_VPP2, marks=pytest.mark.slow)], ids=name_of)
 def test_every_layout_that_keeps_the_arithmetic_writes_the_same_bytes(
     pool: Pool, house: Path, written: Path, tmp_path: Path, parallel: Parallel
 ) -> None:

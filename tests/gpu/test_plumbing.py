@@ -11,12 +11,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from minitron_megatron.arch.source import source_architecture
+from minitron_megatron.config.checks.recipe import check_recipe
+from minitron_megatron.config.family import load_recipe
+
 from .bench import Bench, RunFailed, in_processes, last_words
 from .claims import GROUPS, Ground
 from .compare import beyond, curve_distance, figure, mean_kl, other_steps
+from .houses import ON_SMOLLM2, ROOT, SMOLLM2_RECIPE, House
 from .runs import carry_out
 from .setting import Outcome, Run, Setting
-from .table import report
+from .table import printed, report
 from .verdict import Claim, judge, table
 
 LITTLE = Ground(
@@ -75,6 +80,24 @@ def test_smollm2_is_not_asked_for_blockwise_scaling(ground: Ground) -> None:
     assert not any("blockwise" in run.given for run in runs)
 
 
+def test_every_recipe_that_a_gpu_will_be_given_is_accepted(ground: Ground, bench: Bench) -> None:
+    """With what the whole of the claims trains, not the little that a CPU does."""
+    from .measure.distillation import recipe_changes
+
+    small = House(bench.outcome(ground.house).folder)
+    real = source_architecture("nowhere", str(ROOT / "configs" / "architectures" / "smollm2_135m.json"))
+    houses = {"small": (small.recipe_path, small.overrides, small.architecture()), "smollm2": (str(SMOLLM2_RECIPE), ON_SMOLLM2, real)}
+    wanted = Ground(ground.folder)
+    runs = {run: "small" for group in ("fp8", "resume") for claim in GROUPS[group](wanted) for run in claim.runs if run.kind == "distill"}
+    runs |= {run: "smollm2" for claim in GROUPS["smollm2"](wanted) for run in claim.runs if run.kind == "distill"}
+    assert {(house, run.setting.fp8) for run, house in runs.items()} >= {("small", "blockwise"), ("smollm2", "delayed")}
+    for run, house in runs.items():
+        path, overrides, source = houses[house]
+        given = {name: value for name, value in json.loads(run.given).items() if name in ("steps", "overrides", "teacher")}
+        changes = [*overrides, "platform=cuda", "precision=bf16", *recipe_changes(run.setting, **given)]
+        check_recipe(load_recipe(path, changes), source)
+
+
 def test_a_run_that_fails_fails_its_own_claims_and_says_why(tmp_path: Path) -> None:
     def execute(run: Run, folder: Path) -> None:
         if run.setting.fp8:
@@ -105,6 +128,27 @@ def test_a_value_that_is_no_number_or_too_large_does_not_hold(measured: float, t
 def test_a_measurement_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
     outcome = in_processes(tmp_path).outcome(Run.of("linear", Setting("cpu", "local")))
     assert 0 < outcome.figures["output"] < 1e-2
+
+
+def test_a_run_that_was_cut_off_begins_anew_and_one_that_is_finished_does_not(tmp_path: Path) -> None:
+    run, begun = Run.of("x", Setting("cpu")), []
+
+    def execute(run: Run, folder: Path) -> None:
+        begun.append(sorted(path.name for path in folder.iterdir()))
+        (folder / "result.json").write_text("{}")
+
+    (tmp_path / run.name).mkdir()
+    (tmp_path / run.name / "half of it").touch()
+    for _ in range(2):
+        Bench(tmp_path, execute).outcome(run)
+    assert begun == [[]]
+
+
+def test_the_log_holds_what_each_run_said_once(tmp_path: Path) -> None:
+    runs = [Run.of(kind, Setting("cpu")) for kind in ("said", "silent", "said")]
+    (tmp_path / runs[0].name).mkdir()
+    (tmp_path / runs[0].name / "output.txt").write_text("warmed up")
+    assert printed(tmp_path, runs) == f"=== {runs[0].name}\nwarmed up"
 
 
 def test_what_a_process_failed_of_is_told_without_its_traceback() -> None:

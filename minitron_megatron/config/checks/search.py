@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from minitron_megatron.arch.architecture import Architecture
+from minitron_megatron.config.checks.fp8 import fp8_problems
 from minitron_megatron.config.checks.layout import shape_problems, teacher_problems
 from minitron_megatron.config.checks.teachers import models_problems
 from minitron_megatron.config.checks.text import text_problems
@@ -31,7 +32,8 @@ def _training_problems(recipe: Recipe, search: Search, source: Architecture) -> 
     """Of the candidates' distillation: what the run's own has, too, is told once and of that one."""
 
     def problems(of: Recipe) -> list[str]:
-        return shape_problems(of) + teacher_problems(of, source) + models_problems(of, source) + text_problems(of, source)
+        found = shape_problems(of) + teacher_problems(of, source) + models_problems(of, source) + text_problems(of, source)
+        return found + fp8_problems(of, source, None)
 
     # without the stages whose batches are no matter of the candidates
     trial = trial_recipe(recipe, search, {}, correct=None, finetune=None)

@@ -24,8 +24,7 @@ def distilled(
     setting.fp8: of the student, teacher: of the teacher. pauses: steps after which a start ends, and another process goes on.
     """
     copy = House(Path(house)).with_runs(folder)
-    settled = [f"distill.steps={steps}", "training.asynchronous_checkpoints=false", *_fp8(setting, teacher), *overrides]
-    settled += ["training.deterministic=true"] if setting.deterministic else []
+    settled = recipe_changes(setting, steps=steps, overrides=overrides, teacher=teacher)
     for pause in pauses or []:
         copy.stage("distill", setting, *settled, f"distill.pause_after_steps={pause}")
         if (made := copy.artifacts / "distill").exists():
@@ -37,6 +36,12 @@ def distilled(
     result = json.loads((made / "result.json").read_text())
     figures = {"losses": [record["loss"] for record in trained], "norms": [record["gradient_norm"] for record in trained]}
     return {**figures, "steps": [record["step"] for record in trained], "weights": result["weights_sha256"]}
+
+
+def recipe_changes(setting: Setting, *, steps: int, overrides: list[str], teacher: str = "none") -> list[str]:
+    """Of a house's recipe, as key=value."""
+    deterministic = ["training.deterministic=true"] if setting.deterministic else []
+    return [f"distill.steps={steps}", "training.asynchronous_checkpoints=false", *_fp8(setting, teacher), *deterministic, *overrides]
 
 
 def _fp8(setting: Setting, teacher: str) -> list[str]:

@@ -87,12 +87,14 @@ def test_a_table_sets_fp8_against_bf16_of_the_same_depth_and_a_step_against_its_
         case("bf16", 8, teacher, 0.3),
         case("bf16", 8, student, 0.5),
         case("bf16", 16, ours, 5.0),
-        case("delayed", 8, ours, 0.8),
+        case("delayed", 8, ours, 0.8, micro_batch=1),
+        case("delayed", 8, ours, 0.7, micro_batch=2),
         {"precision": "blockwise", "error": "no memory"},
     ]
-    plain, deep, fp8 = table.rows(cases)
+    plain, deep, fp8, other = table.rows(cases)
     assert plain[3:7] == ["1.000 s", "1,000", "50.0%", "–"] and plain[9:] == ["1.25", "–"]
     assert deep[9:] == ["–", "–"]
+    assert other[1] == "2 × 4,096" and other[9:] == ["–", "–"]  # nothing in bf16 to be held against
     assert fp8[9:] == ["–", "1.25"] and fp8[6] == f"{0.5 * 989 / 0.8 / 1979:.1%}"
 
 

@@ -115,7 +115,7 @@ def test_a_source_whose_sides_are_no_multiples_is_refused_side_by_side(recipe_fi
     """By hand: of 48, 48, 80 and 60, the last alone is no multiple of 16; of 128 none is."""
     small = {"prune": {"target": {"hidden": 36}}, "distill": {"sequence_length": 128}}
     told = problems(recipe_file(**small), ["fp8.teacher=tensorwise"], ODD)
-    assert told == ["fp8.teacher=tensorwise: the source model has ffn=60, and its matrices need multiples of 16; nearest: 48, 64"]
+    assert told == ["fp8.teacher=tensorwise: the source model has ffn=60, and its matrices need multiples of 16; set fp8.teacher to none"]
     told = problems(recipe_file(**small), ["fp8.teacher=blockwise"], ODD)
     assert [line.split("=")[1].split("has ")[1] for line in told] == [
         "hidden",
@@ -139,7 +139,7 @@ def test_the_teachers_own_layout_is_what_its_sides_are_shared_by(recipe_file: Re
     found = problems(recipe_file(**WIDTH), ["fp8.teacher=blockwise", own, "parallel.tensor=2"], model)
     assert found == [
         "fp8.teacher=blockwise: the source model has ffn=14464, and its matrices need multiples of 128 on each of 2 tensor ranks; "
-        "nearest: 14336, 14592"
+        "set fp8.teacher to tensorwise, which needs multiples of 16, or to none, or parallel.tensor to less"
     ]
     assert problems(recipe_file(**WIDTH), ["fp8.teacher=blockwise", "parallel.teacher={tensor: 1}", "parallel.tensor=2"], model) == []
 
@@ -199,6 +199,20 @@ def test_a_search_leaves_out_what_fp8_cannot_train(recipe_file: Recipes) -> None
     assert {(item.arch.hidden, item.arch.ffn) for item in found.survivors} == {(3072, 9216), (3072, 8960)}
     reason = next(item.reason for item in found.candidates if item.arch.ffn == 9200 and item.arch.hidden == 3072)
     assert reason == "fp8.student=blockwise: a candidate has ffn=9200, and its matrices need multiples of 128; nearest: 9088, 9216"
+
+
+def test_a_search_is_told_once_what_its_short_distillation_alone_cannot_do(recipe_file: Recipes) -> None:
+    space = {"space": {"ffn": [9216]}, "parameters": 4.5e9, "tolerance": 0.9, "short_distillation": {"sequence_length": 1000}}
+    file = recipe_file(prune=None, search=space, distill={"sequence_length": 4096})
+    [problem] = problems(file, ["fp8.teacher=tensorwise"])
+    assert problem.startswith("search.short_distillation, with what it does not name from distill: distill.sequence_length=1000: FP8 tensorwise")
+    [known] = problems(recipe_file(prune=None, search=space, distill={"sequence_length": 1000}), ["fp8.teacher=tensorwise"])
+    assert known.startswith("distill.sequence_length=1000")
+
+
+def test_one_precision_of_both_models_is_told_once(recipe_file: Recipes) -> None:
+    told = problems(recipe_file(**WIDTH), ["fp8.teacher=tensorwise", "fp8.student=tensorwise", "precision=fp32"])
+    assert len(told) == 1 and told[0].startswith("precision=fp32")
 
 
 def test_factors_of_a_search_give_widths_that_fp8_can_train(recipe_file: Recipes) -> None:

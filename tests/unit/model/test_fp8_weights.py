@@ -40,7 +40,7 @@ def test_the_main_copy_begins_with_what_the_checkpoint_has_and_not_with_what_mem
     model = nn.Linear(2, 1)
     setattr(model.weight, fp8_weights.INITIAL_VALUE, torch.full((1, 2), float("nan")))  # as built, before anything is loaded
     loaded = {"weight": torch.tensor([[1.0, 2.0], [3.0, 4.0]])[:, ::2].t(), "bias": torch.tensor([5.0])}
-    fp8_weights.set_initial_values(model, loaded)
+    fp8_weights.set_initial_values(model.named_parameters(), loaded)
     value: Tensor = getattr(model.weight, fp8_weights.INITIAL_VALUE)
     assert value.tolist() == [[1.0, 3.0]]
     assert value.is_contiguous()  # megatron flattens it by view

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from kept import kept_bytes
 
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.config.parallel import Parallel
@@ -43,29 +43,6 @@ def test_a_pass_keeps_the_bytes_that_are_counted(family: str, recompute: str, pr
     run = Pass(split, SAMPLES, sequence, dtype.itemsize, recompute, "cpu")
     found = kept_bytes(model.train().last, SAMPLES, sequence)
     assert kept_by_chunk(run, split.chunks(0)[0]) == pytest.approx(found, rel=TOLERANCE)
-
-
-def kept_bytes(chunk: Any, samples: int, sequence: int) -> int:
-    """Of new storages, each once; the sines of the rotary embedding are there from the first pass on."""
-    tokens = torch.zeros(samples, sequence, dtype=torch.int64)
-    positions = torch.arange(sequence).expand(samples, sequence)
-    chunk(tokens, positions, None)
-    before = {address(x) for x in (*chunk.parameters(), tokens, positions)}
-    kept: dict[int, Tensor] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        if address(x) not in before:
-            kept[address(x)] = x
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        result = chunk(tokens, positions, None)
-    sines = {address(x): x for x in kept.values() if x.dim() == 4 and x.shape[1:3] == (1, 1) and x.shape[0] == sequence}
-    return sum(x.untyped_storage().nbytes() for place, x in kept.items() if place not in sines) + 0 * result.numel()
-
-
-def address(x: Tensor) -> int:
-    return x.untyped_storage().data_ptr()
 
 
 def test_recomputation_and_shards_keep_less(layout: Callable[..., Any]) -> None:

@@ -23,7 +23,7 @@ from minitron_megatron.distill.exchange import Exchange
 from minitron_megatron.distill.teacher import Teacher
 from minitron_megatron.distill.teachers import Teachers
 from minitron_megatron.model.build import build_model, mark_shards, transformer_config
-from minitron_megatron.model.fp8_weights import INITIAL_VALUE
+from minitron_megatron.model.fp8.weights import INITIAL_VALUE
 from minitron_megatron.model.gpt import StageModel
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.parallel.split import distillation_work, logits_work

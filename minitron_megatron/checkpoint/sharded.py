@@ -12,7 +12,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from minitron_megatron.errors import CheckpointError
-from minitron_megatron.model.fp8_weights import are_rounded, set_initial_values
+from minitron_megatron.model.fp8.weights import are_rounded, set_initial_values
 from minitron_megatron.platform.versions import require_readable
 
 

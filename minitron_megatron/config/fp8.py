@@ -60,9 +60,9 @@ class Fp8(Section):
         False, description="the student's weights are FP8, beside the fp32 main copy; with a distributed optimizer they are gathered so"
     )
     first_last_layers_bf16: bool = Field(False, description="the student's first and last layer stay in bf16; not with delayed scaling")
-    amax_history: int = Field(1024, ge=1, description="steps that delayed scaling looks back over")
+    amax_history: int = Field(1024, ge=1, description="passes, one for each micro-batch, that delayed scaling looks back over")
     amax_algorithm: Literal["max", "most_recent"] = Field(
-        "max", description="of delayed scaling: the largest of these steps sets the scale, or the newest"
+        "max", description="of delayed scaling: the largest of these passes sets the scale, or the newest"
     )
     margin: int = Field(0, ge=0, description="powers of two that delayed scaling keeps free above the largest value")
     emulated: bool = Field(False, description="rounded as FP8 would round, computed in the recipe's precision: to learn and to test without a GPU")

@@ -19,8 +19,8 @@ from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.config.fp8 import ModelFp8
 from minitron_megatron.errors import LayoutError, PlatformError
 from minitron_megatron.model.experts import expert_settings
-from minitron_megatron.model.fp8_emulation.delayed import move_with_passes
-from minitron_megatron.model.fp8_flags import fp8_settings
+from minitron_megatron.model.fp8.emulation.delayed import move_with_passes
+from minitron_megatron.model.fp8.flags import fp8_settings
 from minitron_megatron.model.gpt import HiddenStateGPT, OutputLayer, StageModel
 from minitron_megatron.model.modules import family_settings
 from minitron_megatron.parallel.layout import Layout

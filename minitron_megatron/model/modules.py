@@ -22,7 +22,7 @@ from minitron_megatron.config.fp8 import ModelFp8
 from minitron_megatron.model.context_attention import context_attention
 from minitron_megatron.model.engine_spec import engine_block_spec
 from minitron_megatron.model.experts import layer_spec
-from minitron_megatron.model.fp8_emulation.linear import put_emulated_linears
+from minitron_megatron.model.fp8.emulation.linear import put_emulated_linears
 from minitron_megatron.platform.rms_norm import rms_norm
 from minitron_megatron.platform.short_attention import is_short, short_attention
 

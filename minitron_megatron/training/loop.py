@@ -19,7 +19,7 @@ from minitron_megatron.config.distill import TrainingRun
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.data.batches import Batch, MicroBatches, TokenDataset, collate, micro_batches
 from minitron_megatron.errors import TrainingError
-from minitron_megatron.model.fp8_state import unmoved_scaling
+from minitron_megatron.model.fp8.state import unmoved_scaling
 from minitron_megatron.model.run import batches_of_rank, forward_backward, forward_only
 from minitron_megatron.model.user_buffers import user_buffers, without_buffers
 from minitron_megatron.parallel.layout import Layout

@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from minitron_megatron.config.distill import Training, TrainingRun
 from minitron_megatron.errors import PlatformError
-from minitron_megatron.model.fp8_weights import are_rounded, complete_copies
+from minitron_megatron.model.fp8.weights import are_rounded, complete_copies
 from minitron_megatron.model.gpt import HiddenStateGPT
 
 

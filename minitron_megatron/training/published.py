@@ -9,7 +9,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensorFactory
 
 from minitron_megatron.checkpoint.sharded import model_state
-from minitron_megatron.model.fp8_weights import are_rounded
+from minitron_megatron.model.fp8.weights import are_rounded
 from minitron_megatron.training.optimizer_state import MAIN_PARAMETER, OptimizerState
 from minitron_megatron.training.student import Student
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from minitron_megatron.model.fp8_state import PREFIX, scaling_state
+from minitron_megatron.model.fp8.state import PREFIX, scaling_state
 from minitron_megatron.model.gpt import StageModel
 
 

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from minitron_megatron.artifact import write_json
 from minitron_megatron.checkpoint.sharded import model_state, set_model_state
 from minitron_megatron.errors import TrainingError
-from minitron_megatron.model.fp8_weights import put_plain_values
+from minitron_megatron.model.fp8.weights import put_plain_values
 from minitron_megatron.parallel.world import World
 from minitron_megatron.platform import versions
 from minitron_megatron.platform.lifetime import run_ending_with_parent

@@ -38,7 +38,7 @@ from minitron_megatron.training.student import Student, make_student
 
 from .plain_model import PlainModel, cross_entropy, hidden_loss, kd_loss
 from .pool import Pool
-from .tiny import RandomSamples, read_all, teacher_of
+from .tiny import RandomSamples, read_all, teacher_of, write_random
 
 GLOBAL_BATCH, MICRO_BATCH = 8, 2
 
@@ -55,6 +55,12 @@ class Pair:
     @property
     def teacher(self) -> Architecture:
         return teacher_of(self.student).resized(hidden=self.teacher_hidden)
+
+    def written(self) -> Pair:
+        """Random weights of both in the folder."""
+        write_random(self.folder / "teacher", self.teacher, seed=1, scale=0.2)
+        write_random(self.folder / "student", self.student, seed=2, scale=0.2)
+        return self
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from .house import recipe_for
 from .pool import Pool
 from .test_importance import naive as naive
 from .test_importance import run_importance, worst
-from .tiny import LLAMA, ONE, PP2, TP2, TP2_SP, layout_name, relative_difference, worst_difference, write_random
+from .tiny import LLAMA, ONE, PP2, TP2, TP2_SP, layout_name, relative_difference, worst_difference
 
 pytestmark = pytest.mark.slow
 KL_ALONE = settings()
@@ -126,10 +126,7 @@ def broken_first_step(make: Callable[[], Any], world: World, parallel: Parallel,
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    found = Pair(LLAMA, tmp_path_factory.mktemp("pair"))
-    write_random(found.folder / "teacher", found.teacher, seed=1, scale=0.2)
-    write_random(found.folder / "student", found.student, seed=2, scale=0.2)
-    return found
+    return Pair(LLAMA, tmp_path_factory.mktemp("pair")).written()
 
 
 def difference(found: FirstStep, expected: FirstStep) -> float:

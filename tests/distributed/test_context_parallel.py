@@ -22,7 +22,7 @@ from .conftest import Record
 from .first_step import FirstStep, Pair, plain_first_step, run_first_step, settings
 from .house import copy_of, publish_stage, recipe_for
 from .pool import Pool
-from .tiny import CP2, LLAMA, ONE, QWEN2_TIED, layout_name, name_of, relative_difference, with_teacher, worst_difference, write_random
+from .tiny import CP2, LLAMA, ONE, QWEN2_TIED, layout_name, name_of, relative_difference, with_teacher, worst_difference
 
 STUDENTS = {"llama": LLAMA, "qwen2_tied": QWEN2_TIED}
 HIDDEN = HiddenLoss(pairs=[(1, 0), (4, 3)], weight=0.7)
@@ -39,11 +39,7 @@ LAYOUTS = [
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
-    found = {name: Pair(arch, tmp_path_factory.mktemp(name)) for name, arch in STUDENTS.items()}
-    for pair in found.values():
-        write_random(pair.folder / "teacher", pair.teacher, seed=1, scale=0.2)
-        write_random(pair.folder / "student", pair.student, seed=2, scale=0.2)
-    return found
+    return {name: Pair(arch, tmp_path_factory.mktemp(name)).written() for name, arch in STUDENTS.items()}
 
 
 @pytest.fixture(scope="module")

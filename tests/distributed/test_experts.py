@@ -55,7 +55,6 @@ from .tiny import (
     name_of,
     relative_difference,
     teacher_of,
-    write_random,
 )
 
 EP2_PP2_VPP2 = Parallel(pipeline=2, virtual=2, data=2, expert=2)
@@ -67,11 +66,7 @@ SLOW_LAYOUTS = [pytest.param(shape, PP2, marks=pytest.mark.slow) for shape in ("
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
-    found = {name: Pair(arch, tmp_path_factory.mktemp(name)) for name, arch in SHAPES.items()}
-    for pair in found.values():
-        write_random(pair.folder / "teacher", pair.teacher, seed=1, scale=0.2)
-        write_random(pair.folder / "student", pair.student, seed=2, scale=0.2)
-    return found
+    return {name: Pair(arch, tmp_path_factory.mktemp(name)).written() for name, arch in SHAPES.items()}
 
 
 @pytest.mark.parametrize(("shape", "parallel"), LAYOUTS + SLOW_LAYOUTS, ids=name_of)

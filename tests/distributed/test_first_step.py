@@ -41,7 +41,6 @@ from .tiny import (
     relative_difference,
     with_teacher,
     worst_difference,
-    write_random,
 )
 
 STUDENTS = {
@@ -73,11 +72,7 @@ MIXED = [
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
-    found = {name: Pair(arch, tmp_path_factory.mktemp(name)) for name, arch in STUDENTS.items()}
-    for pair in found.values():
-        write_random(pair.folder / "teacher", pair.teacher, seed=1, scale=0.2)
-        write_random(pair.folder / "student", pair.student, seed=2, scale=0.2)
-    return found
+    return {name: Pair(arch, tmp_path_factory.mktemp(name)).written() for name, arch in STUDENTS.items()}
 
 
 @pytest.fixture(scope="module")

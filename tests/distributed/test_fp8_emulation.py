@@ -21,9 +21,9 @@ from minitron_megatron.config.fp8 import Fp8, ModelFp8
 from minitron_megatron.config.parallel import Parallel
 from minitron_megatron.data.batches import collate
 from minitron_megatron.model.build import build_model
-from minitron_megatron.model.fp8_emulation.linear import EmulatedLinear
-from minitron_megatron.model.fp8_emulation.rounding import E4M3, E5M2, amax_of, rounded, scale_of
-from minitron_megatron.model.fp8_state import scaling_state
+from minitron_megatron.model.fp8.emulation.linear import EmulatedLinear
+from minitron_megatron.model.fp8.emulation.rounding import E4M3, E5M2, amax_of, rounded, scale_of
+from minitron_megatron.model.fp8.state import scaling_state
 from minitron_megatron.model.run import forward_only
 from minitron_megatron.parallel.layout import global_layout
 from minitron_megatron.parallel.world import World
@@ -57,10 +57,7 @@ STOP, END = 2, 4
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    found = Pair(LLAMA, tmp_path_factory.mktemp("pair"))
-    write_random(found.folder / "teacher", found.teacher, seed=1, scale=0.2)
-    write_random(found.folder / "student", found.student, seed=2, scale=0.2)
-    return found
+    return Pair(LLAMA, tmp_path_factory.mktemp("pair")).written()
 
 
 FirstSteps = Callable[..., FirstStep]
@@ -136,9 +133,7 @@ def test_an_emulated_model_computes_something_else_than_an_fp32_one(step_of: Fir
 
 def test_experts_on_two_ranks_make_the_first_step_of_one_process(pool: Pool, measured: Record, tmp_path: Path) -> None:
     """In one pass of delayed scaling, so that no scale has moved; some experts see no token."""
-    pair = Pair(MIXTRAL, tmp_path, fp8=DELAYED)
-    write_random(tmp_path / "teacher", pair.teacher, seed=1, scale=0.2)
-    write_random(tmp_path / "student", pair.student, seed=2, scale=0.2)
+    pair = Pair(MIXTRAL, tmp_path, fp8=DELAYED).written()
     one, shared = (
         run_first_step(pool, parallel, pair, settings(micro_batch=samples), tmp_path / str(samples)) for parallel, samples in ((ONE, 8), (EP2, 4))
     )

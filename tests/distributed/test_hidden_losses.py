@@ -69,7 +69,6 @@ from .tiny import (
     relative_difference,
     with_teacher,
     worst_difference,
-    write_random,
 )
 
 ALPHA, RATE = 0.37, 1e-3
@@ -104,13 +103,10 @@ MSE, PER_PAIR = distill_of(kind="mse"), distill_of(projection="per_pair")
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
     """A projection larger than the weight that lies next to it in the first stage's gradients: there a shard's cut would go through it."""
-    found = {
-        name: Pair(arch, tmp_path_factory.mktemp(name), teacher_hidden=48) for name, arch in (("llama", LLAMA), ("wide", WIDE), ("sparse", SPARSE))
+    return {
+        name: Pair(arch, tmp_path_factory.mktemp(name), teacher_hidden=48).written()
+        for name, arch in (("llama", LLAMA), ("wide", WIDE), ("sparse", SPARSE))
     }
-    for pair in found.values():
-        write_random(pair.folder / "teacher", pair.teacher, seed=1, scale=0.2)
-        write_random(pair.folder / "student", pair.student, seed=2, scale=0.2)
-    return found
 
 
 Expected = Callable[[Case], FirstStep]

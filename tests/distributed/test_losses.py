@@ -29,7 +29,7 @@ from .first_step import Pair, plain_first_step, run_first_step
 from .first_step import settings as of_distill
 from .pool import Pool
 from .test_first_step import check
-from .tiny import DP2, LLAMA, PP2, PP2_EVEN, QWEN2_TIED, TP2_SP, VOCAB, WIDE, layout_name, name_of, relative_difference, write_random
+from .tiny import DP2, LLAMA, PP2, PP2_EVEN, QWEN2_TIED, TP2_SP, VOCAB, WIDE, layout_name, name_of, relative_difference
 
 N, D, E = 19, 12, 20
 ALL = {"forward_kl": 0.7, "reverse_kl": 0.3, "jensen_shannon": 1.3, "mse": 0.2, "cosine": 3.0, "cross_entropy": 0.4}
@@ -165,11 +165,7 @@ TP4_SP = Parallel(tensor=4, sequence=True)
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
-    found = {name: Pair(arch, tmp_path_factory.mktemp(name)) for name, arch in SHAPES.items()}
-    for pair in found.values():
-        write_random(pair.folder / "teacher", pair.teacher, seed=1, scale=0.2)
-        write_random(pair.folder / "student", pair.student, seed=2, scale=0.2)
-    return found
+    return {name: Pair(arch, tmp_path_factory.mktemp(name)).written() for name, arch in SHAPES.items()}
 
 
 @pytest.mark.parametrize(

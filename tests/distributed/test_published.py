@@ -13,8 +13,8 @@ from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.checkpoint.sharded import load_model, save_state
 from minitron_megatron.config.distill import Distill, Training
 from minitron_megatron.config.parallel import Parallel
-from minitron_megatron.model import fp8_weights
 from minitron_megatron.model.build import build_model
+from minitron_megatron.model.fp8 import weights as fp8_weights
 from minitron_megatron.parallel.layout import global_layout
 from minitron_megatron.parallel.world import World
 from minitron_megatron.training import optimizer, published

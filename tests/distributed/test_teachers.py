@@ -60,9 +60,7 @@ class Sums(dict[str, float]):
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    found = Pair(LLAMA, tmp_path_factory.mktemp("three_models"))
-    write_random(found.folder / "teacher", found.teacher, seed=1, scale=0.2)
-    write_random(found.folder / "student", found.student, seed=2, scale=0.2)
+    found = Pair(LLAMA, tmp_path_factory.mktemp("three_models")).written()
     write_random(found.folder / "second", SECOND, seed=3, scale=0.3)
     return found
 

@@ -31,7 +31,7 @@ from minitron_megatron.config.distill import Distill, Training  # noqa: E402
 from minitron_megatron.config.fp8 import ModelFp8  # noqa: E402
 from minitron_megatron.config.parallel import Parallel  # noqa: E402
 from minitron_megatron.model.build import build_model  # noqa: E402
-from minitron_megatron.model.fp8_weights import INITIAL_VALUE, weight_bytes  # noqa: E402
+from minitron_megatron.model.fp8.weights import INITIAL_VALUE, weight_bytes  # noqa: E402
 from minitron_megatron.model.gpt import StageModel  # noqa: E402
 from minitron_megatron.parallel.layout import Layout, global_layout  # noqa: E402
 from minitron_megatron.parallel.world import World, distributed_world  # noqa: E402

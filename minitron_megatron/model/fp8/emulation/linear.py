@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from minitron_megatron.config.fp8 import ModelFp8
 from minitron_megatron.errors import RecipeError
-from minitron_megatron.model.fp8_emulation.delayed import DelayedScaling
-from minitron_megatron.model.fp8_emulation.scaling import BlockScaling, LinearScaling, Rounded, TensorwiseScaling, Types
+from minitron_megatron.model.fp8.emulation.delayed import DelayedScaling
+from minitron_megatron.model.fp8.emulation.scaling import BlockScaling, LinearScaling, Rounded, TensorwiseScaling, Types
 from minitron_megatron.parallel.collectives import gather_first
 
 

@@ -14,7 +14,7 @@ from minitron_megatron.config.fp8 import Fp8, ModelFp8, Scaling
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.errors import RecipeError
 from minitron_megatron.model.build import transformer_config
-from minitron_megatron.model.fp8_flags import fp8_settings
+from minitron_megatron.model.fp8.flags import fp8_settings
 from minitron_megatron.parallel.split import EndWork
 from minitron_megatron.platform import Platform
 

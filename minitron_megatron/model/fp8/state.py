@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minitron_megatron.model.engine_scaling import engine_scaling_state
+from minitron_megatron.model.fp8.engine_scaling import engine_scaling_state
 from minitron_megatron.model.gpt import StageModel
 
 PREFIX = "fp8.layers."

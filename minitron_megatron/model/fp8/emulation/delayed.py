@@ -17,8 +17,8 @@ from megatron.core.tensor_parallel.random import is_checkpointing
 from torch import Tensor, nn
 
 from minitron_megatron.config.fp8 import ModelFp8
-from minitron_megatron.model.fp8_emulation.rounding import amax_of, largest
-from minitron_megatron.model.fp8_emulation.scaling import Rounded, Types, by_scale
+from minitron_megatron.model.fp8.emulation.rounding import amax_of, largest
+from minitron_megatron.model.fp8.emulation.scaling import Rounded, Types, by_scale
 
 INPUT, WEIGHT = 0, 1
 """Columns of the forward scales."""
@@ -50,7 +50,7 @@ class AmaxHistory(nn.Module):
         self.amax[0] = 0
 
     def fp8_scaling_state(self) -> dict[str, Tensor]:
-        """See model/fp8_state.py."""
+        """See model/fp8/state.py."""
         return {"amax": self.amax, "scale": self.scale}
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minitron_megatron.model import engine_scaling
-from minitron_megatron.model.fp8_state import scaling_state, unmoved_scaling
+from minitron_megatron.model.fp8 import engine_scaling
+from minitron_megatron.model.fp8.state import scaling_state, unmoved_scaling
 
 PASSES, TENSORS = 4, 3
 NAMES = ["forward.amax_history", "forward.scale", "backward.amax_history", "backward.scale"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minitron_megatron.model import fp8_weights
+from minitron_megatron.model.fp8 import weights as fp8_weights
 
 
 class Rounded(nn.Parameter):

@@ -18,10 +18,10 @@ activate("cpu")
 
 from minitron_megatron.config.fp8 import Fp8, ModelFp8  # noqa: E402
 from minitron_megatron.errors import RecipeError  # noqa: E402
-from minitron_megatron.model.fp8_emulation.delayed import AmaxHistory, DelayedScaling, move_together  # noqa: E402
-from minitron_megatron.model.fp8_emulation.linear import Ranks, RoundedProduct, linear_scaling  # noqa: E402
-from minitron_megatron.model.fp8_emulation.rounding import E4M3, E5M2, amax_of, block_rounded, mx_scale_of, rounded, scale_of  # noqa: E402
-from minitron_megatron.model.fp8_emulation.scaling import Types  # noqa: E402
+from minitron_megatron.model.fp8.emulation.delayed import AmaxHistory, DelayedScaling, move_together  # noqa: E402
+from minitron_megatron.model.fp8.emulation.linear import Ranks, RoundedProduct, linear_scaling  # noqa: E402
+from minitron_megatron.model.fp8.emulation.rounding import E4M3, E5M2, amax_of, block_rounded, mx_scale_of, rounded, scale_of  # noqa: E402
+from minitron_megatron.model.fp8.emulation.scaling import Types  # noqa: E402
 
 ONE_RANK = Ranks(None, shares_sequence=False, sums_gradient=False)
 
@@ -197,7 +197,7 @@ def test_a_recomputed_pass_has_the_scales_of_its_first_run_and_counts_once(monke
     """As megatron runs it: first without gradients, again in the backward pass, when the scales have moved on."""
     fp8 = ModelFp8("delayed", amax_history=4, emulated=True)
     scaling, recomputing = DelayedScaling(fp8, Types.of(fp8)), {"now": False}
-    monkeypatch.setattr("minitron_megatron.model.fp8_emulation.delayed.is_checkpointing", lambda: recomputing["now"])
+    monkeypatch.setattr("minitron_megatron.model.fp8.emulation.delayed.is_checkpointing", lambda: recomputing["now"])
     group = type("OneRank", (), {"size": lambda self: 1})()
     x = random_matrix(4, 8)
     first = []

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minitron_megatron.config.fp8 import ModelFp8
-from minitron_megatron.model.fp8_emulation.rounding import E4M3, E5M2, amax_of, block_rounded, rounded, scale_of
+from minitron_megatron.model.fp8.emulation.rounding import E4M3, E5M2, amax_of, block_rounded, rounded, scale_of
 
 
 class Rounded(NamedTuple):

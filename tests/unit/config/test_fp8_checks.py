@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from pydantic import ValidationError
+from shape_8b import LLAMA_8B, WIDTH, Recipes, problems
 
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.chain import STAGES, stage_id, stage_settings
@@ -16,21 +17,9 @@ from minitron_megatron.config.checks.target import rounded_target
 from minitron_megatron.config.family import load_recipe
 from minitron_megatron.config.fp8 import Fp8
 from minitron_megatron.config.schema import Recipe
-from minitron_megatron.errors import RecipeError
 from minitron_megatron.search.survey import survey
-from tests.unit.config.conftest import Recipes
 
-LLAMA_8B = Architecture("llama", 32, 4096, 32, 8, 128, 14336, 128256, False, 131072, 1e-5, 500000.0)
 ODD = Architecture("llama", 4, 48, 6, 2, 8, 60, 131, True, 4096, 1e-6, 10000.0)  # queries 48, with keys and values 80 rows; neurons 60
-WIDTH = {"prune": {"target": {"hidden": 3072, "ffn": 9216}}, "distill": {"sequence_length": 4096}}
-
-
-def problems(file: Path, overrides: list[str], source: Architecture = LLAMA_8B) -> list[str]:
-    try:
-        check_recipe(load_recipe(file, overrides), source)
-    except RecipeError as error:
-        return error.problems
-    return []
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import pytest
-
-from tests.unit.config.conftest import Recipes
-from tests.unit.config.test_fp8_checks import WIDTH, problems
+from shape_8b import WIDTH, Recipes, problems
 
 OVERLAPPED = ["training.overlap_tensor_parallel=true", "parallel.tensor=2", "parallel.sequence=true", "platform=cuda"]
 

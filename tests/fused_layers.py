@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from minitron_megatron.model import gpt
 from minitron_megatron.model.modules import local_layer_spec, norm_of
+from minitron_megatron.platform.versions import submodules_of
 
 
 class FusedLinear(ColumnParallelLinear):
@@ -88,9 +90,10 @@ def fused_block_spec(config: TransformerConfig, layers: range) -> TransformerBlo
     layer.input_layernorm, attention.linear_qkv = IdentityOp, FusedLinear
     layer.sharded_state_dict_keys_map = {}
     if config.num_moe_experts:
-        layer.mlp.submodules.experts = ModuleSpec(TEGroupedMLP, submodules=MLPSubmodules(linear_fc1=GroupedLinear, linear_fc2=GroupedLinear))
+        kind = partial if isinstance(layer.mlp, partial) else ModuleSpec
+        submodules_of(layer.mlp).experts = kind(TEGroupedMLP, submodules=MLPSubmodules(linear_fc1=GroupedLinear, linear_fc2=GroupedLinear))
     else:
-        layer.pre_mlp_layernorm, layer.mlp.submodules.linear_fc1 = IdentityOp, FusedLinear
+        layer.pre_mlp_layernorm, submodules_of(layer.mlp).linear_fc1 = IdentityOp, FusedLinear
     return TransformerBlockSubmodules(layer_specs=[spec] * len(layers), layer_norm=norm_of(config))
 
 

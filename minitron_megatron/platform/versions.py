@@ -32,8 +32,9 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import re
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 from minitron_megatron.errors import PlatformError
 
@@ -79,6 +80,11 @@ def require_readable(directory: Path | str) -> None:
             f"{path}: has no common.pt, so a newer megatron-core wrote it; {_dotted(installed())} is installed "
             "here and cannot read it: use the newer release, or export to Hugging Face format there and import here"
         )
+
+
+def submodules_of(entry: Any) -> Any:
+    """The submodules of an entry of a layer spec: of a ModuleSpec (0.16.1), or of a call with its arguments (0.19.2); None where it has none."""
+    return entry.keywords.get("submodules") if isinstance(entry, partial) else getattr(entry, "submodules", None)
 
 
 def asynchronous_save() -> dict[str, str]:

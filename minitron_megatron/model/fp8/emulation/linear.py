@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
 from minitron_megatron.config.fp8 import ModelFp8
@@ -19,6 +18,7 @@ from minitron_megatron.errors import RecipeError
 from minitron_megatron.model.fp8.emulation.delayed import DelayedScaling
 from minitron_megatron.model.fp8.emulation.scaling import BlockScaling, LinearScaling, Rounded, TensorwiseScaling, Types
 from minitron_megatron.parallel.collectives import gather_first
+from minitron_megatron.platform.versions import submodules_of
 
 
 class Ranks(NamedTuple):
@@ -138,11 +138,10 @@ def put_emulated_linears(submodules: Any) -> None:
     """The emulated classes into megatron's spec of a layer: attention's and the FFN's linears, those of experts too; no router, no norm."""
     kinds: dict[Any, type] = {ColumnParallelLinear: EmulatedColumnParallelLinear, RowParallelLinear: EmulatedRowParallelLinear}
     for name, entry in list(vars(submodules).items()):
-        if isinstance(entry, ModuleSpec):
-            if entry.submodules is not None:
-                put_emulated_linears(entry.submodules)
-        elif isinstance(entry, type) and entry in kinds:
+        if isinstance(entry, type) and entry in kinds:
             setattr(submodules, name, kinds[entry])
+        elif (inner := submodules_of(entry)) is not None:
+            put_emulated_linears(inner)
 
 
 def _round_frozen_weight(module: Any, _: Any) -> None:

@@ -136,7 +136,7 @@ def fp8(ground: Ground) -> list[Claim]:
     """Distillations in FP8 beside the one in bf16, and the frozen teacher's logits."""
     plain = ground.distilled(ground.setting(), ground.steps)
     several = f"mean loss of each {ground.window} of {ground.steps} steps, against bf16"
-    reason = "the issue's: 2 %; the same samples in the same order"
+    reason = "what is asked of FP8: 2 %; the same samples in the same order"
 
     def trained(name: str, scaling: str, **given: object) -> Claim:
         run = ground.distilled(ground.setting(fp8=scaling), ground.steps, **given)
@@ -183,7 +183,7 @@ def memory(ground: Ground) -> list[Claim]:
             (Run.of("memory", ground.setting(fp8=scaling), **sizes), plain),
             ratio(name),
             0.6,
-            "the issue's; embedding and output layer stay in bf16: 9.1 of 16.1 GB",
+            "what is asked of an FP8 teacher; embedding and output layer stay in bf16: 9.1 of 16.1 GB",
         )
         for scaling in ground.teachers
         for name, when in (("weights", "as built"), ("behind_a_pass", "behind a forward pass"))

@@ -23,7 +23,7 @@ from minitron_megatron.checkpoint.sharded import load_model
 from minitron_megatron.checkpoint.tensors import tensor_table
 from minitron_megatron.checkpoint.torch_dist import MegatronSource
 from minitron_megatron.config.fp8 import ModelFp8
-from minitron_megatron.data.batches import Batch, MicroBatches
+from minitron_megatron.data.batches import Batch, MicroBatches, of_context_rank
 from minitron_megatron.distill.exchange import Exchange, Route, StateShape
 from minitron_megatron.distill.handover import HandoverStore, Held
 from minitron_megatron.distill.hidden.map import StateName, stage_of
@@ -100,7 +100,9 @@ class Teacher:
         batches = batches_of_rank(groups, load, layout)
         forward_only(self.model, batches, consume=hold, after=hold_inner)
         if groups:
-            self.exchange.run([self._route(item) for item in (last, *wanted)], groups, made, arrived, self._shape(load(groups[0])))
+            # a rank without any has to know the shape of those that it does not run
+            shaped = batches[0] if batches else of_context_rank(load(groups[0]), layout.context_rank, layout.context)
+            self.exchange.run([self._route(item) for item in (last, *wanted)], groups, made, arrived, self._shape(shaped))
         return TeacherStates(self, arrived)
 
     def _route(self, wanted: Wanted) -> Route:
@@ -109,7 +111,7 @@ class Teacher:
 
     def _shape(self, batch: Batch) -> StateShape:
         samples, sequence = batch.tokens_BS.shape
-        return StateShape(sequence // self.student.context, samples, self.model.config.hidden_size, self.model.config.params_dtype)
+        return StateShape(sequence, samples, self.model.config.hidden_size, self.model.config.params_dtype)
 
 
 class TeacherStates:

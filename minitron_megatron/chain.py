@@ -45,6 +45,11 @@ class Stage:
     asked_by: str = ""
     """Section of the recipe without which the stage is no part of the chain; every chain has the others."""
 
+    @property
+    def computes(self) -> bool:
+        """Whether it, or what it has started, builds models: then the device and the recipe's precision are its business."""
+        return self.directs or (self.distributed and not self.streams)
+
 
 def _may_change(section: str) -> tuple[str, ...]:
     return tuple(f"{section}.{name}" for name in MAY_CHANGE_IN_A_RUN)
@@ -164,7 +169,7 @@ def run_id(stage: Stage, recipe: Recipe, inputs: dict[str, Artifact]) -> str:
 
 
 def _hash(stage: Stage, recipe: Recipe, inputs: dict[str, Artifact], settings: dict[str, Any]) -> str:
-    if stage.directs or (stage.distributed and not stage.streams):
+    if stage.computes:
         settings = {**settings, "precision": recipe.precision}
     return artifact_id(stage.name, settings, {name: artifact.id for name, artifact in inputs.items()}, outside_files(stage, recipe))
 

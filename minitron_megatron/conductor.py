@@ -33,7 +33,7 @@ def run_stages(names: Iterable[str], recipe_path: str, overrides: list[str], sha
     shared: folders of other runs, whose artifacts are taken where they are what this run would make.
     """
     wanted = list(names)
-    recipe, _ = prepare(recipe_path, overrides, needs_device=not all(STAGES[name].streams for name in wanted))
+    recipe, _ = prepare(recipe_path, overrides, needs_device=any(STAGES[name].computes for name in wanted))
     for name in wanted:
         require_asked(STAGES[name], recipe, recipe_path)
         outside_files(STAGES[name], recipe)  # a task file that is not there is told ahead of the hours before its stage

@@ -81,14 +81,15 @@ def precision_notes(recipe: Recipe) -> list[str]:
     """Of models that do not compute in the recipe's precision alone."""
     notes, fp8 = [], recipe.fp8
     if recipe.teacher_precision != "same":
-        notes.append(f"Teacher in {recipe.teacher_precision}, beside {recipe.precision} for all else")
+        all_else = "bf16 where the machine has it, or fp32" if recipe.precision == "auto" else recipe.precision
+        notes.append(f"Teacher in {recipe.teacher_precision}, all else in {all_else}")
     if fp8 is None:
         return notes
     kind = "emulated FP8" if fp8.emulated else "FP8"
     if fp8.of_teacher:
         notes.append(f"Teacher's layers in {kind}, {fp8.teacher} scaling, their weights too")
     if student := fp8.of_student:
-        weights = ", their weights too beside an fp32 main copy" if student.weights else ""
+        weights = ", their weights too beside an fp32 main copy" if student.weights and not fp8.emulated else ""
         ends = ", but for the first and the last" if student.first_last_layers_bf16 else ""
         notes.append(f"Layers of what is trained in {kind}, {fp8.student} scaling{ends}{weights}")
     notes.append("Embedding, output layer, norms, attention scores, losses and every stage that does not train: no FP8")

@@ -22,6 +22,7 @@ from minitron_megatron.health import require_links
 from minitron_megatron.parallel.world import World, distributed_world, rank_and_size
 from minitron_megatron.platform import Platform, activate
 from minitron_megatron.platform.deterministic import be_deterministic
+from minitron_megatron.platform.engine_needs import require_engine
 from minitron_megatron.platform.fp8_support import require_fp8
 from minitron_megatron.platform.fused import first_lines
 from minitron_megatron.platform.lifetime import end_with_parent
@@ -44,7 +45,9 @@ def prepare(recipe_path: str, overrides: list[str], *, needs_device: bool = True
     if recipe.training.deterministic:
         be_deterministic(platform)
     if needs_device:
-        require_fp8(recipe.fp8, platform)  # ahead of the hours before the first stage that trains
+        # ahead of the hours before the first stage that trains
+        require_engine(recipe, platform)
+        require_fp8(recipe.fp8, platform)
     precision = recipe.precision if recipe.precision != "auto" else ("bf16" if platform.supports_bf16_matmul() else "fp32")
     return recipe.model_copy(update={"precision": precision, "platform": platform.kind}), platform
 
@@ -110,7 +113,7 @@ def _run(connections: ExitStack, stage_name: str, recipe_path: str, *overrides: 
     if stage_name not in STAGES:
         raise MinitronError(f"unknown stage '{stage_name}'; stages: {', '.join(STAGES)}")
     stage, is_main = STAGES[stage_name], rank_and_size()[0] == 0
-    recipe, platform = prepare(recipe_path, list(overrides), needs_device=not stage.streams)
+    recipe, platform = prepare(recipe_path, list(overrides), needs_device=stage.computes)
     require_asked(stage, recipe, recipe_path)
     if finished(stage, recipe):
         if is_main:

@@ -40,6 +40,10 @@ class ModelFp8:
     margin: int = 0
     emulated: bool = False
 
+    def covers(self, layer: int, layers: int) -> bool:
+        """Whether this one of a model's layers computes in FP8."""
+        return not (self.first_last_layers_bf16 and layer in (0, layers - 1))
+
     def shaping(self) -> dict[str, Any]:
         """The values that shape what is computed under this scaling."""
         unread = () if self.scaling == "delayed" else OF_DELAYED
@@ -55,7 +59,7 @@ class Fp8(Section):
     student: Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8", "nvfp4"] = Field(
         "none", description="scaling of the model that a stage trains"
     )
-    format: Format = Field("hybrid", description="hybrid: e4m3 forward, e5m2 for gradients; e4m3: for both")
+    format: Format = Field("hybrid", description="of the student. hybrid: e4m3 forward, e5m2 for gradients; e4m3: for both")
     weights: bool = Field(
         False, description="the student's weights are FP8, beside the fp32 main copy; with a distributed optimizer they are gathered so"
     )
@@ -78,14 +82,14 @@ class Fp8(Section):
 
     @property
     def of_teacher(self) -> ModelFp8 | None:
-        return None if self.teacher == "none" else self._of(self.teacher, weights=True)
+        return None if self.teacher == "none" else ModelFp8(self.teacher, weights=True, emulated=self.emulated)
 
     @property
     def of_student(self) -> ModelFp8 | None:
-        return None if self.student == "none" else self._of(self.student, weights=self.weights, ends_bf16=self.first_last_layers_bf16)
-
-    def _of(self, scaling: Scaling, *, weights: bool, ends_bf16: bool = False) -> ModelFp8:
-        return ModelFp8(scaling, self.format, weights, ends_bf16, self.amax_history, self.amax_algorithm, self.margin, self.emulated)
+        if self.student == "none":
+            return None
+        past = (self.amax_history, self.amax_algorithm, self.margin)
+        return ModelFp8(self.student, self.format, self.weights, self.first_last_layers_bf16, *past, self.emulated)
 
 
 class Numbers(Section):

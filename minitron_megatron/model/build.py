@@ -17,7 +17,6 @@ from torch import nn
 
 from minitron_megatron.arch.architecture import Architecture
 from minitron_megatron.config.fp8 import ModelFp8
-from minitron_megatron.errors import LayoutError, PlatformError
 from minitron_megatron.model.experts import expert_settings
 from minitron_megatron.model.fp8.emulation.delayed import move_with_passes
 from minitron_megatron.model.fp8.flags import fp8_settings
@@ -131,20 +130,15 @@ def transformer_config(
 ) -> LayerConfig:
     """Architecture × Layout → megatron's config; what depends on the machine comes from the platform.
 
-    Raises LayoutError for context ranks in fp32 where the attention is Transformer Engine's.
+    What is missing of it, platform/engine_needs.py has refused.
     """
-    if layout.context > 1 and dtype == torch.float32 and platform.transformer_engine:
-        raise LayoutError(
-            f"parallel.context={layout.context}: Transformer Engine's attention shares sequences out in 16 bits only, and the model is fp32; "
-            "set precision=bf16, or parallel.context=1"
-        )
     flags = megatron_flags(platform, arch.family.activation)
     if layout.virtual > 1:
         # batched sends and receives make the gradients of two stages with a virtual pipeline silently wrong; and ranks that wait for each
         # send stand in step with each other pass by pass, which a last stage with the loss in its forward pass makes slow
         flags |= {"batch_p2p_comm": False, "overlap_p2p_comm": True}
     if overlap_exchange:
-        flags |= _overlap_flags(platform)
+        flags |= {"tp_comm_overlap": True}
     if arch.ffn_per_layer:
         flags |= {"ffn_per_layer": arch.ffn_per_layer, "heterogeneous_block_specs": True}
     return LayerConfig(
@@ -183,12 +177,6 @@ def transformer_config(
         **fp8_settings(fp8),
         **flags,
     )
-
-
-def _overlap_flags(platform: Platform) -> dict[str, Any]:
-    if not platform.transformer_engine:
-        raise PlatformError("training.overlap_tensor_parallel=true needs Transformer Engine on CUDA; install it, or set it to false")
-    return {"tp_comm_overlap": True}
 
 
 def _recompute(recompute: str, arch: Architecture) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Causal attention of a rank that has part of a sequence: keys and values come from all context ranks, queries are its own.
 
-Transformer Engine has its own way, a ring (model's spec on CUDA); this one needs torch alone.
+Transformer Engine has its own way, a ring, in 16 bits; this one needs torch alone.
 
 Legend: S sequence, s = S / R this rank's part of it, c = s / 2 one of its two chunks, B batch, h this rank's query heads, g its key/value groups,
 K head channels.

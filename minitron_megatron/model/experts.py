@@ -14,6 +14,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from minitron_megatron.arch.architecture import Architecture
+from minitron_megatron.config.fp8 import MULTIPLE
 from minitron_megatron.data.batches import Batch, filler
 from minitron_megatron.errors import PlatformError
 from minitron_megatron.parallel.layout import Layout
@@ -72,6 +73,7 @@ def same_number_of_passes(batches: list[Batch], layout: Layout, device: torch.de
 
 
 def _made_from_nothing(device: torch.device) -> Batch:
-    """Two tokens: every pipeline stage of a rank without micro-batches takes the same."""
-    tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
-    return Batch(tokens, tokens, torch.zeros_like(tokens, dtype=torch.float32), torch.tensor([[0, 1]], device=device), tokens[:, 0])
+    """Every pipeline stage of a rank without micro-batches takes the same; as many tokens as FP8 products of any scaling divide."""
+    positions = torch.arange(max(MULTIPLE.values()), device=device)[None]
+    tokens = torch.zeros_like(positions)
+    return Batch(tokens, tokens, torch.zeros_like(tokens, dtype=torch.float32), positions, tokens[:, 0])

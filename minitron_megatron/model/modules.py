@@ -119,8 +119,8 @@ def local_layer_spec(config: TransformerConfig, *, emulated: bool = False) -> Mo
 def block_spec(config: TransformerConfig, layers: range) -> TransformerBlockSubmodules:
     """The spec of one pipeline stage; layers: its own, counted from 0 over the whole model. platform/activate.py says whose modules they are."""
     if config.transformer_impl == "transformer_engine":
-        return engine_block_spec(config, len(layers))
+        return engine_block_spec(config, len(layers), CausalAttention)
     fp8: ModelFp8 | None = getattr(config, "emulated_fp8", None)
-    ends = {0, config.num_layers - 1} if fp8 and fp8.first_last_layers_bf16 else set()
     specs = {emulated: local_layer_spec(config, emulated=emulated) for emulated in (False, True)}
-    return TransformerBlockSubmodules(layer_specs=[specs[fp8 is not None and layer not in ends] for layer in layers], layer_norm=norm_of(config))
+    of_layers = [specs[fp8 is not None and fp8.covers(layer, config.num_layers)] for layer in layers]
+    return TransformerBlockSubmodules(layer_specs=of_layers, layer_norm=norm_of(config))

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from minitron_megatron.parallel.collectives import gather_first
+
 
 def chunks_of_rank(rank: int, ranks: int) -> tuple[int, int]:
     """Which two of the 2 · ranks chunks a rank has, in order."""
@@ -46,9 +48,7 @@ class GatheredSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_s: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        gathered = x_s.new_empty((group.size() * x_s.shape[0], *x_s.shape[1:]))
-        dist.all_gather_into_tensor(gathered, x_s.contiguous(), group=group)
-        return in_order(gathered.unflatten(0, (group.size(), -1)))
+        return in_order(gather_first(x_s, group))
 
     @staticmethod
     @torch.autograd.function.once_differentiable

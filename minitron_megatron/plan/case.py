@@ -17,6 +17,7 @@ from minitron_megatron.distill.hidden.map import hidden_terms, layer_pairs, proj
 from minitron_megatron.parallel.split import EndWork, distillation_work, hidden_state_work
 from minitron_megatron.plan.activations import Kernels, Pass
 from minitron_megatron.plan.cluster import Cluster
+from minitron_megatron.plan.fp8 import require_scalings
 from minitron_megatron.plan.gpus import GIB, KEPT_FREE_GIB, REACHED, Shares
 from minitron_megatron.plan.memory import TeacherPlan, TrainingPlan
 from minitron_megatron.plan.split import Split, split_of, teacher_split
@@ -74,7 +75,11 @@ class Case:
     @cached_property
     def machine(self) -> Machine | None:
         """None where no time is known: without a GPU, and for fp32, whose peak no data sheet here has."""
-        return Machine.of(self.cluster, self.shares) if self.kernels == "cuda" and self.precision == "bf16" else None
+        if self.kernels == "cpu" or self.precision == "fp32":
+            return None
+        if self.recipe.fp8 and self.cluster.gpu and self.in_fp8:
+            require_scalings(self.recipe.fp8, self.cluster.gpu)
+        return Machine.of(self.cluster, self.shares)
 
     @property
     def memory_limit(self) -> int | None:

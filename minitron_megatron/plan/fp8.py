@@ -8,19 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from minitron_megatron.config.fp8 import ModelFp8, Scaling
+from minitron_megatron.config.fp8 import Fp8, ModelFp8, Scaling
+from minitron_megatron.errors import PlatformError
+from minitron_megatron.plan.gpus import Accelerator
 from minitron_megatron.plan.weights import Weight
+from minitron_megatron.platform.fp8_support import Fp8Machine, obstacles
 
+CUDA, TRANSFORMER_ENGINE = (13, 0), (2, 11)
 FP32 = 4
 BLOCK, MX_BLOCK, FP4_BLOCK = 128, 32, 16
 """Values to a scale; blockwise scales a weight by squares of such a side."""
 
 
+def require_scalings(fp8: Fp8, gpu: Accelerator) -> None:
+    """Raises PlatformError where the GPU does not multiply by one of them, with the CUDA and the Transformer Engine of the image."""
+    problems = obstacles(fp8, Fp8Machine(gpu.name, gpu.capability, CUDA, TRANSFORMER_ENGINE))
+    if problems:
+        raise PlatformError("\n".join(problems))
+
+
 def is_fp8(weight: Weight, fp8: ModelFp8 | None, layers: int) -> bool:
     """Whether a matrix of a model of so many layers is multiplied in FP8."""
-    if fp8 is None or weight.sides is None:
-        return False
-    return not (fp8.first_last_layers_bf16 and weight.layer in (0, layers - 1))
+    return fp8 is not None and weight.sides is not None and fp8.covers(weight.layer, layers)
 
 
 def frozen_bytes(weights: Iterable[Weight], fp8: ModelFp8 | None, layers: int, width: int) -> int:
@@ -32,7 +41,7 @@ def cast_bytes(weights: Iterable[Weight], fp8: ModelFp8 | None, layers: int) -> 
     """What training keeps beside bf16 weights, or beside the rows of FP8 ones."""
     found = 0
     for weight in weights:
-        if fp8 and weight.sides and is_fp8(weight, fp8, layers):
+        if fp8 and weight.sides and fp8.covers(weight.layer, layers):
             rows, columns = along_rows(fp8.scaling, *weight.sides), along_columns(fp8.scaling, *weight.sides)
             found += columns + (rows - weight.elements if fp8.weights else rows)  # a byte of each element is the weight, the scales are beside it
     return found
@@ -61,7 +70,7 @@ def along_columns(scaling: Scaling, rows: int, columns: int) -> int:
 
 
 def _frozen(weight: Weight, fp8: ModelFp8 | None, layers: int, width: int) -> int:
-    if fp8 and weight.sides and is_fp8(weight, fp8, layers):
+    if fp8 and weight.sides and fp8.covers(weight.layer, layers):
         return along_rows(fp8.scaling, *weight.sides)
     return weight.elements * width
 

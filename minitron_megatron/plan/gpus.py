@@ -19,6 +19,8 @@ class Accelerator:
     memory_gib: float
     nvlink_bytes_per_second: float
     """In one direction, to all others of the node together."""
+    capability: tuple[int, int] = (9, 0)
+    """CUDA's, which decides on the scalings of FP8."""
 
 
 ACCELERATORS = {
@@ -26,10 +28,10 @@ ACCELERATORS = {
     for item in (
         # NVIDIA's data sheets: A100 80GB SXM (2021), H100 SXM (2023), H200 SXM (2024), DGX B200 (2024; an eighth of the system). Where a sheet gives
         # figures with sparsity, half of them; NVLink in one direction, half of what the sheet adds up. Sheets say GB and drivers report as many GiB.
-        Accelerator("A100-80GB", GPUS["A100_SXM_80GB"], 80, 300e9),
+        Accelerator("A100-80GB", GPUS["A100_SXM_80GB"], 80, 300e9, (8, 0)),
         Accelerator("H100-80GB", GPUS["H100_SXM"], 80, 450e9),
         Accelerator("H200-141GB", GPUS["H200"], 141, 450e9),
-        Accelerator("B200-180GB", Gpu({"bf16": 2250e12, "fp8": 4500e12}, 8.0e12), 180, 900e9),
+        Accelerator("B200-180GB", Gpu({"bf16": 2250e12, "fp8": 4500e12}, 8.0e12), 180, 900e9, (10, 0)),
     )
 }
 DEFAULT = "H100-80GB"

@@ -43,15 +43,9 @@ class Machine:
     def seconds(self, work: Work, sent: float = 0.0, *, span: int = 1) -> float:
         """sent: bytes that the rank sends, to ranks that are at most so many apart."""
         products = work.flops / (self.gpu.gpu.flops["bf16"] * self.shares.matrix)
-        products += work.fp8_flops / (self._fp8_flops * self.shares.matrix_fp8) if work.fp8_flops else 0.0
+        products += work.fp8_flops / (self.gpu.gpu.flops["fp8"] * self.shares.matrix_fp8) if work.fp8_flops else 0.0
         moved = work.bytes / (self.gpu.gpu.bytes_per_second * self.shares.memory)
         return products + moved + sent / self.link(span)
-
-    @property
-    def _fp8_flops(self) -> float:
-        if "fp8" not in self.gpu.gpu.flops:
-            raise PlatformError(f"{self.gpu.name} multiplies in no FP8, which the recipe's section fp8 asks for; leave it out, or name another GPU")
-        return self.gpu.gpu.flops["fp8"]
 
     def link(self, span: int) -> float:
         """Bytes a second of a rank in a group whose ranks are at most so many apart: within a node, or over the network."""

@@ -43,7 +43,7 @@ def layer_forward(run: Pass, layer: int) -> Work:
 
 
 def layer_in_fp8(run: Pass, layer: int) -> bool:
-    return run.fp8 is not None and not (run.fp8.first_last_layers_bf16 and layer in (0, run.split.arch.layers - 1))
+    return run.fp8 is not None and run.fp8.covers(layer, run.split.arch.layers)
 
 
 def _cast(run: Pass, layer: int) -> float:

@@ -24,10 +24,11 @@ def environment() -> dict[str, str]:
 def be_deterministic(platform: Platform) -> None:
     """To be called once, before the first matrix product and the first process group; nothing on a CPU.
 
-    What has no deterministic kernel warns and goes on: no operation of a training step is known to.
+    What has no deterministic kernel warns and goes on beside Transformer Engine, and raises without it.
     """
     if platform.kind == "cuda":
         os.environ.update(environment())
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        # without Transformer Engine attention is torch's, whose backward adds in any order where it may merely warn
+        torch.use_deterministic_algorithms(True, warn_only=platform.transformer_engine)
         # it would write into every fresh buffer, lest a program read one before it has written there: this one does not
         setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 - torch makes it a property of the module

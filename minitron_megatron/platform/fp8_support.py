@@ -80,7 +80,8 @@ def obstacles(fp8: Fp8, machine: Fp8Machine) -> list[str]:
 
 def _emulation_problems(fp8: Fp8, platform: Platform) -> list[str]:
     if platform.kind == "cpu":
-        mend = "set fp8.emulated=true, which rounds as FP8 would, or leave the section out"
+        scaling = " with another scaling than nvfp4" if "nvfp4" in (fp8.teacher, fp8.student) else ""
+        mend = f"set fp8.emulated=true{scaling}, which rounds as FP8 would, or leave the section out"
         return [] if fp8.emulated else [f"fp8: this process runs on a CPU, which multiplies in no FP8; {mend}"]
     if not platform.transformer_engine:
         return []

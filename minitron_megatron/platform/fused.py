@@ -89,7 +89,7 @@ def fused_paths(here: Installed) -> list[FusedPath]:
 
 
 def _attention(here: Installed) -> str:
-    """Never missing: no path keeps [S, S] scores, so that apex's fused softmax has nothing to do."""
+    """Never missing: no path keeps [S, S] scores, so that apex's fused softmax has nothing to do. In fp32 it is torch's (model/engine_spec.py)."""
     if not here.engine:
         return "torch's scaled_dot_product_attention"
     flash = [name for name, module in (("FlashAttention 3", "flash_attn_interface"), ("FlashAttention 2", "flash_attn")) if module in here.modules]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from minitron_megatron.arch.architecture import Architecture, kv_cache_bytes_per_token, nonembedding_parameter_count, parameter_count
+from minitron_megatron.config.checks.fp8 import ends_problems
 from minitron_megatron.config.checks.fp8_sizes import student_size_problems
 from minitron_megatron.config.checks.layout import layout_problems, list_problems
 from minitron_megatron.config.checks.target import target_architecture
@@ -178,8 +179,8 @@ def _judged(arch: Architecture, source: Architecture, budgets: list[Budget]) -> 
 def _obstacle(recipe: Recipe, search: Search, source: Architecture, arch: Architecture, teacher: Architecture) -> str:
     """Why this recipe cannot prune to the shape or train it; empty where it can."""
     trial = trial_recipe(recipe, search, cut_sizes(arch, source))
-    if sizes := student_size_problems(recipe, arch, "a candidate"):
-        return sizes[0]
+    if untrainable := student_size_problems(recipe, arch, "a candidate") + (ends_problems(recipe.fp8, arch) if recipe.fp8 else []):
+        return untrainable[0]
     try:
         target = target_architecture(trial, source)
     except RecipeError as error:

@@ -7,14 +7,12 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from megatron.core import optimizer as megatron_optimizer
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from minitron_megatron.config.distill import Training, TrainingRun
-from minitron_megatron.errors import PlatformError
 from minitron_megatron.model.fp8.weights import are_rounded, complete_copies
 from minitron_megatron.model.gpt import HiddenStateGPT
 
@@ -25,7 +23,8 @@ def make_optimizer(
     """Wraps the chunks of this process's stage; parameters of bf16 models have an fp32 main copy, gradients are fp32.
 
     Over one data-parallel rank there is nothing to share out and nothing to overlap: such a model has the plain optimizer, but where
-    its weights are FP8, which only the distributed optimizer can write. Raises PlatformError where its state could be saved but not loaded.
+    its weights are FP8, which only the distributed optimizer can write. With torch's Adam in the place of Transformer Engine's and apex's the
+    distributed one's state could be saved but not loaded: platform/engine_needs.py refuses that.
     """
     config = chunks[0].config
     several_ranks = chunks[0].layout.groups.dp_cp.size() > 1
@@ -34,8 +33,6 @@ def make_optimizer(
         if several_ranks or are_rounded(config)
         else DistributedDataParallelConfig(grad_reduce_in_fp32=True)
     )
-    if ddp.use_distributed_optimizer:
-        _require_loadable_state()
     wrapped = [
         # buckets of later chunks are not on the critical path (as in Megatron-LM)
         DistributedDataParallel(chunk.config, ddp, chunk, disable_bucketing=number > 0, pg_collection=chunk.layout.groups)
@@ -122,14 +119,6 @@ def _connect(config: Any, wrapped: list[DistributedDataParallel], optimizer: Meg
 
 def _one_or_all(functions: list[Callable[..., Any]]) -> Any:
     return functions[0] if len(functions) == 1 else functions
-
-
-def _require_loadable_state() -> None:
-    if megatron_optimizer.USING_PYTORCH_OPTIMIZER:
-        raise PlatformError(
-            "training.distributed_optimizer=true needs Transformer Engine's or apex's fused Adam: with torch's, megatron-core cannot load "
-            "the checkpoints that it writes; install one of them, or set training.distributed_optimizer=false"
-        )
 
 
 def _optimizer_config(settings: TrainingRun, config: TransformerConfig, ddp: DistributedDataParallelConfig) -> OptimizerConfig:

@@ -19,7 +19,7 @@ def scaling_entries(model: StageModel) -> dict[str, ShardedTensor]:
 
 
 def load_scaling(model: StageModel, folder: Path) -> None:
-    """Fills what the checkpoint holds in the model's shapes; the rest stays fresh: a run may change its scaling between two starts.
+    """Fills what the checkpoint holds; the rest stays fresh: under another expert layout a rank has experts in places that it does not know.
 
     Every process calls this.
     """

@@ -27,6 +27,7 @@ from minitron_megatron.model.fp8.state import scaling_state
 from minitron_megatron.model.run import forward_only
 from minitron_megatron.parallel.layout import global_layout
 from minitron_megatron.parallel.world import World
+from minitron_megatron.training.scaling_checkpoint import load_scaling
 
 from .conftest import Identical, Record
 from .first_step import FirstStep, Pair, accumulate, first_step, load_pair, run_first_step, settings
@@ -296,8 +297,15 @@ def test_a_continued_run_is_the_undisturbed_one_to_the_bit_with_scales_that_foll
     assert identical("delayed FP8 emulated: a continued run", f"{layout_name(parallel)}, {dtype}", same)
 
 
+def loaded_scales(world: World, pair: Pair, folder: Path) -> dict[str, Tensor]:
+    """Of one process's model, from a checkpoint of any layout."""
+    model = build_model(pair.student, global_layout(ONE, world), world.platform, torch.float32, trainable=True, fp8=DELAYED.of_student)
+    load_scaling(model, folder)
+    return {name: tensor.clone() for name, tensor in scaling_state(model).items()}
+
+
 def test_a_checkpoint_has_one_copy_of_the_scales_whatever_the_layout_and_another_layout_goes_on_from_it(
-    runs: Callable[..., list[Seen]], pair: Pair, tmp_path: Path
+    pool: Pool, runs: Callable[..., list[Seen]], pair: Pair, tmp_path: Path
 ) -> None:
     """One history and its scales for the two forward tensors and for the gradient of each of a layer's four linears."""
     wholes = {}
@@ -308,25 +316,16 @@ def test_a_checkpoint_has_one_copy_of_the_scales_whatever_the_layout_and_another
     assert held["tp2_sp"] == held["one"]
     assert len(held["one"]) == LLAMA.layers * 4 * 4
     assert held["one"]["fp8.layers.4.mlp.linear_fc2.scaling.ahead.amax"] == (3, 2)
+    written = [wholes[name].folder / "training" / f"step_{STOP:08d}" for name in ("one", "tp2_sp")]
+    one, cut = (pool.run(loaded_scales, pair, folder, processes=1)[0] for folder in written)
+    assert all(bool((scale != 1).all()) for name, scale in one.items() if name.endswith("scale"))
+    assert worst_difference(cut, one)[0] <= 5e-2
     shutil.copytree(tmp_path / "tp2_sp" / "training", tmp_path / "on" / "training")
     found = runs(replace(wholes["one"], folder=tmp_path / "on", save_at=()))[-1]
     again = runs(replace(wholes["one"], save_at=()))[-1]
     assert found.losses.keys() == {STOP, STOP + 1}
     # two steps behind fp32 sums of another order: a rounding that flips is a sixteenth of one weight or input
     assert relative_difference(torch.tensor(list(found.losses.values())), torch.tensor(list(again.losses.values()))) <= 1e-3
-
-
-def test_runs_go_on_with_fp8_from_a_checkpoint_without_it_and_without_it_from_one_that_has_it(
-    runs: Callable[..., list[Seen]], pair: Pair, tmp_path: Path
-) -> None:
-    """Scales that no checkpoint holds, or in another length of history, begin anew."""
-    none = Fp8()
-    longer = Fp8(student="delayed", amax_history=5, emulated=True)
-    for name, before, after in (("into", none, DELAYED), ("out_of", DELAYED, none), ("longer", DELAYED, longer)):
-        job = job_of(pair, tmp_path / name, fp8=before, until=1, save_at=(1,))
-        runs(job)
-        assert bool(scales_in(job.folder / "training" / "step_00000001")) == (before is DELAYED)
-        assert list(runs(replace(job, fp8=after, until=2, save_at=()))[-1].losses) == [1]
 
 
 def test_a_recipe_distils_in_emulated_fp8_and_publishes_weights_without_any_scales(pool: Pool, house: Path, tmp_path: Path) -> None:

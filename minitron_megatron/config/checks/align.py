@@ -19,7 +19,7 @@ class Rounded:
     notes: list[str] = field(default_factory=list)
     """One line for each size that changed: "ffn 9215 → 9216 (multiple of 64)"."""
     fp8: str = ""
-    """Why a multiple is not prune.align's alone: " for FP8 blockwise under tensor 4"."""
+    """Why a multiple is larger than prune.align's alone: " for FP8 blockwise under tensor 4"."""
     problems: list[str] = field(default_factory=list)
 
     def of(self, name: str, source: Architecture) -> int:
@@ -36,16 +36,17 @@ def rounded_sizes(prune: Prune, source: Architecture, fp8: Fp8Multiple | None = 
     """
     align, found = prune.align, Rounded(prune.target.sizes(), fp8=_reason(prune, fp8))
     of_heads = _heads_of_a_multiple(prune, source, fp8)
-    _round(found, "kv_groups", lcm(align.kv_groups, align.tensor, of_heads), [source.kv_groups])
+    _round(found, "kv_groups", lcm(align.kv_groups, align.tensor), of_heads, [source.kv_groups])
     groups = found.of("kv_groups", source)
     if "kv_groups" in found.sizes:
         found.sizes.setdefault("heads", source.heads_per_group * groups)
     if not found.problems and max(align.heads, align.tensor, of_heads) > 1:
-        _round(found, "heads", lcm(align.heads, align.tensor, of_heads, groups), [source.heads_per_group * groups])
-    _round(found, "ffn", ffn_multiple(prune, fp8), _ffn_limits(prune, source))
+        _round(found, "heads", lcm(align.heads, align.tensor, groups), of_heads, [source.heads_per_group * groups])
+    _round(found, "ffn", ffn_multiple(prune), ffn_multiple(prune, fp8), _ffn_limits(prune, source))
     heads = found.of("heads", source) if source.family.hidden_multiple_of_heads else 1
-    if (hidden := lcm(align.hidden, fp8.multiple if fp8 else 1)) > 1:
-        _round(found, "hidden", lcm(hidden, heads), [source.hidden])
+    of_hidden = fp8.multiple if fp8 else 1
+    if max(align.hidden, of_hidden) > 1:
+        _round(found, "hidden", lcm(align.hidden, heads), of_hidden, [source.hidden])
     return found
 
 
@@ -81,9 +82,13 @@ def _ffn_limits(prune: Prune, source: Architecture) -> list[int]:
     return limits if isinstance(ffn, list) else [min(limits, default=source.ffn)]
 
 
-def _round(found: Rounded, name: str, multiple: int, limits: list[int]) -> None:
-    """limits: what the source has of it (in its kept groups), for each size; from there on sizes stay, larger ones are refused elsewhere."""
-    named = found.sizes.get(name)
+def _round(found: Rounded, name: str, asked: int, of_fp8: int, limits: list[int]) -> None:
+    """asked: a multiple, by prune.align and the family; of_fp8: that of FP8, beside it.
+
+    limits: what the source has of it (in its kept groups), for each size; from there on sizes stay, larger ones are refused elsewhere.
+    """
+    named, multiple = found.sizes.get(name), lcm(asked, of_fp8)
+    why = found.fp8 if multiple > asked else ""
     if named is None or multiple == 1:
         return
     wanted = list(zip([named] if isinstance(named, int) else named, limits, strict=True))
@@ -91,9 +96,10 @@ def _round(found: Rounded, name: str, multiple: int, limits: list[int]) -> None:
     sizes = [size for size in new if size is not None]
     if len(sizes) < len(new):
         limit = wanted[new.index(None)][1]
-        found.problems.append(f"prune.align: no multiple of {multiple}{found.fp8} fits into the source's {name}={limit}; align {name} to less")
+        mend = "set prune.align.tensor to less, or fp8.student to another scaling, or to none" if why else f"align {name} to less"
+        found.problems.append(f"prune.align: no multiple of {multiple}{why} fits into the source's {name}={limit}; {mend}")
         return
     rounded: Size = sizes[0] if isinstance(named, int) else sizes
     if rounded != named:
-        found.notes.append(f"{name} {named} → {rounded} (multiple of {multiple}{found.fp8})")
+        found.notes.append(f"{name} {named} → {rounded} (multiple of {multiple}{why})")
         found.sizes[name] = rounded

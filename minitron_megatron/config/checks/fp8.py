@@ -13,7 +13,7 @@ from minitron_megatron.config.fp8 import OF_DELAYED, Fp8
 from minitron_megatron.config.schema import Recipe
 
 EMULATE = "fp8.emulated=true rounds the same way without such kernels"
-OF_STUDENT = ("weights", "first_last_layers_bf16")
+OF_STUDENT = ("format", "weights", "first_last_layers_bf16")
 
 
 def fp8_problems(recipe: Recipe, source: Architecture, target: Architecture | None, planned: Planned | None = None) -> list[str]:
@@ -21,7 +21,7 @@ def fp8_problems(recipe: Recipe, source: Architecture, target: Architecture | No
     fp8 = recipe.fp8
     if fp8 is None:
         return []
-    problems = _section_problems(fp8, recipe) + _weights_problems(fp8, recipe) + _ends_problems(fp8, target)
+    problems = _section_problems(fp8) + _weights_problems(fp8, recipe) + ends_problems(fp8, target)
     if fp8.emulated:
         return problems
     problems += _platform_problems(recipe, fp8) + token_problems(recipe, fp8)
@@ -37,7 +37,7 @@ def fp8_problems(recipe: Recipe, source: Architecture, target: Architecture | No
     return problems
 
 
-def _section_problems(fp8: Fp8, recipe: Recipe) -> list[str]:
+def _section_problems(fp8: Fp8) -> list[str]:
     # a candidate of a search is written out with every field: what counts is what differs from the default
     problems, named = [], {name for name, field in Fp8.model_fields.items() if getattr(fp8, name) != field.default}
     if fp8.teacher == fp8.student == "none":
@@ -45,17 +45,15 @@ def _section_problems(fp8: Fp8, recipe: Recipe) -> list[str]:
     unread = [f"fp8.{name}" for name in OF_DELAYED if name in named and fp8.student != "delayed"]
     if unread:
         problems.append(f"{', '.join(unread)}: only delayed scaling looks back over steps; leave out, or set fp8.student=delayed")
-    ignored = [f"fp8.{name}" for name in OF_STUDENT if getattr(fp8, name) and fp8.student == "none"]
+    ignored = [f"fp8.{name}" for name in OF_STUDENT if name in named and fp8.student == "none"]
     if ignored:
         problems.append(
             f"{', '.join(ignored)}: of the student, which is not in FP8; name fp8.student, or leave out (a teacher's weights are FP8 anyway)"
         )
-    if "nvfp4" in (fp8.teacher, fp8.student) and "format" in named:
+    if fp8.student == "nvfp4" and "format" in named:
         problems.append("fp8.format: nvfp4 has one format, e2m1 with e4m3 scales; leave it out")
     if fp8.emulated and "nvfp4" in (fp8.teacher, fp8.student):
         problems.append("fp8.emulated=true rounds to 8 bits; nvfp4 has 4: choose another scaling, or run it on a Blackwell GPU")
-    if fp8.teacher != "none" and recipe.distill.teacher_outputs == "stored" and recipe.teacher_logits is None:
-        problems.append("fp8.teacher: no stage of this recipe runs a teacher; leave it out")
     return problems
 
 
@@ -76,7 +74,8 @@ def _weights_problems(fp8: Fp8, recipe: Recipe) -> list[str]:
     return problems
 
 
-def _ends_problems(fp8: Fp8, target: Architecture | None) -> list[str]:
+def ends_problems(fp8: Fp8, target: Architecture | None) -> list[str]:
+    """target: None where it is not known yet."""
     if not fp8.first_last_layers_bf16 or fp8.student == "none":
         return []
     if fp8.student == "delayed":
@@ -92,7 +91,8 @@ def _ends_problems(fp8: Fp8, target: Architecture | None) -> list[str]:
 def _platform_problems(recipe: Recipe, fp8: Fp8) -> list[str]:
     problems = []
     if recipe.platform == "cpu":
-        problems.append(f"fp8: a CPU multiplies in no FP8; {EMULATE}, or leave the section out")
+        mend = "another scaling with fp8.emulated=true rounds the same way" if "nvfp4" in (fp8.teacher, fp8.student) else EMULATE
+        problems.append(f"fp8: a CPU multiplies in no FP8; {mend}, or leave the section out")
     of_teacher = "precision" if recipe.teacher_precision == "same" else "teacher_precision"
     asked = ((fp8.student, "precision", recipe.precision), (fp8.teacher, of_teacher, recipe.precision_of_teacher))
     problems += [

@@ -6,6 +6,7 @@ Read in Transformer Engine 2.11: `assert_dim_for_fp8_exec`, `is_quantizable` and
 from __future__ import annotations
 
 from math import lcm
+from typing import NamedTuple
 
 from minitron_megatron.arch.architecture import Architecture, nearest_multiples
 from minitron_megatron.config.fp8 import MULTIPLE, Fp8, Scaling
@@ -34,27 +35,41 @@ def fixed_size_problems(setting: str, scaling: Scaling, arch: Architecture, tens
 
 
 def teacher_size_problems(recipe: Recipe, scaling: Scaling, arch: Architecture, whose: str) -> list[str]:
-    """In its own layout for distill, in the student's for teacher-logits."""
-    own = recipe.parallel.teacher
-    layouts = {own.tensor} if isinstance(own, TeacherParallel) else {recipe.parallel.tensor}
-    layouts |= {recipe.parallel.tensor} if recipe.teacher_logits else set()
-    return [problem for tensor in sorted(layouts) for problem in fixed_size_problems("fp8.teacher", scaling, arch, tensor, whose)]
+    tensors = dict.fromkeys(layout.tensor for layout in _teacher_layouts(recipe))
+    return [problem for tensor in tensors for problem in fixed_size_problems("fp8.teacher", scaling, arch, tensor, whose)]
 
 
 def token_problems(recipe: Recipe, fp8: Fp8) -> list[str]:
     """Of a single sample: the last micro-batch of a validation may hold no more."""
-    parallel, own = recipe.parallel, recipe.parallel.teacher
+    parallel = recipe.parallel
     student_ranks = parallel.tensor if parallel.sequence else 1
     trained = {section: run.sequence_length for section, run in recipe.training_runs().items()} if fp8.student != "none" else {}
     problems = [
         problem for section, length in trained.items() for problem in _tokens_of(section, length, fp8.student, parallel.context, student_ranks)
     ]
     if fp8.teacher != "none":
-        ranks = {(own.tensor if own.sequence else 1) if isinstance(own, TeacherParallel) else student_ranks}
-        ranks |= {student_ranks} if recipe.teacher_logits else set()
-        for shared in sorted(ranks):
-            problems += _tokens_of("distill", recipe.distill.sequence_length, fp8.teacher, parallel.context, shared)
+        for context, _, shared in _teacher_layouts(recipe):
+            problems += _tokens_of("distill", recipe.distill.sequence_length, fp8.teacher, context, shared)
     return list(dict.fromkeys(problems))
+
+
+class _TeacherLayout(NamedTuple):
+    """What sizes and tokens depend on."""
+
+    context: int
+    tensor: int
+    sequence_ranks: int
+
+
+def _teacher_layouts(recipe: Recipe) -> list[_TeacherLayout]:
+    """Its own beside a student in distill; the student's in teacher-logits, where context ranks share samples out, not sequences."""
+    parallel, own = recipe.parallel, recipe.parallel.teacher
+    alone = _TeacherLayout(1, parallel.tensor, parallel.tensor if parallel.sequence else 1)
+    found = [alone] if recipe.teacher_logits else []
+    if recipe.distill.teacher_outputs == "live":
+        live = _TeacherLayout(1, own.tensor, own.tensor if own.sequence else 1) if isinstance(own, TeacherParallel) else alone
+        found.append(live._replace(context=parallel.context))
+    return found
 
 
 def _needed(name: str, size: int, scaling: Scaling, tensor: int) -> str:

@@ -91,4 +91,12 @@ def overlap_problems(recipe: Recipe) -> list[str]:
         problems.append(f"{where}: its buffers hold bf16 or FP8; set precision=bf16, or leave it out")
     if recipe.fp8 and recipe.fp8.student in ("blockwise", "nvfp4"):
         problems.append(f"{where}: its buffers do not carry {recipe.fp8.student} scales; set fp8.student=tensorwise, or leave it out")
+    if recipe.fp8 and recipe.fp8.student == "mxfp8":
+        multiple = 128 * parallel.context * parallel.tensor
+        problems += [
+            f"{where}: its buffers hold mxfp8 in 128 tokens of a rank at a time, and {section}.micro_batch × sequence_length = {tokens} is no "
+            f"multiple of {multiple}; nearest: {nearest_multiples(tokens, multiple)}"
+            for section, run in recipe.training_runs().items()
+            if (tokens := run.micro_batch * run.sequence_length) % multiple
+        ]
     return problems

@@ -30,6 +30,7 @@ ODD = Architecture("llama", 4, 48, 6, 2, 8, 60, 131, True, 4096, 1e-6, 10000.0) 
         ["fp8.student=mxfp8", "fp8.first_last_layers_bf16=true"],
         ["fp8.teacher=nvfp4", "fp8.student=nvfp4"],
         ["fp8.student=delayed", "fp8.amax_history=16"],
+        ["fp8.teacher=nvfp4", "fp8.student=tensorwise", "fp8.format=e4m3"],
     ],
 )
 def test_what_goes_together_is_taken(recipe_file: Recipes, overrides: list[str]) -> None:
@@ -68,11 +69,13 @@ def test_a_recipe_that_is_written_out_whole_is_the_same_one(recipe_file: Recipes
             "set fp8.weights=false",
         ),
         (["fp8.student=nvfp4", "fp8.weights=true"], "fp8.weights=true with fp8.student=nvfp4", "set fp8.weights=false"),
+        (["fp8.teacher=tensorwise", "fp8.format=e4m3"], "fp8.format: of the student, which is not in FP8", "leave out"),
         (["fp8.student=nvfp4", "fp8.format=e4m3"], "fp8.format: nvfp4 has one format", "leave it out"),
         (["fp8.student=nvfp4", "fp8.emulated=true"], "fp8.emulated=true rounds to 8 bits", "choose another scaling"),
         (["fp8.student=delayed", "precision=fp32"], "precision=fp32: what is not FP8 beside it is bf16", "set bf16"),
         (["fp8.teacher=tensorwise", "teacher_precision=fp32"], "teacher_precision=fp32: what is not FP8", "set bf16"),
         (["fp8.student=delayed", "platform=cpu"], "fp8: a CPU multiplies in no FP8", "fp8.emulated=true"),
+        (["fp8.student=nvfp4", "platform=cpu"], "fp8: a CPU multiplies in no FP8", "another scaling with fp8.emulated=true"),
         (
             ["fp8.student=tensorwise", "fp8.first_last_layers_bf16=true", "prune.target.layers=2"],
             "fp8.first_last_layers_bf16=true leaves none of 2 layers in FP8",
@@ -112,6 +115,15 @@ def test_a_source_whose_sides_are_no_multiples_is_refused_side_by_side(recipe_fi
         "(heads + 2 × kv_groups) × head_channels",
         "ffn",
     ]
+
+
+def test_stored_outputs_are_asked_of_the_layout_that_makes_them(recipe_file: Recipes) -> None:
+    """teacher-logits takes context ranks as data-parallel ranks and has no layout of the teacher's own: 4112 = 257 × 16 tokens are whole there."""
+    stored = {"distill": {"sequence_length": 4112, "teacher_outputs": "stored"}, "teacher_logits": {}, **{"prune": WIDTH["prune"]}}
+    overrides = ["fp8.teacher=tensorwise", "parallel.context=2"]
+    assert problems(recipe_file(**stored), overrides) == []
+    live = problems(recipe_file(**stored), [*overrides, "distill.teacher_outputs=live"])
+    assert [line for line in live if "needs a multiple of 32 under parallel.context=2" in line], live
 
 
 def test_an_emulation_asks_for_no_sizes(recipe_file: Recipes) -> None:
@@ -159,8 +171,25 @@ def test_heads_are_kept_so_that_their_channels_fill_blocks() -> None:
     assert (target.heads, target.kv_groups) == (48, 12)
     assert told == [
         "kv_groups 13 → 12 (multiple of 4 for FP8 blockwise under tensor 2)",
-        "heads 42 → 48 (multiple of 12 for FP8 blockwise under tensor 2)",
+        "heads 42 → 48 (multiple of 12)",  # of the groups alone
     ]
+
+
+def test_a_multiple_is_fp8s_where_nothing_else_asks_for_as_much(recipe_file: Recipes) -> None:
+    """9215: of 256 neurons by prune.align itself, which four ranks of 16 divide."""
+    align = ["prune.align.ffn=256", "prune.align.tensor=4", "parallel.tensor=4"]
+    file = recipe_file(prune={"target": {"hidden": 3072, "ffn": 9215}}, distill={"sequence_length": 4096})
+    recipe = load_recipe(file, ["fp8.student=delayed", *align])
+    assert rounded_target(recipe.prune, LLAMA_8B, recipe.fp8_multiple)[1] == ["ffn 9215 → 9216 (multiple of 256)"]
+
+
+def test_a_multiple_that_fits_nowhere_is_refused_with_what_asked_for_it(recipe_file: Recipes) -> None:
+    file = recipe_file(prune={"target": {"ffn": 12}}, distill={"sequence_length": 128})
+    [problem] = [found for found in problems(file, ["fp8.student=blockwise"], ODD) if found.startswith("prune.align")]
+    assert problem == (
+        "prune.align: no multiple of 128 for FP8 blockwise under tensor 1 fits into the source's ffn=60; "
+        "set prune.align.tensor to less, or fp8.student to another scaling, or to none"
+    )
 
 
 def test_a_layout_that_pruning_was_not_told_of_is_refused_with_the_mend(recipe_file: Recipes) -> None:
@@ -188,6 +217,16 @@ def test_a_search_leaves_out_what_fp8_cannot_train(recipe_file: Recipes) -> None
     assert {(item.arch.hidden, item.arch.ffn) for item in found.survivors} == {(3072, 9216), (3072, 8960)}
     reason = next(item.reason for item in found.candidates if item.arch.ffn == 9200 and item.arch.hidden == 3072)
     assert reason == "fp8.student=blockwise: a candidate has ffn=9200, and its matrices need multiples of 128; nearest: 9088, 9216"
+
+
+def test_a_search_leaves_out_candidates_that_would_have_no_layer_in_fp8(recipe_file: Recipes) -> None:
+    space = {"space": {"layers": [2, 16]}, "parameters": 4.5e9, "tolerance": 0.9}
+    file = recipe_file(prune=None, search=space, distill={"sequence_length": 4096})
+    recipe = load_recipe(file, ["fp8.student=tensorwise", "fp8.first_last_layers_bf16=true"])
+    found = survey(recipe, recipe.search, LLAMA_8B)  # type: ignore[arg-type]  # the recipe has one
+    assert {item.arch.layers for item in found.survivors} == {16}
+    [reason] = {item.reason for item in found.candidates if item.arch.layers == 2}
+    assert reason.startswith("fp8.first_last_layers_bf16=true leaves none of 2 layers in FP8")
 
 
 def test_a_search_is_told_once_what_its_short_distillation_alone_cannot_do(recipe_file: Recipes) -> None:
@@ -268,6 +307,9 @@ def test_settings_that_a_scaling_does_not_read_shape_nothing() -> None:
     stage = STAGES["distill"]
     assert stage_settings(stage, small_recipe(student="tensorwise", margin=2)) == stage_settings(stage, small_recipe(student="tensorwise"))
     assert stage_settings(stage, small_recipe(student="delayed", margin=2)) != stage_settings(stage, small_recipe(student="delayed"))
+    stored = STAGES["teacher-logits"]  # gradients are the student's alone
+    both = {"teacher": "tensorwise", "student": "tensorwise"}
+    assert stage_settings(stored, small_recipe(**both, format="e4m3")) == stage_settings(stored, small_recipe(**both))
     # a size that both scalings ask for is pruned once
     assert stage_settings(STAGES["prune"], small_recipe(student="delayed")) == stage_settings(STAGES["prune"], small_recipe(student="tensorwise"))
 

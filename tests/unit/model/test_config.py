@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from minitron_megatron.arch.architecture import Architecture
-from minitron_megatron.errors import LayoutError, PlatformError
 from minitron_megatron.model import build
 from minitron_megatron.model.build import transformer_config
 from minitron_megatron.parallel.split import EndWork
@@ -24,16 +22,6 @@ def test_on_a_gpu_the_activation_is_fused_where_megatron_can(layout: Any, family
     assert config.bias_activation_fusion is fused
 
 
-def test_context_ranks_in_fp32_are_refused_where_the_attention_is_transformer_engines(layout: Any) -> None:
-    """Of its attentions only those of 16 bits share sequences out; it would say that it has none, at the first step."""
-    arch = Architecture("llama", 3, 24, 8, 2, 6, 16, 131, False, 64, 1e-5, 10000.0)
-    shared, engine = replace(layout, context=2), Platform("cuda", "nccl", torch.device("cuda"), transformer_engine=True)
-    with pytest.raises(LayoutError, match=r"parallel.context=2: .* set precision=bf16, or parallel.context=1"):
-        transformer_config(arch, shared, engine, torch.float32, ends=EndWork(0, 0))
-    ours = transformer_config(arch, shared, replace(engine, transformer_engine=False), torch.float32, ends=EndWork(0, 0))
-    assert ours.context_parallel_size == 2
-
-
 def test_overlap_and_deterministic_mode_are_megatrons_on_a_gpu_alone(layout: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU gives the same bits anyway, and has nothing to overlap with."""
     arch, gpu = Architecture("llama", 3, 64, 8, 2, 8, 64, 131, False, 64, 1e-5, 10000.0), torch.device("cuda")
@@ -41,8 +29,6 @@ def test_overlap_and_deterministic_mode_are_megatrons_on_a_gpu_alone(layout: Any
     without_engine = Platform("cuda", "nccl", gpu)
     assert transformer_config(arch, layout, without_engine, torch.bfloat16, **asked).deterministic_mode
     assert not transformer_config(arch, layout, activate("cpu"), torch.bfloat16, **asked).deterministic_mode
-    with pytest.raises(PlatformError, match="overlap_tensor_parallel=true needs Transformer Engine on CUDA"):
-        transformer_config(arch, layout, without_engine, torch.bfloat16, overlap_exchange=True, **asked)
     monkeypatch.setattr(build, "megatron_flags", lambda platform, activation: {})  # those of a GPU need what is not installed here
     engine = Platform("cuda", "nccl", gpu, transformer_engine=True)
     assert transformer_config(arch, layout, engine, torch.bfloat16, overlap_exchange=True, **asked).tp_comm_overlap

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -144,9 +145,17 @@ def test_a_teacher_in_fp32_is_counted_so() -> None:
     assert plan.teachers[0].run.width == 4 and plan.run.width == 2
 
 
-def test_time_in_fp8_on_a_gpu_without_it_is_refused() -> None:
-    with pytest.raises(PlatformError, match="A100-80GB multiplies in no FP8"):
-        trained_stage(case(gpu="A100-80GB"), "distill")
+@pytest.mark.parametrize(
+    ("gpu", "overrides", "reason"),
+    [
+        ("A100-80GB", [], r"fp8.teacher=tensorwise: A100-80GB \(sm_80\) multiplies in no FP8"),
+        ("H100-80GB", ["fp8.student=mxfp8", "fp8.weights=false"], r"fp8.student=mxfp8: H100-80GB \(sm_90\) is before Blackwell"),
+        ("B200-180GB", ["fp8.student=mxfp8", "fp8.weights=false"], ""),
+    ],
+)
+def test_a_plan_refuses_what_its_gpu_does_not_multiply(gpu: str, overrides: list[str], reason: str) -> None:
+    with pytest.raises(PlatformError, match=reason) if reason else nullcontext():
+        trained_stage(case(*overrides, gpu=gpu), "distill")
 
 
 def test_layouts_whose_ranks_would_have_no_whole_multiples_are_left_out_with_the_reason() -> None:

@@ -97,7 +97,7 @@ class EmulatedLinear(nn.Module):
         **_: Any,
     ) -> Tensor:
         rounded_input = self.scaling.input(input.detach().flatten(0, -2))
-        rounded_weight = Rounded(weight.float(), weight.float()) if self.weight_is_rounded else self.scaling.weight(weight.detach())
+        rounded_weight = Rounded(*[weight.float()] * 2) if self.weight_is_rounded else self.scaling.weight(weight.detach())
         ranks = Ranks(tp_group, sequence_parallel, allreduce_dgrad)
         product = RoundedProduct.apply(input, weight, rounded_input, rounded_weight, self.scaling, ranks)
         return product if bias is None else product + bias

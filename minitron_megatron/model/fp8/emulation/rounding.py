@@ -40,8 +40,8 @@ def mx_scale_of(amax: Tensor, dtype: torch.dtype) -> Tensor:
     """Scale of an MX block (arXiv 2310.10537): its inverse is amax / largest, rounded up to a power of two."""
     inverse = amax * (1 / largest(dtype))
     below = _power_below(inverse)
-    inverse = torch.where(inverse > below, 2 * below, below)
-    return torch.where((amax == 0) | ~amax.isfinite(), 1.0, inverse.reciprocal()).clamp_max(2.0**127)
+    inverse = torch.where(inverse > below, 2 * below, below).clamp_min(2.0**-126)
+    return torch.where((amax == 0) | ~amax.isfinite(), 1.0, inverse.reciprocal())
 
 
 def rounded(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -18,6 +18,7 @@ from minitron_megatron.arch.architecture import (
 )
 from minitron_megatron.config.checks.target import rounded_target
 from minitron_megatron.config.checks.teachers import teacher_architectures
+from minitron_megatron.config.notes import precision_notes
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.config.search import Search
 from minitron_megatron.parallel.split import distillation_work, hidden_state_work, layer_works, split_layers
@@ -74,25 +75,6 @@ def trimming_notes(recipe: Recipe, source: Architecture, target: Architecture) -
         notes.append(f"FFN widths: {', '.join(map(str, target.ffn_per_layer))}")
     if recipe.prune.ffn_by == "global" or target.ffn_per_layer:
         notes.append("Exported to Hugging Face, every layer is as wide as the widest one, filled up with zeros: config.json knows one width")
-    return notes
-
-
-def precision_notes(recipe: Recipe) -> list[str]:
-    """Of models that do not compute in the recipe's precision alone."""
-    notes, fp8 = [], recipe.fp8
-    if recipe.teacher_precision != "same":
-        all_else = "bf16 where the machine has it, or fp32" if recipe.precision == "auto" else recipe.precision
-        notes.append(f"Teacher in {recipe.teacher_precision}, all else in {all_else}")
-    if fp8 is None:
-        return notes
-    kind = "emulated FP8" if fp8.emulated else "FP8"
-    if fp8.of_teacher:
-        notes.append(f"Teacher's layers in {kind}, {fp8.teacher} scaling, their weights too")
-    if student := fp8.of_student:
-        weights = ", their weights too beside an fp32 main copy" if student.weights and not fp8.emulated else ""
-        ends = ", but for the first and the last" if student.first_last_layers_bf16 else ""
-        notes.append(f"Layers of what is trained in {kind}, {fp8.student} scaling{ends}{weights}")
-    notes.append("Embedding, output layer, norms, attention scores, losses and every stage that does not train: no FP8")
     return notes
 
 

@@ -15,6 +15,7 @@ from minitron_megatron.chain import STAGES, Stage, finished, require_asked, run_
 from minitron_megatron.config.checks.depth import settled_depth
 from minitron_megatron.config.checks.recipe import check_recipe
 from minitron_megatron.config.family import load_recipe
+from minitron_megatron.config.notes import student_notes, teacher_notes
 from minitron_megatron.config.schema import Recipe
 from minitron_megatron.errors import LayoutError, MinitronError
 from minitron_megatron.failure import LAUNCHED, STOPPED, tell
@@ -121,7 +122,7 @@ def _run(connections: ExitStack, stage_name: str, recipe_path: str, *overrides: 
             print(f"{stage.name}: up to date", flush=True)
         return
     if is_main and stage.distributed:
-        for line in first_lines(platform):
+        for line in [*first_lines(platform), *_numbers(stage, recipe)]:
             print(f"{stage.name}: {line}", flush=True)
     artifact = run_here(stage, recipe, recipe_path, platform, connections)
     if artifact:
@@ -134,6 +135,12 @@ if __name__ == "__mp_main__":
     end_with_parent()
     for _number in SIGNALS:
         signal.signal(_number, signal.SIG_IGN)
+
+
+def _numbers(stage: Stage, recipe: Recipe) -> list[str]:
+    """What computes in FP8 or in a precision of its own, of the models that the stage runs."""
+    teacher = teacher_notes(recipe) if {"teacher_numbers", "live_teacher_numbers"} & set(stage.sections) else []
+    return teacher + (student_notes(recipe) if "student_fp8" in stage.sections else [])
 
 
 def _leave(code: int) -> NoReturn:

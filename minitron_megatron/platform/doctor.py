@@ -176,13 +176,13 @@ def _transformer_engine(name: str) -> Finding:
 def _apex(name: str) -> Finding:
     spec = importlib.util.find_spec("apex")
     if spec is None:
-        return Finding(name, "absent", "only without Transformer Engine is it missed, whose kernels come first; nothing is refused", ok=True)
+        return Finding(name, "absent", "missed only without Transformer Engine: then a distributed optimizer over several GPUs is refused", ok=True)
     places = [Path(place) for place in spec.submodule_search_locations or ()]
     if not any((place / "multi_tensor_apply").is_dir() for place in places):
         mend = "an unrelated web toolkit that megatron takes for NVIDIA's and fails on: pip uninstall apex"
         return Finding(name, "PyPI's apex, not NVIDIA's", mend, ok=False, broken=True)
     if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
-        return Finding(name, "NVIDIA's, without CUDA extensions", "its Adam, where Transformer Engine is not there; nothing is refused", ok=True)
+        return Finding(name, "NVIDIA's, without CUDA extensions", "its Adam, where Transformer Engine is not there", ok=True)
     return Finding(name, "NVIDIA's, with CUDA extensions", "fused weight gradients and its Adam, where Transformer Engine is not there", ok=True)
 
 
@@ -233,7 +233,7 @@ def _slurm(name: str) -> Finding:
     if shutil.which("sinfo") is None or shutil.which("srun") is None:
         return Finding(name, "absent", "start with launch/torchrun.sh", ok=True)
     shown = f"sinfo: {_first_line('sinfo', '--version')}, srun: {_first_line('srun', '--version')}"
-    return Finding(name, shown, "start launch/torchrun.sh with srun, one task a node", ok=True)
+    return Finding(name, shown, "start launch/torchrun.sh with srun, one task a node", ok="fails:" not in shown)
 
 
 def _containers(name: str) -> Finding:
@@ -258,4 +258,5 @@ def _first_line(*command: str) -> str:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return f"{command[0]} does not answer"
-    return next(iter((answer.stdout or answer.stderr).splitlines()), f"{command[0]} says nothing")
+    said = answer.stdout if answer.returncode == 0 else f"{command[0]} fails: {answer.stderr.strip()}"
+    return next(iter(said.splitlines()), f"{command[0]} says nothing")

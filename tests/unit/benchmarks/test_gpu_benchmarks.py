@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -162,6 +163,9 @@ def test_a_distillation_that_is_refused_is_not_told_by_the_log_of_another(
         curves.distilled("delayed", runs, asked)
     assert begun == [("prune", False), ("prune", True)]  # what was cut off, and the same cut under the name that FP8 gives it
     assert [path.name for path in (runs / "delayed").rglob("*") if "distill" in path.name or "prune" in path.name] == []
+    shutil.copytree(runs / "bf16" / "tiny" / ".distill.partial", runs / "delayed" / "tiny" / ".distill.partial")  # of an earlier start of its own
+    with pytest.raises(RuntimeError, match="delayed: the distillation ended with 2"):
+        curves.distilled("delayed", runs, asked)
 
 
 def test_a_distillation_is_ended_in_time_and_killed_where_it_does_not_end(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,3 +69,8 @@ def release(platform: Platform) -> None:
         import torch
 
         torch.cuda.empty_cache()
+
+
+def failed(error: Exception) -> dict[str, str]:
+    """What stands in the place of a measurement: a table with a reason in one row is worth more than none."""
+    return {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]}

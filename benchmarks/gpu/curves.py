@@ -21,14 +21,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import psutil
 from curves_figure import curves_svg
-from options import command_line, folder_of
+from options import command_line, folder_of, require_engine
 from shapes import BF16, ROOT
 from writer import table, write
+
+from minitron_megatron.failure import STOPPED
 
 RECIPE = ROOT / "configs" / "smollm2_135m_to_97m.yaml"
 BEFORE = ("import", "data", "importance", "prune")
@@ -42,6 +46,8 @@ LARGE = (
     *("distill.validate_every_steps=100", "distill.validation_samples=64", "distill.save_every_steps=1000"),
     "distill.learning_rate={peak: 6.0e-4, minimum: 6.0e-5, warmup_steps: 50}",
 )
+SAVING_SECONDS = 90
+"""For the checkpoint of a run that is ended."""
 TINY = ("distill.steps=4", "distill.validate_every_steps=2", "distill.validation_samples=2", "distill.save_every_steps=4")
 
 
@@ -50,9 +56,10 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=list(FP8), default=list(FP8))
     parser.add_argument("--recipe", type=Path, default=RECIPE)
     parser.add_argument("--runs", type=Path, default=None, help="folder of the runs; kept, so that the next command finds the first stages there")
-    parser.add_argument("--minutes", type=float, default=8.0, help="after which a distillation is ended")
+    parser.add_argument("--minutes", type=float, default=8.0, help="after which a distillation is ended, the stages before it counted in")
     parser.add_argument("--set", nargs="*", default=[], help="more settings of the recipe, as KEY=VALUE")
     asked = parser.parse_args()
+    require_engine(asked.device)
     with tempfile.TemporaryDirectory() as scratch:
         runs = (asked.runs or Path(scratch)).resolve()
         found = {name: distilled(name, runs, asked) for name in asked.variants}
@@ -69,17 +76,25 @@ def settings(name: str, runs: Path, asked: argparse.Namespace) -> list[str]:
 
 def distilled(name: str, runs: Path, asked: argparse.Namespace) -> dict[str, Any]:
     """The run's validations, and the speed of its steps."""
+    ends = time.monotonic() + asked.minutes * 60
+    prepare(name, runs, asked)
+    ended = until(ends, command("distill", settings(name, runs, asked), asked))
+    log = next((runs / name).glob("*/*distill*/metrics.jsonl"), None)  # an unfinished one lies in .distill.partial
+    if ended not in (0, STOPPED) or log is None:
+        raise RuntimeError(f"{name}: the distillation ended with {ended}; its message stands above")
+    return of_log([json.loads(line) for line in log.read_text().splitlines()])
+
+
+def prepare(name: str, runs: Path, asked: argparse.Namespace) -> None:
+    """The stages before, once; what FP8 asks of sizes is part of prune's identity: the same cut under the name that distill looks for."""
     first = runs / BF16
-    if not first.exists():
-        for stage in BEFORE:
+    for stage in BEFORE:
+        if not any(first.glob(f"*/{stage}/manifest.json")):  # of a command that was cut off the rest
             subprocess.run(command(stage, settings(BF16, runs, asked), asked), check=True, env=environment())
     if name != BF16:
-        shutil.copytree(first, runs / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("distill"))
-    ended = until(asked.minutes * 60, command("distill", settings(name, runs, asked), asked))
-    log = next((runs / name).glob("**/metrics.jsonl"), None)
-    if log is None:
-        raise RuntimeError(f"{name}: the distillation left no log and ended with {ended}; its message stands above")
-    return of_log([json.loads(line) for line in log.read_text().splitlines()])
+        # no distillation of bf16's, finished or stopped: its log would pass for this one's
+        shutil.copytree(first, runs / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("distill", ".*.partial"))
+        subprocess.run(command("prune", settings(name, runs, asked), asked), check=True, env=environment())
 
 
 def command(stage: str, overrides: list[str], asked: argparse.Namespace) -> list[str]:
@@ -91,14 +106,27 @@ def environment() -> dict[str, str]:
     return {**os.environ, "HF_HUB_OFFLINE": "1"}
 
 
-def until(seconds: float, started: list[str]) -> int:
-    """Ends it as a scheduler would once the time is over: it saves, and what it has logged stays."""
-    process, began = subprocess.Popen(started, env=environment(), cwd=ROOT), time.monotonic()
-    while process.poll() is None and time.monotonic() - began < seconds:
+def until(ends: float, started: list[str]) -> int:
+    """Ends it as a scheduler would once the time is over: it saves, and what it has logged stays. Its exit code."""
+    process = psutil.Popen(started, env=environment(), cwd=ROOT)
+    while process.poll() is None and time.monotonic() < ends:
         time.sleep(0.2)
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-    return process.wait(120)
+    if process.poll() is not None:
+        return int(process.returncode)
+    process.send_signal(signal.SIGTERM)
+    try:
+        return int(process.wait(SAVING_SECONDS))
+    except psutil.TimeoutExpired:
+        kill(process)
+        return STOPPED  # what it has logged is what is wanted
+
+
+def kill(process: psutil.Popen) -> None:
+    """With what it has started: a worker would keep the GPU."""
+    for one in [*process.children(recursive=True), process]:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
+    process.wait()
 
 
 def of_log(records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -24,12 +24,21 @@ def folder_of(asked: argparse.Namespace) -> Path | None:
     return asked.out or (None if asked.tiny else RESULTS)
 
 
+def require_engine(device: str) -> None:
+    """On CUDA the layers are Transformer Engine's: figures of megatron's own under its name would be others."""
+    from minitron_megatron.platform.engine import import_problem
+
+    if device == "cuda" and (why := import_problem()):
+        raise SystemExit(f"Transformer Engine: {why}; these figures are of its layers")
+
+
 @contextmanager
 def one_process(device: str) -> Iterator[tuple[Any, Any]]:
     """(world, layout) of one process, with megatron imported behind the platform's hook."""
     from minitron_megatron.platform import activate, retarget
 
     platform = activate("cuda" if device == "cuda" else "cpu")
+    require_engine(device)
     if device == "cpu":
         retarget.install(("modelopt.torch",))
     from minitron_megatron.config.parallel import Parallel

@@ -35,7 +35,8 @@ class Rates(NamedTuple):
     fp8_blockwise: float = 0.50 * 1979e12
     """Partial sums are scaled and added outside the tensor cores."""
     attention_forward: float = 550e12
-    """Causal, 128 channels: FlashAttention-3's published figures of an H100 (arXiv 2407.08608) at 4,096 to 8,192 tokens."""
+    """Causal, 128 channels: FlashAttention-3's published figures of an H100 (arXiv 2407.08608) at 4,096 to 8,192 tokens. Where flash-attn is
+    absent, as in tests/gpu/pack.sh, cuDNN's kernels run: that paper finds them a little slower there, later versions are not in it."""
     attention_backward: float = 450e12
     memory: float = 0.83 * 4.8e12
     """A copy was seen at 4.3 TB/s; kernels of several inputs reach less."""

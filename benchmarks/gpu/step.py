@@ -18,6 +18,9 @@ import argparse
 import json
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from options import command_line, folder_of
@@ -45,7 +48,19 @@ def main() -> None:
         from step_cases import measure_all
 
         return measure_all(asked)
-    found = [case for name in asked.precisions for case in in_own_process(name)]
+    report_all((case for name in asked.precisions for case in in_own_process(name)), asked)
+
+
+def report_all(cases: Iterable[dict[str, Any]], asked: argparse.Namespace) -> None:
+    """Writes what there is behind each case: a command that is ended loses none."""
+    found: list[dict[str, Any]] = []
+    try:
+        for case in cases:
+            found.append(case)
+            print(*(case.get(name, "") for name in ("precision", "sequence", "layers", "side", "seconds", "error")), flush=True)
+            report([*earlier(asked, found), *found], asked, finished=False)
+    except KeyboardInterrupt:
+        found.append({"precision": found[-1]["precision"] if found else asked.precisions[0], "error": "interrupted before it was through"})
     report([*earlier(asked, found), *found], asked)
 
 
@@ -65,20 +80,29 @@ def key_of(case: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(case.get(name) for name in ("precision", "sequence", "micro_batch", "loss_memory_mib", "layers", "side"))
 
 
-def in_own_process(name: str) -> list[dict[str, Any]]:
-    """What the process printed until it ended, was ended, or died."""
+def in_own_process(name: str) -> Iterator[dict[str, Any]]:
+    """Each case as soon as the process has told it; behind them, where it was ended or died, why."""
     command = [sys.executable, "-W", "ignore", __file__, "--one", name, *sys.argv[1:]]
     if name != BF16:
         command.append("--no-peer")  # its FP8 is not exposed (the README's table of peers): one precision is enough
+    return told_by(name, command)
+
+
+def told_by(name: str, command: list[str]) -> Iterator[dict[str, Any]]:
+    process, began = subprocess.Popen(command, stdout=subprocess.PIPE, text=True), time.monotonic()
+    clock = threading.Timer(LIMIT_SECONDS, process.kill)
+    clock.start()
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=LIMIT_SECONDS)
-        lines, ended = done.stdout.splitlines(), f"its process ended with {done.returncode}" if done.returncode else ""
-    except subprocess.TimeoutExpired as late:
-        told = late.stdout or ""  # bytes even where text was asked for
-        lines, ended = (told.decode() if isinstance(told, bytes) else told).splitlines(), f"not finished within {LIMIT_SECONDS} s"
-    cases = [json.loads(line) for line in lines if line.startswith("{")]
-    print(name, len(cases), "measurements", ended, flush=True)
-    return [*cases, *([{"precision": name, "error": ended}] if ended else [])]
+        for line in process.stdout or ():
+            if line.startswith("{") and line.endswith("\n"):
+                yield json.loads(line)
+        code = process.wait()
+    finally:  # where this process is interrupted, too
+        clock.cancel()
+        process.kill()
+    late = time.monotonic() - began >= LIMIT_SECONDS
+    if code:
+        yield {"precision": name, "error": f"not finished within {LIMIT_SECONDS} s" if late else f"its process ended with {code}"}
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from clock import GIB, measured, release
+from clock import GIB, failed, measured, release, reset_peak
 from kernel_classes import by_class, profiled
 from options import one_process
 from planned import H200, TOKENS_OF_A_STEP, memory_of, most_layers, plan_of, settings_of, step_flops
@@ -71,14 +71,15 @@ def of_case(pair: tuple[Architecture, Architecture], settings: Distill, chosen: 
 
 
 def attempted(make: Callable[[], Any], platform: Any, asked: Any, *, profile: bool) -> dict[str, Any]:
-    """Built, measured and given back; where it fails, why: the other cases go on."""
+    """Built, measured and given back; where it fails, why: the other cases go on. before_gib: held ahead of it, which should be nothing on a GPU."""
+    before = {"before_gib": reset_peak(platform) / GIB}
     try:
         step = make()
         found: dict[str, Any] = measured(step, platform, runs=asked.runs if not asked.tiny else 1, warm_up=1 if asked.tiny else 2).to_dict()
         if profile:
             found["profile"] = by_class(profiled(step, asked.device))
-    except Exception as error:  # a table with a reason in one row is worth more than none
-        found = {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]}
+    except Exception as error:
+        found = dict(failed(error))
     step = None
     release(platform)
-    return found
+    return {**before, **found}

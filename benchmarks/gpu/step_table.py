@@ -15,7 +15,7 @@ Key = tuple[str, str, int]
 """Precision, what a micro-batch is, layers."""
 
 
-def report(cases: Sequence[Case], asked: argparse.Namespace) -> None:
+def report(cases: Sequence[Case], asked: argparse.Namespace, *, finished: bool = True) -> None:
     whole, figures = shapes(tiny=asked.tiny).teacher.layers, {"cases": list(cases), "extrapolated": extrapolated(cases, asked)}
     body = [
         f"Llama-3.1-8B → 4B by width; {whole} layers are the whole models. Medians, Adam in all; MFU and goals: see the head of "
@@ -39,6 +39,7 @@ def report(cases: Sequence[Case], asked: argparse.Namespace) -> None:
             list(rows(cases)),
         ),
         "",
+        *without_bf16(cases),
         "Both models alone, and ModelOpt's step of the same layers:",
         "",
         *table(("precision", "micro-batch", "layers", "teacher", "student", "their FP8 over bf16", "ModelOpt", "its peak GiB"), list(parts(cases))),
@@ -49,7 +50,7 @@ def report(cases: Sequence[Case], asked: argparse.Namespace) -> None:
         *profiles(cases),
         *[f"- {case['precision']} {case.get('side', '')}, {case.get('sequence', '')}: {case['error']}" for case in cases if "error" in case],
     ]
-    write("step", "A distillation step on one GPU", body, figures, asked)
+    write("step", "A distillation step on one GPU", body, figures, asked, finished=finished)
 
 
 def of_numbers(found: Case) -> list[str]:
@@ -107,6 +108,14 @@ def rows(cases: Sequence[Case]) -> Iterator[list[str]]:
             told(of_parts),
             told(speed) if key[0] != BF16 else "–",
         ]
+
+
+def without_bf16(cases: Sequence[Case]) -> list[str]:
+    """Whose speed over bf16 cannot be told, which is a goal: the folder of the results lacks what it would be held against."""
+    found = sides_of(cases)
+    lacking = [key for key, sides in found.items() if key[0] != BF16 and seconds(sides, OURS) and not seconds(in_bf16(found, key), OURS)]
+    lines = [f"- {precision}, {micro_batch}, {layers} layers: no bf16 beside it in this folder" for precision, micro_batch, layers in lacking]
+    return [*lines, ""] if lines else []
 
 
 def parts(cases: Sequence[Case]) -> Iterator[list[str]]:

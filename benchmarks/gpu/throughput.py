@@ -12,14 +12,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any
 
-from clock import measured, release
+from clock import failed, measured, release
 from options import command_line, one_process
 from shapes import BF16, precision, shapes
 from writer import table, write
 
 FP8 = "tensorwise"
+FORWARD, GENERATION = "forward", "generation"
 TOKENS_AT_ONCE = 131072
 """Of a forward pass at the most: larger batches go through in micro-batches."""
 ROWS_OF_FP8 = 16
@@ -37,9 +39,16 @@ def main() -> None:
     asked = parser.parse_args()
     asked.batches = asked.batches or ([1, 4] if asked.tiny else [1, 4, 16, 64])
     asked.prompt, asked.new = asked.prompt or (16 if asked.tiny else 1024), asked.new or (4 if asked.tiny else 64)
+    figures: list[dict[str, Any]] = []
     with one_process(asked.device) as (world, layout):
-        figures = [case for name in asked.precisions for model in asked.models for case in of_model(name, model, world, layout, asked)]
-    write("throughput", "Forward and generation on one GPU", body(figures, asked), figures, asked)
+        for name, model in product(asked.precisions, asked.models):
+            figures += of_model(name, model, world, layout, asked)
+            report(figures, asked, finished=False)  # a command that is ended loses none
+    report(figures, asked)
+
+
+def report(figures: list[dict[str, Any]], asked: argparse.Namespace, *, finished: bool = True) -> None:
+    write("throughput", "Forward and generation on one GPU", body(figures, asked), figures, asked, finished=finished)
 
 
 def body(figures: list[dict[str, Any]], asked: argparse.Namespace) -> list[str]:
@@ -64,22 +73,31 @@ def over(case: dict[str, Any], other: dict[str, Any] | None) -> str:
 
 
 def of_model(name: str, model_name: str, world: Any, layout: Any, asked: argparse.Namespace) -> list[dict[str, Any]]:
-    """All batches of one model in one precision; FP8 with weights in FP8, as a frozen model has them."""
+    """All batches of one model in one precision; FP8 with weights in FP8, as a frozen model has them. Where it cannot be built, why."""
     from models import frozen_model
 
+    known = {"model": model_name, "precision": name}
     arch, chosen = getattr(shapes(tiny=asked.tiny), model_name), precision(name, emulated=asked.device == "cpu")
-    model = frozen_model(arch, world, layout, chosen.teacher, variable_lengths=True)
-    cases = []
-    for batch in sorted(asked.batches, reverse=True):
-        if chosen.teacher and batch % ROWS_OF_FP8 and asked.device == "cuda":
-            pad(model)
-        for what, tokens, step in works(model, batch, world, asked):
-            found = attempted(step, world.platform, asked)
-            speed = {"tokens_per_second": tokens / found["seconds"]} if "seconds" in found else {}
-            cases.append({"what": what, "model": model_name, "precision": name, "batch": batch, **found, **speed})
-            print(cases[-1], flush=True)
-    del model
+    try:
+        model = frozen_model(arch, world, layout, chosen.teacher, variable_lengths=True)
+    except Exception as error:
+        cases = [{"what": what, **known, "batch": batch, **failed(error)} for batch in asked.batches for what in (FORWARD, GENERATION)]
+    else:
+        batches = sorted(asked.batches, reverse=True)
+        cases = [{**known, **case} for batch in batches for case in of_batch(model, batch, world, asked, fp8=chosen.teacher is not None)]
+        del model
     release(world.platform)
+    return cases
+
+
+def of_batch(model: Any, batch: int, world: Any, asked: argparse.Namespace, *, fp8: bool) -> list[dict[str, Any]]:
+    cases = []
+    ahead = partial(pad, model) if fp8 and batch % ROWS_OF_FP8 and asked.device == "cuda" else lambda: None
+    for what, tokens, step in works(model, batch, world, asked):
+        found = attempted(ahead, step, world.platform, asked)
+        speed = {"tokens_per_second": tokens / found["seconds"]} if "seconds" in found else {}
+        cases.append({"what": what, "batch": batch, **found, **speed})
+        print(cases[-1], flush=True)
     return cases
 
 
@@ -98,8 +116,8 @@ def works(model: Any, batch: int, world: Any, asked: argparse.Namespace) -> list
     dice = torch.Generator().manual_seed(5)
     prompts_BP = torch.randint(model.architecture.vocab, (batch, asked.prompt), generator=dice)
     return [
-        ("forward", batch * asked.prompt, partial(forward, model, forward_batches(prompts_BP, world))),
-        ("generation", batch * asked.new, partial(generation, model, prompts_BP, asked.new)),
+        (FORWARD, batch * asked.prompt, partial(forward, model, forward_batches(prompts_BP, world))),
+        (GENERATION, batch * asked.new, partial(generation, model, prompts_BP, asked.new)),
     ]
 
 
@@ -131,12 +149,13 @@ def generation(model: Any, prompts_BP: Any, new: int) -> None:
     generate(model, prompts_BP, new_tokens=new, eod=-1, micro_batch=len(prompts_BP))
 
 
-def attempted(step: Callable[[], Any], platform: Any, asked: argparse.Namespace) -> dict[str, Any]:
+def attempted(ahead: Callable[[], Any], step: Callable[[], Any], platform: Any, asked: argparse.Namespace) -> dict[str, Any]:
     """Where it does not fit or fails, why."""
     try:
+        ahead()
         return measured(step, platform, runs=1 if asked.tiny else asked.runs, warm_up=1).to_dict()
     except Exception as error:
-        return {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]}
+        return failed(error)
 
 
 if __name__ == "__main__":

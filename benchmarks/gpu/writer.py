@@ -16,19 +16,31 @@ from options import folder_of
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton", "nvidia-modelopt", "liger-kernel")
 NO_MEASUREMENT = "**A run of small shapes to see that the benchmark works (--tiny): its figures mean nothing.**"
+UNFINISHED = "**The command had not ended: what it had measured until then.**"
 
 
-def write(name: str, title: str, body: Sequence[str], figures: Any, asked: argparse.Namespace) -> None:
-    """Prints the page, its figures as the last line in JSON; writes both where the command line says so."""
-    machine = describe(asked.device)
-    page = [f"# {title}", "", *([NO_MEASUREMENT, ""] if asked.tiny else []), *body, "", told(machine)]
-    print("\n".join(page))
-    print(json.dumps(figures))
-    folder = folder_of(asked)
+def write(name: str, title: str, body: Sequence[str], figures: Any, asked: argparse.Namespace, *, finished: bool = True) -> None:
+    """Writes the page and its figures where the command line says so; prints the page, and its figures where they are written nowhere.
+
+    finished=False: what there is so far, without a word and without a look at the GPU, on which another process measures.
+    """
+    machine, folder = describe(asked.device if finished else ""), folder_of(asked)
+    page = [f"# {title}", "", *([] if finished else [UNFINISHED, ""]), *([NO_MEASUREMENT, ""] if asked.tiny else []), *body, "", told(machine)]
+    if finished:
+        print("\n".join(page))
+    if finished and not folder:
+        print(json.dumps(figures))
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"gpu_{name}.md").write_text("\n".join(page) + "\n")
-        (folder / f"gpu_{name}.json").write_text(json.dumps({**machine, "tiny": asked.tiny, "figures": figures}, indent=1) + "\n")
+        put(folder / f"gpu_{name}.md", "\n".join(page) + "\n")
+        put(folder / f"gpu_{name}.json", json.dumps({**machine, "tiny": asked.tiny, "figures": figures}, indent=1) + "\n")
+
+
+def put(path: Path, text: str) -> None:
+    """By a rename: a command that is ended while it writes leaves what was there."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def told(machine: dict[str, Any]) -> str:
@@ -50,6 +62,8 @@ def _version(package: str) -> str | None:
 
 
 def _machine(device: str) -> str:
+    if not device:
+        return "not asked before the end"
     if device == "cuda":
         import torch
 

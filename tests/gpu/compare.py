@@ -6,7 +6,7 @@ Legend: N tokens, V vocabulary, U units.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -91,9 +91,9 @@ def differing_tensors(outcomes: Outcomes) -> float:
 
 
 def score_distance(outcomes: Outcomes) -> float:
-    """Over every axis and layer: the largest difference of a unit's score over the largest score there."""
+    """Over every axis and layer: the largest difference of a unit's score over the largest score there; NaN where one of them is."""
     first, second = map(_scores, outcomes)
-    return max(_largest_difference(a, b) for (_, a), (_, b) in zip(_axes(first), _axes(second), strict=True))
+    return largest(_largest_difference(a, b) for (_, a), (_, b) in zip(_axes(first), _axes(second), strict=True))
 
 
 def units_beyond(tolerance: float) -> Measure:
@@ -108,6 +108,9 @@ def units_beyond(tolerance: float) -> Measure:
 
 
 def beyond(found_U: Tensor, expected_U: Tensor, tolerance: float) -> int:
+    """Every unit where a score is no number: those compare with nothing."""
+    if not bool(found_U.isfinite().all() and expected_U.isfinite().all()):
+        return len(expected_U)
     half = len(expected_U) // 2
     ours, theirs = (set(scores.argsort(descending=True, stable=True)[:half].tolist()) for scores in (found_U, expected_U))
     ranked = expected_U.sort(descending=True).values
@@ -126,6 +129,11 @@ def _axes(scores: UnitScores) -> Iterator[tuple[str, Tensor]]:
 
 def _scores(outcome: Outcome) -> UnitScores:
     return activation_scores(Statistics.load(outcome.folder / "scores.safetensors"))
+
+
+def largest(values: Iterable[float]) -> float:
+    """NaN where one of them is: Python's own max passes over it unless it comes first."""
+    return float(torch.tensor(list(values), dtype=torch.float64).max())
 
 
 def _largest_difference(found: Tensor, expected: Tensor) -> float:

@@ -25,10 +25,12 @@ cp "$archive" .gpu_pack/whole/transformer_engine.tar.xz
 
 pip() { "$python" -m pip --disable-pip-version-check --quiet "$@"; }
 for package in "${missing[@]}"; do
-  # one of them is pure Python without a wheel of its own: that is built here
-  pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp --platform manylinux_2_28_x86_64 \
-    --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d .gpu_pack/whole/wheels "$package" 2>/dev/null ||
+  if [[ $package == antlr4-* ]]; then # pure Python without a wheel of its own: built here, for any Python
     pip wheel --no-deps -w .gpu_pack/whole/wheels "$package"
+    continue
+  fi
+  pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp --platform manylinux_2_28_x86_64 \
+    --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d .gpu_pack/whole/wheels "$package"
 done
 for package in "${inputs[@]}"; do
   pip download --no-deps --only-binary=:all: -d .gpu_pack/whole/wheels "$package"

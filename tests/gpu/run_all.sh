@@ -6,18 +6,21 @@
 #
 # GROUP: first parity checkpoints fp8 resume memory importance loss smollm2; all of them by default, in this order (about
 # 25 minutes). FOLDER (.gpu_results by default): the table as JSON, and what each run printed. Exit code 1 where a claim does not hold.
+# GPU_SECONDS, where a command is ended after some time: runs end before that, and what was measured is told (520 of 600 seconds, say: the rest is
+# for unpacking, and for the table).
 #
 # On a machine where the project is installed (docker/), that is all. On one that has a GPU, Python 3.12 and torch, but no network, and
 # perhaps a limit to the size of what is brought there and to the minutes of a command:
 #   1. here:   bash tests/gpu/pack.sh TRANSFORMER_ENGINE.tar.xz       makes .gpu_pack/1, .gpu_pack/2, …
-#   2. there, the checkout and .gpu_pack/1 brought along:   bash tests/gpu/run_all.sh first parity checkpoints loss memory
+#   2. there, the checkout and .gpu_pack/1 brought along:   GPU_SECONDS=520 bash tests/gpu/run_all.sh first parity
 #      Where `first` fails, one FP8 linear, nothing else needs to be looked at.
-#   3. with .gpu_pack/2 in place of it:                     bash tests/gpu/run_all.sh fp8 resume importance
-#   4. with .gpu_pack/3, if there is one:                   bash tests/gpu/run_all.sh keep
-#   5. without any part:                                    bash tests/gpu/run_all.sh smollm2
+#   3. likewise, with .gpu_pack/1 again (a machine that was given back in between is bare): the other groups but smollm2
+#   4. for smollm2, on a machine that is held throughout:   bash tests/gpu/run_all.sh keep      with each part in turn, then
+#      without any part:                                    GPU_SECONDS=520 bash tests/gpu/run_all.sh smollm2
+# docs/gpu_status.md has the commands in the order of their worth.
 # Every call first copies the parts that lie in .gpu_pack to GPU_KEEP (/tmp/minitron_gpu by default), on that machine's own disk, and puts
 # together what is complete; `keep` does nothing else. All packages are in part 1; the others hold the model, which smollm2 alone needs. What
-# a call has run is kept in GPU_KEEP too: one that was cut off goes on where it was, as long as no code has changed.
+# a call has run is kept in GPU_KEEP too: on the same machine one that was cut off goes on where it was, as long as no code has changed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 keep=${GPU_KEEP:-/tmp/minitron_gpu}

@@ -41,7 +41,9 @@ def carry_out(run: Run, folder: Path) -> None:
 
     activate(run.setting.device)
     figures = kinds()[run.kind](run.setting, folder, **json.loads(run.given))
-    (folder / "result.json").write_text(json.dumps(figures))
+    partial = folder / "result.json.partial"
+    partial.write_text(json.dumps(figures))
+    partial.rename(folder / "result.json")  # a run that is cut off while it writes leaves none, and begins anew
     print(json.dumps({"run": run.name, **figures}), flush=True)
 
 

@@ -26,4 +26,4 @@ def test_compiled_losses_and_gradients_are_the_uncompiled_ones(device: str) -> N
     assert done.returncode == 0, done.stderr[-3000:]
     apart = json.loads(done.stdout.splitlines()[-1])
     assert len(apart) == 3
-    assert max(apart.values()) < 1e-5, apart  # fp32 sums of 1,503 terms in another order
+    assert all(distance < 1e-5 for distance in apart.values()), apart  # fp32 sums of 1,503 terms in another order

@@ -14,7 +14,7 @@ Outcomes = list[Outcome]
 
 @dataclass(frozen=True)
 class Claim:
-    """That a figure made of some runs is at most a bound."""
+    """That a figure made of some runs lies between two bounds."""
 
     group: str
     name: str
@@ -26,6 +26,8 @@ class Claim:
     """Why this bound."""
     house: Run | None = None
     """What the runs live in."""
+    at_least: float = 0.0
+    """Above 0 where nothing at all means that what is to be measured was off."""
 
     def needs(self) -> tuple[Run, ...]:
         return (*([self.house] if self.house else []), *self.runs)
@@ -42,7 +44,7 @@ class Verdict:
     @property
     def holds(self) -> bool:
         """NaN never does."""
-        return self.measured is not None and math.isfinite(self.measured) and self.measured <= self.claim.at_most
+        return self.measured is not None and math.isfinite(self.measured) and self.claim.at_least <= self.measured <= self.claim.at_most
 
     def to_dict(self) -> dict[str, object]:
         claim = self.claim
@@ -50,6 +52,7 @@ class Verdict:
             "group": claim.group,
             "claim": claim.name,
             "measured": self.measured,
+            "at_least": claim.at_least,
             "at_most": claim.at_most,
             "holds": self.holds,
             "reason": claim.reason,
@@ -70,17 +73,18 @@ def _judged(claim: Claim, found: Mapping[Run, Outcome | RunFailed]) -> Verdict:
         return Verdict(claim, None, str(failure))
     try:
         return Verdict(claim, claim.measure([found[run] for run in claim.runs]))
-    except (KeyError, ValueError, RuntimeError) as error:
+    except Exception as error:  # a file that is cut off or not there, a division by 0: one claim's failure, not the table's
         return Verdict(claim, None, f"{type(error).__name__}: {error}")
 
 
 def table(verdicts: Iterable[Verdict]) -> str:
     """One line a claim; below them, once, why those failed that did."""
     every = list(verdicts)
-    rows = [f"{'verdict':<14} {'measured':>9} {'at most':>9}  claim"]
+    rows = [f"{'verdict':<14} {'measured':>9} {'at least':>9} {'at most':>9}  claim"]
     for verdict in every:
         measured = "failed" if verdict.measured is None else f"{verdict.measured:.3g}"
         shown = "holds" if verdict.holds else "DOES NOT HOLD"
-        rows.append(f"{shown:<14} {measured:>9} {verdict.claim.at_most:>9.3g}  {verdict.claim.group}: {verdict.claim.name}")
+        least = f"{verdict.claim.at_least:.3g}" if verdict.claim.at_least else "–"
+        rows.append(f"{shown:<14} {measured:>9} {least:>9} {verdict.claim.at_most:>9.3g}  {verdict.claim.group}: {verdict.claim.name}")
     held = sum(verdict.holds for verdict in every)
     return "\n".join([*rows, *dict.fromkeys(verdict.why for verdict in every if verdict.why), f"{held} of {len(every)} claims hold"])

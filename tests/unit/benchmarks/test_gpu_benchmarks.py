@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shutil
 import subprocess
 import sys
+import time
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +136,93 @@ def test_curves_hold_every_validation_over_the_tokens_seen(module: Any) -> None:
     assert [(point["tokens"], point["forward_kl"]) for point in found["points"]] == [(0, 2.0), (200, 1.0)]
     drawn = figure.curves_svg({"bf16": found["points"], "delayed": found["points"]})
     assert drawn.count("<svg") == 1 and "bf16" in drawn and "delayed" in drawn
+
+
+@pytest.fixture
+def bf16_that_was_stopped(tmp_path: Path) -> Path:
+    """A folder of runs: the first stages but for prune, which was cut off, and a distillation that was ended when its time was over."""
+    run = tmp_path / "bf16" / "tiny"
+    for stage in ("import", "data", "importance"):
+        (run / stage).mkdir(parents=True)
+        (run / stage / "manifest.json").touch()
+    for stage in (".prune.partial", ".distill.partial"):
+        (run / stage).mkdir()
+        (run / stage / "metrics.jsonl").write_text('{"step": 0}\n')
+    return tmp_path
+
+
+def test_a_distillation_that_is_refused_is_not_told_by_the_log_of_another(
+    module: Any, bf16_that_was_stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    curves, runs = module("curves"), bf16_that_was_stopped
+    begun: list[tuple[str, bool]] = []
+    monkeypatch.setattr(curves.subprocess, "run", lambda command, **_: begun.append((command[3], "fp8.student=delayed" in command)))
+    monkeypatch.setattr(curves, "until", lambda ends, command: 2)
+    asked = Namespace(minutes=1.0, device="cuda", tiny=True, recipe=Path("recipe.yaml"), set=[])
+    with pytest.raises(RuntimeError, match="delayed: the distillation ended with 2"):
+        curves.distilled("delayed", runs, asked)
+    assert begun == [("prune", False), ("prune", True)]  # what was cut off, and the same cut under the name that FP8 gives it
+    assert [path.name for path in (runs / "delayed").rglob("*") if "distill" in path.name or "prune" in path.name] == []
+    shutil.copytree(runs / "bf16" / "tiny" / ".distill.partial", runs / "delayed" / "tiny" / ".distill.partial")  # of an earlier start of its own
+    with pytest.raises(RuntimeError, match="delayed: the distillation ended with 2"):
+        curves.distilled("delayed", runs, asked)
+
+
+def test_a_distillation_is_ended_in_time_and_killed_where_it_does_not_end(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    curves = module("curves")
+    monkeypatch.setattr(curves, "SAVING_SECONDS", 0.5)
+
+    def ended(seconds: float, script: str) -> int:
+        return int(curves.until(time.monotonic() + seconds, ["sh", "-c", script]))
+
+    assert ended(60, "exit 3") == 3
+    assert ended(0.3, "trap 'exit 9' TERM; while :; do sleep 0.1; done") == 9
+    assert ended(0.3, "trap '' TERM; while :; do sleep 0.1; done") == curves.STOPPED
+
+
+def test_figures_of_transformer_engines_layers_are_refused_where_it_does_not_import(module: Any) -> None:
+    """A CPU: megatron's own layers would be measured under its name."""
+    module("options").require_engine("cpu")
+    with pytest.raises(SystemExit, match=r"Transformer Engine: .*these figures are of its layers"):
+        module("options").require_engine("cuda")
+
+
+def test_fp8_steps_without_bf16_beside_them_are_named(module: Any) -> None:
+    table = module("step_table")
+    cases = [case("bf16", 8, table.OURS, 1.0), case("delayed", 8, table.OURS, 0.8), case("delayed", 16, table.OURS, 1.6)]
+    assert table.without_bf16(cases[:2]) == []
+    assert table.without_bf16(cases) == ["- delayed, 1 × 4,096, 16 layers: no bf16 beside it in this folder", ""]
+
+
+def test_a_case_is_written_before_the_process_that_measures_has_ended(
+    module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = module("step")
+    monkeypatch.setattr(step, "LIMIT_SECONDS", 2)
+    script = f"""echo '{json.dumps(case("bf16", 8, "distillation", 1.0))}'; echo warned; printf '{{"side": "cut o'; exec sleep 60"""
+    asked, path = Namespace(tiny=True, out=tmp_path, device="cpu", precisions=["bf16"]), tmp_path / "gpu_step.json"
+    told = step.told_by("bf16", ["sh", "-c", script])
+
+    def interrupted_behind_the_first() -> Iterator[dict[str, Any]]:
+        yield next(told)
+        assert [one["seconds"] for one in json.loads(path.read_text())["figures"]["cases"]] == [1.0]
+        assert "had not ended" in (tmp_path / "gpu_step.md").read_text()
+        raise KeyboardInterrupt
+
+    step.report_all(interrupted_behind_the_first(), asked)
+    page = (tmp_path / "gpu_step.md").read_text()
+    assert page in capsys.readouterr().out and "| bf16 | 1 × 4,096 | 8 | 1.000 s |" in page and "interrupted" in page
+    [late] = list(told)
+    assert late == {"precision": "bf16", "error": "not finished within 2 s"}
+
+
+def test_a_side_of_the_loss_that_fails_leaves_the_others_their_figures(module: Any) -> None:
+    def broken(case: Any) -> float:
+        raise ImportError("libcudart.so.12: cannot open shared object file\nmore")
+
+    loss = module("loss")
+    found = {"theirs": loss.apart(broken, None, 2.0), "ours": loss.apart(lambda case: 2.1, None, 2.0)}
+    assert [loss.told(value) for value in found.values()] == ["failed (ImportError: libcudart.so.12: cannot open shared object file)", "5.0e-02"]
 
 
 SCRIPTS = {

@@ -1,8 +1,9 @@
 """Builds tiny models of Transformer Engine's modules and of the local spec's, and names what each would save; a process of its own.
 
 Usage: construct.py {gpu | no-driver}. Prints one JSON object: family → what each spec would save, {key and place in it: [type, whole shape, this
-part's]}; weights that have not come through two checkpoints, one of either spec; a teacher's modules in the student's groups. no-driver: with CUDA
-builds of torch and Transformer Engine on a machine without a GPU, weights on the CPU; what asks about the GPU is told of a Hopper.
+part's]}; the core attention in bf16 and in fp32; weights that have not come through two checkpoints, one of either spec; a teacher's modules in the
+student's groups. no-driver: with CUDA builds of torch and Transformer Engine on a machine without a GPU, weights on the CPU; what asks about the
+GPU is told of a Hopper.
 """
 
 from __future__ import annotations
@@ -82,8 +83,14 @@ def both_specs(arch: Architecture, world: World) -> dict[str, object]:
         "engine": saved(engine),
         "local": saved(local),
         "differ after two loads": differ_after_two_loads(local, engine),
+        "attention": {str(dtype): attention(build_model(arch, layout, world.platform, dtype)) for dtype in (torch.bfloat16, torch.float32)},
         "in the student's groups": [] if arch.experts else in_others_groups(arch, layout, world.platform),
     }
+
+
+def attention(model: StageModel) -> list[str]:
+    """Classes of the layers' core attention."""
+    return sorted({type(layer.self_attention.core_attention).__name__ for layer in model.layers()})
 
 
 def in_others_groups(arch: Architecture, student: Layout, platform: Platform) -> list[str]:

@@ -34,6 +34,13 @@ def test_a_teacher_with_groups_of_its_own_is_in_no_group_of_the_students(familie
 
 
 @pytest.mark.skipif(PROBLEM is not None, reason=f"Transformer Engine: {PROBLEM}")
+def test_no_attention_keeps_scores(families: dict[str, dict[str, Any]]) -> None:
+    """In fp32 Transformer Engine's own would: FlashAttention and cuDNN take 16 bits."""
+    expected = {"torch.bfloat16": ["TEDotProductAttention"], "torch.float32": ["CausalAttention"]}
+    assert {name: found["attention"] for name, found in families.items()} == {name: expected for name in families}
+
+
+@pytest.mark.skipif(PROBLEM is not None, reason=f"Transformer Engine: {PROBLEM}")
 def test_every_family_is_saved_under_the_same_names_and_shapes_and_loads_under_the_other_spec(families: dict[str, dict[str, Any]]) -> None:
     assert len(families) == 8
     for name, found in families.items():

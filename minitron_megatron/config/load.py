@@ -82,6 +82,8 @@ def _problem(item: Any, kind: type[BaseModel]) -> str:
         return _unknown_key(where, kind)
     if item["type"] == "missing":
         return f"{key} is missing; {_description(where, kind)}"
+    if item["type"] in ("model_type", "model_attributes_type") and (known := _fields_at(where, kind)):
+        return f"{key} is a section, not {item['input']!r}; its keys: {', '.join(known)}"
     found = f" (found {item['input']!r})" if not isinstance(item["input"], dict) else ""
     message = item["msg"].removeprefix("Value error, ")
     return f"{key}: {message[0].lower()}{message[1:]}{found}"

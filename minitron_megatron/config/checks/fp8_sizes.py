@@ -13,21 +13,24 @@ from minitron_megatron.config.fp8 import MULTIPLE, Fp8, Scaling
 from minitron_megatron.config.parallel import TeacherParallel
 from minitron_megatron.config.schema import Recipe
 
+LEAST = "tensorwise, which needs multiples of 16"
+
 
 def student_size_problems(recipe: Recipe, target: Architecture, whose: str = "the pruned model") -> list[str]:
     """Of a model that the recipe would train: pruned sizes are multiples by then (checks/align.py), for prune.align.tensor ranks."""
     if recipe.fp8 is None or recipe.fp8.student == "none" or recipe.fp8.emulated:
         return []
     scaling, tensor = recipe.fp8.student, recipe.parallel.tensor
+    coarse = "" if MULTIPLE[scaling] == 16 else f"; or set fp8.student to {LEAST}"
     return [
-        f"fp8.student={scaling}: {whose} has {_needed(name, size, scaling, tensor)}; nearest: {nearest_multiples(size, multiple)}"
+        f"fp8.student={scaling}: {whose} has {_needed(name, size, scaling, tensor)}; nearest: {nearest_multiples(size, multiple)}{coarse}"
         for name, size, multiple in _no_multiples(scaling, target, tensor)
     ]
 
 
 def fixed_size_problems(setting: str, scaling: Scaling, arch: Architecture, tensor: int, whose: str) -> list[str]:
     """Of a model whose sizes are what they are."""
-    instead = "none" if MULTIPLE[scaling] == 16 else "tensorwise, which needs multiples of 16, or to none"
+    instead = "none" if MULTIPLE[scaling] == 16 else f"{LEAST}, or to none"
     mend = f"set {setting} to {instead}" + (", or parallel.tensor to less" if tensor > 1 else "")
     return [
         f"{setting}={scaling}: {whose} has {_needed(name, size, scaling, tensor)}; {mend}" for name, size, _ in _no_multiples(scaling, arch, tensor)

@@ -177,7 +177,7 @@ def test_interpolations_follow_overrides_beside_a_family_of_the_command_line(rec
 @pytest.mark.parametrize(
     ("sections", "told"),
     [
-        ({"export": "nemo"}, "step a: export: input should be a valid dictionary or instance of Export (found 'nemo')"),
+        ({"export": "nemo"}, "step a: export is a section, not 'nemo'; its keys: format"),
         ({"runs": 5}, "step a: runs: input should be a valid string (found 5)"),
         ({"name": None}, "name is missing; folder below `runs` that the steps' folders are in"),
     ],

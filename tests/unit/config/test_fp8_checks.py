@@ -216,7 +216,9 @@ def test_a_search_leaves_out_what_fp8_cannot_train(recipe_file: Recipes) -> None
     found = survey(recipe, recipe.search, LLAMA_8B)  # type: ignore[arg-type]  # the recipe has one
     assert {(item.arch.hidden, item.arch.ffn) for item in found.survivors} == {(3072, 9216), (3072, 8960)}
     reason = next(item.reason for item in found.candidates if item.arch.ffn == 9200 and item.arch.hidden == 3072)
-    assert reason == "fp8.student=blockwise: a candidate has ffn=9200, and its matrices need multiples of 128; nearest: 9088, 9216"
+    assert reason == "fp8.student=blockwise: a candidate has ffn=9200, and its matrices need multiples of 128; nearest: 9088, 9216; " + (
+        "or set fp8.student to tensorwise, which needs multiples of 16"
+    )
 
 
 def test_a_search_leaves_out_candidates_that_would_have_no_layer_in_fp8(recipe_file: Recipes) -> None:

@@ -198,6 +198,18 @@ def show(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 @app.command(
+    "settings",
+    help="List what a recipe may say: its sections, or the keys of one with their values, defaults and meanings.",
+    epilog="Example: `minitron settings fp8`",
+    rich_help_panel="Look first",
+)
+def settings(section: Annotated[str, typer.Argument(metavar="SECTION", help="a section of a recipe, for example fp8")] = "") -> None:
+    from minitron_megatron.settings import settings_table
+
+    Console().print(settings_table(section))
+
+
+@app.command(
     "advise",
     help="Hold a recipe, or every step of a family, against what the papers and later work found; nothing is run.",
     epilog=f"Example: `minitron advise {DEMO}`",

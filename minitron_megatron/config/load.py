@@ -110,7 +110,7 @@ def _section_at(where: list[Any], kind: type[BaseModel]) -> type[BaseModel] | No
         if isinstance(part, int):  # of a list
             continue
         field = section.model_fields.get(str(part))
-        inner = _sections_in(field.annotation) if field else []
+        inner = sections_in(field.annotation) if field else []
         if not inner:
             return None
         section = inner[0]
@@ -119,11 +119,11 @@ def _section_at(where: list[Any], kind: type[BaseModel]) -> type[BaseModel] | No
     return section
 
 
-def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+def sections_in(annotation: Any) -> list[type[BaseModel]]:
     """The sections that a field may hold, out of unions and annotations."""
     if _is_section(annotation):
         return [annotation]
-    return [section for inner in get_args(annotation) for section in _sections_in(inner)]
+    return [section for inner in get_args(annotation) for section in sections_in(inner)]
 
 
 def _is_section(kind: Any) -> bool:

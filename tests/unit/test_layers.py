@@ -22,7 +22,7 @@ ROWS = [
     STAGES,
     {"chain"},
     {"failure"},
-    {"worker", "launcher", "show", "advice", "plan"},
+    {"worker", "launcher", "show", "settings", "advice", "plan"},
     {"conductor", "jobs"},
     {"ablate"},
     {"cli"},

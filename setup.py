@@ -38,6 +38,7 @@ EXTRAS = {
     "wandb": ["wandb>=0.20,<1"],
     "dev": [
         "pytest>=8,<10",
+        "pytest-xdist>=3.6,<4",  # unit tests on two cores
         "ruff>=0.15,<0.18",
         "mypy>=1.15,<3",
         "pre-commit>=4,<5",

@@ -84,7 +84,7 @@ def in_own_process(name: str) -> Iterator[dict[str, Any]]:
     """Each case as soon as the process has told it; behind them, where it was ended or died, why."""
     command = [sys.executable, "-W", "ignore", __file__, "--one", name, *sys.argv[1:]]
     if name != BF16:
-        command.append("--no-peer")  # its FP8 is not exposed (the README's table of peers): one precision is enough
+        command.append("--no-peer")  # its distillation exposes no FP8: one precision is enough
     return told_by(name, command)
 
 

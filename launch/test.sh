@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Set-up, static checks and tests. --all adds the slow tiers: tests marked slow, those of a SLURM cluster of two nodes and of the Dockerfile
-# among them (apt installs what they need), and the newest supported megatron-core under Python 3.12 where one is found.
+# among them (apt installs what they need), and the newest supported megatron-core under Python 3.12 where one is found. Further arguments go to
+# pytest, which is then called once.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/setup.sh
@@ -27,12 +28,24 @@ install_programs() {
     echo "$* could not be installed: $tests are skipped" >&2
 }
 
-if [ $all = no ]; then
-  exec .venv/bin/pytest -m "not slow" "$@"
+# run_tests ENVIRONMENT TIER WHAT…: unit tests on two processes, then what else, which starts processes of its own; both before a failure counts.
+run_tests() {
+  local pytest=$1/bin/pytest tier=$2 code=0
+  shift 2
+  "$pytest" -n 2 -m "$tier" tests/unit || code=$?
+  "$pytest" -m "$tier" "$@" || code=$?
+  return $code
+}
+
+tier="not slow"
+if [ $all = yes ]; then
+  tier=
+  install_programs tests/slurm "slurmctld slurmd munged shellcheck" slurm-wlm munge shellcheck
+  install_programs tests/docker "buildah mmdebstrap shellcheck" buildah mmdebstrap shellcheck
 fi
-install_programs tests/slurm "slurmctld slurmd munged shellcheck" slurm-wlm munge shellcheck
-install_programs tests/docker "buildah mmdebstrap shellcheck" buildah mmdebstrap shellcheck
-.venv/bin/pytest "$@"
+[ $# -eq 0 ] || exec .venv/bin/pytest -m "$tier" "$@"
+run_tests .venv "$tier" --ignore=tests/unit tests
+[ $all = yes ] || exit 0
 
 newest=$(newest_python || true)
 if [ -z "$newest" ]; then
@@ -40,4 +53,4 @@ if [ -z "$newest" ]; then
   exit 0
 fi
 setup_environment .venv-newest "$newest" dev,export 0.19.2
-.venv-newest/bin/pytest -m "not slow" tests/unit tests/distributed tests/large
+run_tests .venv-newest "not slow" tests/distributed tests/large

@@ -45,7 +45,7 @@ class ExpertSums:
         self._place(labels, per_expert.tolist())
 
     def _place(self, labels_N2: Tensor, per_expert: list[int]) -> None:
-        ids_N, lengths_N = labels_N2.unbind(-1)
+        ids_N, lengths_N = labels_N2.T.contiguous()
         real_N = ids_N != FILLING
         samples_U = ids_N[real_N].unique()
         self.samples, self.tokens = samples_U.tolist(), int(lengths_N[real_N].max()) if real_N.any() else 0

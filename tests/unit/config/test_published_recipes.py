@@ -17,7 +17,6 @@ from minitron_megatron.config.ablation import planned
 from minitron_megatron.config.family import Step, checked_steps, picked_steps
 
 ROOT = Path(__file__).parents[3]
-DEMO = ["model.hf_config=configs/architectures/smollm2_135m.json"]  # stands in where the demo has not fetched the model yet
 # recipe or step → billions of parameters as announced (P1, P2; Qwen3: NVIDIA's post says 6B, exactly as counted by its shapes), what the papers list
 # as (layers, hidden, heads, key/value groups, FFN), and training tokens in billions
 PUBLISHED = {
@@ -44,7 +43,7 @@ def in_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def checked(name: str) -> list[tuple[Step, Architecture, Architecture]]:
     """All steps: a step's source may be the target of the one before it."""
-    return checked_steps(picked_steps(f"configs/{name}.yaml", DEMO if name.startswith("smollm2") else []))
+    return checked_steps(picked_steps(f"configs/{name}.yaml", []))
 
 
 def of(published: str) -> tuple[Step, Architecture, Architecture]:
@@ -106,7 +105,7 @@ def test_show_tells_the_parameters_of_a_model_that_is_not_on_this_disk(name: str
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_every_ablation_can_start(name: str) -> None:
-    plan = planned(f"configs/ablations/{name}.yaml", DEMO)
+    plan = planned(f"configs/ablations/{name}.yaml", [])
     assert plan.name == name and len({trial.variant for trial in plan.trials}) > 1
     if name in ("aggregation_pairs", "criteria", "importance_against_random"):
         assert all("distill" not in needed_for("evaluate", trial.last.recipe) for trial in plan.trials)
@@ -114,19 +113,19 @@ def test_every_ablation_can_start(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["aggregation_pairs", "losses", "kd_against_cross_entropy", "one_shot_against_iterative", "width_against_depth"])
 def test_variants_that_are_compared_have_one_size(name: str) -> None:
-    sizes = [parameter_count(trial.steps[-1][2]) for trial in planned(f"configs/ablations/{name}.yaml", DEMO).trials]
+    sizes = [parameter_count(trial.steps[-1][2]) for trial in planned(f"configs/ablations/{name}.yaml", []).trials]
     assert max(sizes) / min(sizes) < 1.01
 
 
 def test_importance_and_random_are_compared_at_one_size_of_each_axis() -> None:
     sizes: dict[str, set[int]] = {}
-    for trial in planned("configs/ablations/importance_against_random.yaml", DEMO).trials:
+    for trial in planned("configs/ablations/importance_against_random.yaml", []).trials:
         sizes.setdefault(trial.variant.split("_")[0], set()).add(parameter_count(trial.steps[-1][2]))
     assert {axis: len(found) for axis, found in sizes.items()} == {"ffn": 1, "heads": 1, "channels": 1}
 
 
 def test_the_nine_pairs_are_all_there() -> None:
-    trials = planned("configs/ablations/aggregation_pairs.yaml", DEMO).trials
+    trials = planned("configs/ablations/aggregation_pairs.yaml", []).trials
     pairs = {(trial.last.recipe.prune.aggregation.batch, trial.last.recipe.prune.aggregation.sequence) for trial in trials}
     assert len(pairs) == len(trials) == 9
     assert all(

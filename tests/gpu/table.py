@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from .bench import in_processes
-from .claims import GROUPS, Ground
+from .claims import GROUPS
+from .ground import Ground
 from .setting import Run
 from .verdict import Verdict, judge, table
 

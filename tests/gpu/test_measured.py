@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from .bench import Bench, in_processes
-from .claims import GROUPS, Ground
+from .claims import GROUPS
+from .ground import Ground
 from .houses import ROOT
 from .verdict import judge, table
 

@@ -122,7 +122,7 @@ def _run(connections: ExitStack, stage_name: str, recipe_path: str, *overrides: 
             print(f"{stage.name}: up to date", flush=True)
         return
     if is_main and stage.distributed:
-        for line in [*first_lines(platform), *_numbers(stage, recipe)]:
+        for line in [*first_lines(platform), *numbers(stage, recipe)]:
             print(f"{stage.name}: {line}", flush=True)
     artifact = run_here(stage, recipe, recipe_path, platform, connections)
     if artifact:
@@ -137,7 +137,7 @@ if __name__ == "__mp_main__":
         signal.signal(_number, signal.SIG_IGN)
 
 
-def _numbers(stage: Stage, recipe: Recipe) -> list[str]:
+def numbers(stage: Stage, recipe: Recipe) -> list[str]:
     """What computes in FP8 or in a precision of its own, of the models that the stage runs."""
     teacher = teacher_notes(recipe) if {"teacher_numbers", "live_teacher_numbers"} & set(stage.sections) else []
     return teacher + (student_notes(recipe) if "student_fp8" in stage.sections else [])

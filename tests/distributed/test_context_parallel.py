@@ -28,11 +28,11 @@ STUDENTS = {"llama": LLAMA, "qwen2_tied": QWEN2_TIED}
 HIDDEN = HiddenLoss(pairs=[(1, 0), (4, 3)], weight=0.7)
 LAYOUTS = [
     ("llama", CP2),
-    ("qwen2_tied", Parallel(context=4)),
+    pytest.param("qwen2_tied", Parallel(context=4), marks=pytest.mark.slow),
     ("llama", Parallel(tensor=2, context=2, sequence=True)),
-    ("qwen2_tied", Parallel(context=2, pipeline=2, teacher="student")),
-    ("llama", Parallel(context=2, pipeline=2, virtual=2)),
-    ("llama", with_teacher(Parallel(context=2, data=2), TeacherParallel(tensor=2, sequence=True))),
+    pytest.param("qwen2_tied", Parallel(context=2, pipeline=2, teacher="student"), marks=pytest.mark.slow),
+    pytest.param("llama", Parallel(context=2, pipeline=2, virtual=2), marks=pytest.mark.slow),
+    pytest.param("llama", with_teacher(Parallel(context=2, data=2), TeacherParallel(tensor=2, sequence=True)), marks=pytest.mark.slow),
     ("llama", with_teacher(Parallel(tensor=2, context=2), TeacherParallel(pipeline=2))),
 ]
 

@@ -109,6 +109,7 @@ def wait_for_steps(job: subprocess.Popen[bytes], metrics: Path, log: Path) -> No
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_named_and_its_peers_lost_connections_are_not(recipe: Path) -> None:
     """Its three peers see "connection closed by peer" within milliseconds, before the launcher knows of the kill."""
     ended = hit(recipe, {3: signal.SIGKILL})

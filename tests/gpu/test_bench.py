@@ -88,11 +88,13 @@ def test_a_run_that_ends_while_it_writes_leaves_no_result(tmp_path: Path, monkey
 
 def test_a_run_whose_time_is_over_takes_along_what_it_started(tmp_path: Path) -> None:
     """Its worker would keep the GPU, and this process waiting where it held a pipe."""
-    with (tmp_path / "output.txt").open("w+") as output:
+    said = tmp_path / "output.txt"
+    with said.open("w") as output:
         process = psutil.Popen(["sh", "-c", "sleep 60 & echo $!; wait"], stdout=output)
-        assert ended(process, 0.5) is None
-        output.seek(0)
-        worker = int(output.read())
+    while not said.read_text().endswith("\n"):
+        time.sleep(0.01)
+    worker = int(said.read_text())
+    assert ended(process, 0.1) is None
     assert not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE
     assert ended(psutil.Popen(["sh", "-c", "exit 3"]), 60) == 3
 

@@ -91,7 +91,7 @@ def test_a_run_whose_time_is_over_takes_along_what_it_started(tmp_path: Path) ->
     said = tmp_path / "output.txt"
     with said.open("w") as output:
         process = psutil.Popen(["sh", "-c", "sleep 60 & echo $!; wait"], stdout=output)
-    while not said.read_text().endswith("\n"):
+    while process.is_running() and not said.read_text().endswith("\n"):
         time.sleep(0.01)
     worker = int(said.read_text())
     assert ended(process, 0.1) is None

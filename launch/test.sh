@@ -55,7 +55,7 @@ fi
 setup_environment .venv-newest "$newest" dev,export 0.19.2
 newest_tests=()
 # all that calls megatron-core in another way than the rest: the other rooms stand on these
-for what in checkpoints context_parallel evaluate experts first_step fp8_emulation generate importance prune resharding; do
+for what in checkpoints context_parallel experts first_step fp8_emulation generate; do
   newest_tests+=("tests/distributed/test_$what.py")
 done
-run_tests .venv-newest "not slow" "${newest_tests[@]}" tests/large
+run_tests .venv-newest "not slow" "${newest_tests[@]}"

@@ -54,7 +54,7 @@ if [ -z "$newest" ]; then
 fi
 setup_environment .venv-newest "$newest" dev,export 0.19.2
 newest_tests=()
-# all that calls megatron-core in another way than the rest: the other rooms stand on these
+# those that call megatron-core most: models, schedules, optimizers, checkpoints, generation
 for what in checkpoints context_parallel experts first_step fp8_emulation generate; do
   newest_tests+=("tests/distributed/test_$what.py")
 done

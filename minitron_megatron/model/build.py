@@ -130,15 +130,13 @@ def transformer_config(
 ) -> LayerConfig:
     """Architecture × Layout → megatron's config; what depends on the machine comes from the platform.
 
-    What is missing of it, platform/engine_needs.py has refused.
+    What the machine lacks for it has been refused by platform/engine_needs.py.
     """
     flags = megatron_flags(platform, arch.family.activation)
     if layout.virtual > 1:
         # batched sends and receives make the gradients of two stages with a virtual pipeline silently wrong; and ranks that wait for each
         # send stand in step with each other pass by pass, which a last stage with the loss in its forward pass makes slow
         flags |= {"batch_p2p_comm": False, "overlap_p2p_comm": True}
-    if overlap_exchange:
-        flags |= {"tp_comm_overlap": True}
     if arch.ffn_per_layer:
         flags |= {"ffn_per_layer": arch.ffn_per_layer, "heterogeneous_block_specs": True}
     return LayerConfig(
@@ -173,6 +171,7 @@ def transformer_config(
         **_recompute(recompute, arch),
         # a CPU gives them anyway, and by faster ways than those that megatron takes then
         deterministic_mode=deterministic and platform.kind == "cuda",
+        tp_comm_overlap=overlap_exchange,
         emulated_fp8=fp8 if fp8 and fp8.emulated else None,
         **fp8_settings(fp8),
         **flags,

@@ -27,3 +27,13 @@ def test_what_its_buffers_cannot_do_is_refused(recipe_file: Recipes, override: s
     found = [line for line in problems(recipe_file(**WIDTH), [*OVERLAPPED, override]) if line.startswith("training.overlap_tensor_parallel=true")]
     assert len(found) == 1
     assert why in found[0] and mend in found[0]
+
+
+def test_mxfp8_is_taken_where_a_rank_has_whole_rows_of_128_tokens(recipe_file: Recipes) -> None:
+    """On two tensor ranks: 4096 = 2 × 16 × 128 tokens are, 4160 = 2 × 16.25 × 128 are not; four samples of them are."""
+    mxfp8 = [*OVERLAPPED, "fp8.student=mxfp8"]
+    assert problems(recipe_file(**WIDTH), [*mxfp8, "distill.sequence_length=4096"]) == []
+    [told] = problems(recipe_file(**WIDTH), [*mxfp8, "distill.sequence_length=4160"])
+    assert told.startswith("training.overlap_tensor_parallel=true: its buffers hold mxfp8 in 128 tokens of a rank at a time")
+    assert told.endswith("distill.micro_batch × sequence_length = 4160 is no multiple of 256; nearest: 4096, 4352")
+    assert problems(recipe_file(**WIDTH), [*mxfp8, "distill.sequence_length=4160", "distill.micro_batch=4"]) == []
